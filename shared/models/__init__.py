@@ -1,0 +1,22 @@
+"""The tables: hosts and servers, their copies, schedules, operations, events."""
+
+from shared.models.copies import Clone, Image, Snapshot
+from shared.models.events import Event
+from shared.models.hosts import Domain, Host, Server
+from shared.models.operations import JournalEntry, Operation, OutboxMessage
+from shared.models.schedules import Schedule, ScheduleRun
+
+__all__ = [
+    "Clone",
+    "Domain",
+    "Event",
+    "Host",
+    "Image",
+    "JournalEntry",
+    "Operation",
+    "OutboxMessage",
+    "Schedule",
+    "ScheduleRun",
+    "Server",
+    "Snapshot",
+]

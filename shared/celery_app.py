@@ -1,0 +1,120 @@
+"""One factory for every Celery app, so that API, beat and workers agree on the broker.
+
+Why each setting is as it is: docs/explanation/queues.md.
+"""
+
+from functools import cache
+from typing import Any
+
+from celery import Celery
+from celery.signals import (
+    setup_logging,
+    task_postrun,
+    task_prerun,
+    worker_process_init,
+    worker_ready,
+)
+from kombu import Queue
+
+from shared.commands import queue_of
+from shared.settings import settings
+
+TICKS = "ticks"
+"""The queue of beat's own tasks: database work only, read by the beat process."""
+
+
+def make_app(name: str, queues: list[str], imports: list[str]) -> Celery:
+    """A Celery app that reads `queues`; JSON only, early ack, one task per free slot."""
+    app = Celery(name, set_as_current=False)
+    app.conf.update(
+        broker_url=settings().broker_url.get_secret_value(),
+        broker_transport_options={
+            "global_keyprefix": settings().queue_prefix,
+            "socket_connect_timeout": 3,
+            "socket_timeout": 30,
+            "socket_keepalive": True,
+            "health_check_interval": 25,
+            "visibility_timeout": 3600,
+        },
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        task_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,
+        task_store_errors_even_if_ignored=False,
+        task_acks_late=False,
+        task_publish_retry=False,
+        task_create_missing_queues=True,
+        task_default_queue=queues[0] if queues else TICKS,
+        task_queues=[Queue(queue) for queue in queues] or None,
+        task_retry_on_worker_lost=True,
+        worker_pool="prefork",
+        worker_pool_start_method="spawn",
+        worker_concurrency=settings().concurrency,
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_soft_shutdown_timeout=20,
+        worker_send_task_events=False,
+        worker_enable_remote_control=True,
+        timezone="UTC",
+        imports=imports,
+    )
+    return app
+
+
+def service_app(service: str) -> Celery:
+    """The app of one of the three services on this host; reads `<queue>.<host>`."""
+    app = make_app(service, [queue_of(service, settings().host)], [f"services.{service}.tasks"])
+    app.conf.triptych_service = service
+    worker_ready.connect(_on_worker_ready, weak=False)
+    worker_process_init.connect(_on_child_start, weak=False)
+    return app
+
+
+@cache
+def publisher() -> Celery:
+    """For sending only."""
+    return make_app("triptych-publisher", [], [])
+
+
+def _on_worker_ready(sender: Any, **_: Any) -> None:
+    from shared.hosts import HostReporter
+    from shared.operations.outbox import flush_if_possible
+    from shared.operations.reconcile import adopt_orphans
+
+    HostReporter().start()
+    adopt_orphans(sender.app.conf.triptych_service)
+    flush_if_possible()
+
+
+def _on_child_start(**_: Any) -> None:
+    """A child that was killed is replaced by a new one: it sees to what was left."""
+    from celery import current_app
+
+    from shared.operations.outbox import flush_if_possible
+    from shared.operations.reconcile import adopt_orphans
+
+    adopt_orphans(current_app.conf.triptych_service)
+    flush_if_possible()
+
+
+@setup_logging.connect
+def _logging(**_: Any) -> None:
+    from shared.logs import configure
+
+    configure()
+
+
+@task_prerun.connect
+def _bind(task_id: str, task: Any, **_: Any) -> None:
+    import structlog
+
+    structlog.contextvars.bind_contextvars(task=task.name, task_id=task_id)
+
+
+@task_postrun.connect
+def _unbind(**_: Any) -> None:
+    import structlog
+
+    structlog.contextvars.clear_contextvars()

@@ -1,0 +1,102 @@
+"""The database: one engine per process, short transactions.
+
+SQLite (WAL, `BEGIN IMMEDIATE`, synchronous FULL: a journal row is on disk before
+the step it describes) is the embedded default; PostgreSQL the deployment's.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import DateTime, Engine, TypeDecorator, create_engine, event, make_url, text
+from sqlmodel import Session
+
+from shared.settings import settings
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """An aware datetime; SQLite drops the zone, so every value is kept and given as UTC."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a naive datetime would change its meaning in the database")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+@cache
+def engine() -> Engine:
+    url = make_url(settings().database_url.get_secret_value())
+    if url.get_backend_name() != "sqlite":
+        return create_engine(url, pool_pre_ping=True)
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    made = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+
+    @event.listens_for(made, "connect")
+    def _pragmas(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # we begin transactions ourselves, below
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(made, "begin")
+    def _begin(connection: Any) -> None:
+        deferred = connection.get_execution_options().get("read_only")
+        connection.exec_driver_sql("BEGIN" if deferred else "BEGIN IMMEDIATE")
+
+    return made
+
+
+@contextmanager
+def transaction() -> Iterator[Session]:
+    """A session that commits at the end of the block and rolls back on any error."""
+    with Session(engine(), expire_on_commit=False) as session, session.begin():
+        yield session
+
+
+@contextmanager
+def reading() -> Iterator[Session]:
+    """A session that only reads: it never waits for SQLite's single writer."""
+    with Session(
+        engine().execution_options(read_only=True), expire_on_commit=False, autoflush=False
+    ) as session:
+        yield session
+
+
+def database_now(session: Session) -> datetime:
+    """The database's clock: leases are compared on one clock, however the hosts' differ."""
+    if session.get_bind().dialect.name == "sqlite":
+        value = session.connection().scalar(text("SELECT strftime('%Y-%m-%d %H:%M:%f', 'now')"))
+        return datetime.fromisoformat(str(value)).replace(tzinfo=UTC)
+    value = session.connection().scalar(text("SELECT clock_timestamp()"))
+    assert isinstance(value, datetime)  # noqa: S101
+    return value.astimezone(UTC)
+
+
+def migrate() -> None:
+    """Bring the schema to the newest revision."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    command.upgrade(config, "head")
+
+
+if __name__ == "__main__":
+    migrate()

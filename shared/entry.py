@@ -1,0 +1,37 @@
+"""The queue entry of every task: an operation's id, or a full command from anyone."""
+
+from typing import Any
+
+import structlog
+
+from shared import errors
+from shared.commands import Command
+from shared.database import transaction
+from shared.operations.runner import run
+from shared.operations.submit import submit
+
+log = structlog.get_logger()
+
+
+def receive(
+    task: Any, command: type[Command], operation_id: str | None, fields: dict[str, Any]
+) -> None:
+    """Run the operation; a command without one becomes an operation first.
+
+    The Celery task id is the idempotency key, so a message delivered twice does its work
+    once (E4). A command that is refused is logged and ends the message.
+    """
+    if operation_id is None:
+        try:
+            with transaction() as session:
+                operation_id = submit(
+                    session,
+                    command.model_validate(fields),
+                    requested_by="queue",
+                    idempotency_key=f"celery:{task.request.id}",
+                ).id
+        except (errors.TriptychError, ValueError) as error:
+            code = getattr(error, "code", errors.InvalidRequest.code)
+            log.error("command.refused", kind=command.kind, code=code, reason=str(error))
+            return
+    run(operation_id)

@@ -1,0 +1,114 @@
+"""Finding things by id or name, with the error a person needs when there is none."""
+
+from typing import TypeVar
+
+from sqlalchemy import select
+from sqlmodel import Session, SQLModel
+
+from shared import errors
+from shared.models import Clone, Host, Image, Operation, Schedule, Server, Snapshot
+
+Row = TypeVar("Row", bound=SQLModel)
+
+
+def _only(rows: list[Row], reference: str, what: str, missing: errors.TriptychError) -> Row:
+    if not rows:
+        raise missing
+    if len(rows) > 1:
+        ids = ", ".join(str(row.id) for row in rows)  # type: ignore[attr-defined]
+        raise errors.AmbiguousName(
+            f"{len(rows)} {what}s are named {reference!r}. Use one of their ids: {ids}."
+        )
+    return rows[0]
+
+
+def host(session: Session, name: str) -> Host:
+    found = session.get(Host, name)
+    if found is None:
+        raise errors.HostNotFound(
+            f"No host named {name!r} has reported. `triptych host list` shows those that have; "
+            "a host appears when its workers start."
+        )
+    return found
+
+
+def server(session: Session, reference: str, *, forgotten: bool = False) -> Server:
+    """The registered server of that id or name; with `forgotten`, also one that was
+    registered once (by id)."""
+    if (found := session.get(Server, reference)) and (forgotten or not found.forgotten_at):
+        return found
+    query = select(Server).where(Server.name == reference, Server.forgotten_at.is_(None))  # type: ignore[union-attr,arg-type]
+    return _only(
+        list(session.scalars(query)),
+        reference,
+        "server",
+        errors.ServerNotFound(
+            f"No server {reference!r} is registered. `triptych server list` shows the registered "
+            "ones, `triptych server add` registers a libvirt domain."
+        ),
+    )
+
+
+def snapshot_of(session: Session, server_id: str) -> Snapshot | None:
+    query = select(Snapshot).where(
+        Snapshot.server_id == server_id,  # type: ignore[arg-type]
+        Snapshot.deleted_at.is_(None),  # type: ignore[union-attr]
+    )
+    return session.scalars(query).one_or_none()
+
+
+def snapshot(session: Session, of: Server) -> Snapshot:
+    found = snapshot_of(session, of.id)
+    if found is None:
+        raise errors.SnapshotNotFound(
+            f"Server {of.name!r} has no snapshot (or it has expired). "
+            "Take one with `triptych snapshot take`."
+        )
+    return found
+
+
+def image(session: Session, reference: str) -> Image:
+    if (found := session.get(Image, reference)) and not found.deleted_at:
+        return found
+    query = select(Image).where(Image.name == reference, Image.deleted_at.is_(None))  # type: ignore[union-attr,arg-type]
+    return _only(
+        list(session.scalars(query)),
+        reference,
+        "image",
+        errors.ImageNotFound(
+            f"There is no image {reference!r}. `triptych image list` shows those there are."
+        ),
+    )
+
+
+def clone(session: Session, reference: str) -> Clone:
+    if found := session.get(Clone, reference):
+        return found
+    query = select(Clone).where(Clone.name == reference, Clone.state != "deleted")  # type: ignore[arg-type]
+    return _only(
+        list(session.scalars(query)),
+        reference,
+        "clone",
+        errors.CloneNotFound(
+            f"There is no clone {reference!r}. `triptych clone list` shows those there are."
+        ),
+    )
+
+
+def schedule(session: Session, of: Server, kind: str) -> Schedule:
+    query = select(Schedule).where(Schedule.server_id == of.id, Schedule.kind == kind)  # type: ignore[arg-type]
+    found = session.scalars(query).one_or_none()
+    if found is None:
+        raise errors.ScheduleNotFound(
+            f"Server {of.name!r} has no {kind} schedule. Set one with `triptych schedule set`."
+        )
+    return found
+
+
+def operation(session: Session, operation_id: str) -> Operation:
+    found = session.scalars(select(Operation).where(Operation.id == operation_id)).one_or_none()  # type: ignore[arg-type]
+    if found is None:
+        raise errors.OperationNotFound(
+            f"There is no operation {operation_id!r}. `triptych operation list` shows the recent."
+        )
+    return found

@@ -1,0 +1,104 @@
+"""The three copies: snapshots, images and clones."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, Index, text
+from sqlmodel import Field, SQLModel
+
+from shared.models.columns import CreatedAt, Document, Id, Moment
+
+
+class Snapshot(SQLModel, table=True):
+    """S1: the partial unique index allows one live snapshot per server."""
+
+    __table_args__ = (
+        Index(
+            "snapshot_one_per_server",
+            "server_id",
+            unique=True,
+            sqlite_where=text("deleted_at IS NULL"),
+            postgresql_where=text("deleted_at IS NULL"),
+        ),
+        Index(
+            "snapshot_due",
+            "expires_at",
+            sqlite_where=text("deleted_at IS NULL"),
+            postgresql_where=text("deleted_at IS NULL"),
+        ),
+    )
+
+    id: str = Id("snp")
+    server_id: str = Field(foreign_key="server.id")
+    taken_at: datetime = Moment(nullable=False)
+    expires_at: datetime = Moment(nullable=False)
+    warned_at: datetime | None = Moment(default=None)
+    with_memory: bool = False
+    consistency: str
+    way: str
+    pause_ms: float | None = None
+    bytes: int = Field(sa_type=BigInteger)
+    description: str = ""
+    deleted_at: datetime | None = Moment(default=None)
+
+
+class Image(SQLModel, table=True):
+    __table_args__ = (
+        Index(
+            "image_name_per_server",
+            "server_id",
+            "name",
+            unique=True,
+            sqlite_where=text("deleted_at IS NULL"),
+            postgresql_where=text("deleted_at IS NULL"),
+        ),
+    )
+
+    id: str = Id("img")
+    name: str = Field(index=True)
+    server_id: str = Field(foreign_key="server.id", index=True)
+    created_at: datetime = CreatedAt()
+    description: str = ""
+    pinned: bool = False
+    origin: str = "manual"
+    schedule_id: str | None = Field(default=None, index=True)
+    """The schedule whose rotation this image counts in."""
+    state: str = "complete"
+    consistency: str
+    way: str
+    pause_ms: float | None = None
+    bytes: int = Field(sa_type=BigInteger)
+    verified_at: datetime | None = Moment(default=None)
+    verified_result: str | None = None
+    left_out: list[dict[str, Any]] = Document(list)
+    deleted_at: datetime | None = Moment(default=None)
+
+
+class Clone(SQLModel, table=True):
+    """One clone of a farm; `server_id` is the new server's once it is defined."""
+
+    __table_args__ = (
+        Index(
+            "clone_name_taken",
+            "host",
+            "name",
+            unique=True,
+            sqlite_where=text("state IN ('queued', 'making', 'ready')"),
+            postgresql_where=text("state IN ('queued', 'making', 'ready')"),
+        ),
+    )
+
+    id: str = Id("cln")
+    operation_id: str = Field(index=True)
+    host: str
+    name: str = Field(index=True)
+    server_id: str | None = Field(default=None, foreign_key="server.id")
+    source_kind: str
+    source_id: str
+    created_at: datetime = CreatedAt()
+    with_memory: bool = False
+    way: str | None = None
+    identity: dict[str, Any] = Document(dict)
+    state: str = "queued"
+    """queued · making · ready · failed · cancelled · deleted"""
+    error: dict[str, Any] | None = Document()

@@ -1,0 +1,55 @@
+"""Hosts, the libvirt domains they report, and the servers registered among these."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, Index, text
+from sqlmodel import Field, SQLModel
+
+from shared.models.columns import CreatedAt, Document, Id, Moment
+
+
+class Host(SQLModel, table=True):
+    """A libvirt host; its workers write this row when they start and as things change."""
+
+    name: str = Field(primary_key=True)
+    created_at: datetime = CreatedAt()
+    last_seen_at: datetime | None = Moment(default=None)
+    problem: str | None = None
+    """Why the inventory is not current, e.g. libvirtd does not answer."""
+    facts: dict[str, Any] = Document(dict)
+    """libvirt, qemu, vault, reflink, free_bytes, total_bytes."""
+
+
+class Domain(SQLModel, table=True):
+    """A mirror of one libvirt domain, kept by the host's inventory."""
+
+    host: str = Field(primary_key=True, foreign_key="host.name")
+    uuid: str = Field(primary_key=True)
+    name: str = Field(index=True)
+    state: str
+    vcpus: int
+    memory_bytes: int = Field(sa_type=BigInteger)
+    disks: list[dict[str, Any]] = Document(list)
+
+
+class Server(SQLModel, table=True):
+    """A domain registered with Triptych. Forgotten servers stay, for their images."""
+
+    __table_args__ = (
+        Index(
+            "server_active_domain",
+            "host",
+            "domain_uuid",
+            unique=True,
+            sqlite_where=text("forgotten_at IS NULL"),
+            postgresql_where=text("forgotten_at IS NULL"),
+        ),
+    )
+
+    id: str = Id("srv")
+    name: str = Field(index=True)
+    host: str = Field(foreign_key="host.name")
+    domain_uuid: str
+    created_at: datetime = CreatedAt()
+    forgotten_at: datetime | None = Moment(default=None)

@@ -1,0 +1,193 @@
+"""May this command start, and on which server does it work?
+
+Names are resolved to ids here, so that a rename afterwards changes nothing, and what can
+be refused is refused before an operation exists. The handlers check again what may have
+changed while the operation was queued.
+"""
+
+from functools import singledispatch
+from typing import NamedTuple
+
+from sqlalchemy import or_, select
+from sqlmodel import Session
+
+from shared import errors, lookups
+from shared.commands import (
+    CloneSource,
+    Command,
+    CreateClones,
+    CreateImage,
+    DeleteImage,
+    DeleteSnapshot,
+    ForgetRestore,
+    ForgetRevert,
+    PromoteSnapshot,
+    RestoreImage,
+    RevertSnapshot,
+    TakeSnapshot,
+    UndoRestore,
+    UndoRevert,
+    VerifyImage,
+)
+from shared.database import now
+from shared.models import Clone, Domain, Image, Operation, Server
+
+
+class Admitted(NamedTuple):
+    server: Server
+    command: Command
+
+
+def _refuse_memory(command: TakeSnapshot | CreateClones) -> None:
+    if command.with_memory:
+        raise errors.Unsupported(
+            "Copies that hold RAM are not supported by this version. Nothing was started; "
+            "leave `with_memory` out to copy the disks."
+        )
+
+
+def _refuse_taken_image_name(session: Session, server: Server, name: str | None) -> None:
+    if name is None:
+        return
+    query = select(Image).where(
+        Image.server_id == server.id,  # type: ignore[arg-type]
+        Image.name == name,  # type: ignore[arg-type]
+        Image.deleted_at.is_(None),  # type: ignore[union-attr]
+    )
+    if taken := session.scalars(query).first():
+        raise errors.ImageNameTaken(
+            f"Server {server.name!r} has an image named {name!r}. Choose another name, or leave "
+            "it out and one is made from the date.",
+            conflict=taken.id,
+        )
+
+
+@singledispatch
+def admit(command: Command, session: Session) -> Admitted:
+    """Raises a TriptychError that says why the command cannot start."""
+    raise NotImplementedError(type(command))
+
+
+@admit.register
+def _(command: TakeSnapshot, session: Session) -> Admitted:
+    _refuse_memory(command)
+    server = lookups.server(session, command.server)
+    existing = lookups.snapshot_of(session, server.id)
+    if existing and not command.replace:
+        raise errors.SnapshotExists(
+            f"Server {server.name!r} has a snapshot already; a server has at most one. Delete it, "
+            "or ask with `replace: true` (`--replace`): then the new one is taken whole before "
+            "the old one goes.",
+            conflict=existing.id,
+        )
+    return Admitted(server, command.model_copy(update={"server": server.id}))
+
+
+@admit.register(RevertSnapshot)
+@admit.register(DeleteSnapshot)
+def _(command: RevertSnapshot | DeleteSnapshot, session: Session) -> Admitted:
+    server = lookups.server(session, command.server)
+    lookups.snapshot(session, server)
+    return Admitted(server, command.model_copy(update={"server": server.id}))
+
+
+@admit.register
+def _(command: PromoteSnapshot, session: Session) -> Admitted:
+    server = lookups.server(session, command.server)
+    lookups.snapshot(session, server)
+    _refuse_taken_image_name(session, server, command.name)
+    return Admitted(server, command.model_copy(update={"server": server.id}))
+
+
+@admit.register
+def _(command: CreateImage, session: Session) -> Admitted:
+    server = lookups.server(session, command.server)
+    _refuse_taken_image_name(session, server, command.name)
+    return Admitted(server, command.model_copy(update={"server": server.id}))
+
+
+@admit.register(RestoreImage)
+@admit.register(DeleteImage)
+@admit.register(VerifyImage)
+def _(command: RestoreImage | DeleteImage | VerifyImage, session: Session) -> Admitted:
+    image = lookups.image(session, command.image)
+    if isinstance(command, VerifyImage) and command.boot:
+        raise errors.Unsupported(
+            "The boot proof is not supported by this version. Nothing was started; leave `boot` "
+            "out to check hashes and disk structure."
+        )
+    if isinstance(command, RestoreImage):
+        _refuse_unusable(image)
+    server = lookups.server(session, image.server_id, forgotten=True)
+    return Admitted(server, command.model_copy(update={"image": image.id}))
+
+
+def _refuse_unusable(image: Image) -> None:
+    if image.state != "complete":
+        raise errors.ImageNotUsable(
+            f"Image {image.name!r} is {image.state}, so nothing was changed. "
+            "Use another image of the server.",
+            conflict=image.id,
+        )
+
+
+@admit.register
+def _(command: CreateClones, session: Session) -> Admitted:
+    _refuse_memory(command)
+    source_id: str
+    if command.source.kind == "image":
+        image = lookups.image(session, command.source.id)
+        _refuse_unusable(image)
+        server, source_id = lookups.server(session, image.server_id, forgotten=True), image.id
+    else:
+        server = lookups.server(session, command.source.id)
+        source_id = server.id
+        if command.source.kind == "snapshot":
+            lookups.snapshot(session, server)
+    _refuse_taken_clone_names(session, server.host, command.names)
+    source = CloneSource(kind=command.source.kind, id=source_id)
+    return Admitted(server, command.model_copy(update={"source": source}))
+
+
+def _refuse_taken_clone_names(session: Session, host: str, names: list[str]) -> None:
+    domains = select(Domain.name).where(Domain.host == host, Domain.name.in_(names))  # type: ignore[attr-defined,call-overload]
+    clones = select(Clone.name).where(  # type: ignore[call-overload]
+        Clone.host == host,
+        Clone.name.in_(names),  # type: ignore[attr-defined]
+        or_(Clone.state == "queued", Clone.state == "making"),  # type: ignore[arg-type]
+    )
+    taken = sorted({*session.scalars(domains), *session.scalars(clones)})
+    if taken:
+        raise errors.CloneNameTaken(
+            f"{', '.join(map(repr, taken))}: taken by a domain or a clone in the making on host "
+            f"{host!r}. Nothing was started; choose another name or pattern.",
+            conflict=taken[0],
+        )
+
+
+@admit.register(UndoRevert)
+@admit.register(UndoRestore)
+@admit.register(ForgetRevert)
+@admit.register(ForgetRestore)
+def _(
+    command: UndoRevert | UndoRestore | ForgetRevert | ForgetRestore, session: Session
+) -> Admitted:
+    operation = lookups.operation(session, command.operation)
+    if isinstance(command, UndoRevert | UndoRestore):
+        refuse_if_not_undoable(operation)
+    server = lookups.server(session, operation.server_id, forgotten=True)
+    return Admitted(server, command)
+
+
+def refuse_if_not_undoable(operation: Operation) -> None:
+    if operation.undo is None or operation.undo_until is None:
+        raise errors.NotUndoable(
+            f"Operation {operation.id} ({operation.kind}, {operation.state}) set nothing aside "
+            "that could be put back, or it was undone already. Only a revert or a restore that "
+            "succeeded can be undone."
+        )
+    if operation.undo_until <= now():
+        raise errors.NotUndoable(
+            f"The time to undo operation {operation.id} was over at "
+            f"{operation.undo_until:%Y-%m-%d %H:%M} UTC; what it replaced is gone or going."
+        )

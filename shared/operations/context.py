@@ -1,0 +1,134 @@
+"""What a handler is given: its phase, progress, journal and the word to stop.
+
+A handler does the work and returns an Outcome; the runner commits it. Until then every
+error, cancellation or crash is undone from the journal.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+import structlog
+from sqlalchemy import update
+from sqlmodel import Session
+
+from shared import errors
+from shared.database import database_now, now, transaction
+from shared.models import Operation
+from shared.operations import journal
+from shared.settings import settings
+
+log = structlog.get_logger()
+
+
+@dataclass
+class Outcome:
+    """What a handler achieved; applied in one transaction, the point of no return."""
+
+    result: dict[str, Any]
+    apply: Callable[[Session], None] = lambda session: None
+    """Changes rows, in the same transaction that commits the operation."""
+    then: list[journal.Step] = field(default_factory=list)
+    """What remains to be done to the world; redone after a crash until it is done."""
+    undo: dict[str, Any] | None = None
+    undo_until: datetime | None = None
+
+
+class Context:
+    """One attempt at one operation, by this process."""
+
+    def __init__(self, operation: Operation, owner: str) -> None:
+        self.operation = operation
+        self.owner = owner
+        self._stop = threading.Event()
+        self._cancel = threading.Event()
+        self._lost = threading.Event()
+        self._changed = threading.Event()
+        self._progress: dict[str, Any] = {}
+
+    # What handlers call
+
+    @property
+    def id(self) -> str:
+        return self.operation.id
+
+    def phase(self, name: str) -> None:
+        """Say what happens now; also a point at which a cancel takes effect."""
+        self.check()
+        self._progress["phase"] = name
+        self._changed.set()
+
+    def progress(self, done: int, total: int) -> None:
+        """Report bytes; cheap, written to the row at most a few times a second."""
+        percent = min(100, done * 100 // total) if total else 0
+        self._progress.update(bytes_done=done, bytes_total=total, progress=percent)
+        self._changed.set()
+
+    def stopping(self) -> bool:
+        """For long copies to poll: must the work stop?"""
+        return self._cancel.is_set() or self._lost.is_set()
+
+    def check(self) -> None:
+        """Raises Cancelled or LeaseLost when the work must stop."""
+        if self._lost.is_set():
+            raise errors.LeaseLost(f"Operation {self.id} was taken over by another worker.")
+        if self._cancel.is_set():
+            raise errors.Cancelled("Cancelled on request; everything is as it was before.")
+
+    def undo(self, action: str, **arguments: Any) -> None:
+        """Write down, before a step, what undoes it."""
+        self.check()
+        with transaction() as session:
+            journal.write(session, self.id, "undo", action, **arguments)
+
+    # The heartbeat
+
+    def __enter__(self) -> "Context":
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._changed.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        last_renewal = now()
+        while not self._stop.is_set():
+            self._changed.wait(0.5)
+            self._changed.clear()
+            try:
+                if self._renew():
+                    last_renewal = now()
+                else:
+                    self._lost.set()
+                    return
+            except Exception as error:
+                log.warning("heartbeat.failed", operation=self.id, reason=str(error))
+                if now() - last_renewal > timedelta(seconds=settings().lease):
+                    self._lost.set()
+            self._stop.wait(0.25)
+
+    def _renew(self) -> bool:
+        """Renew the lease, write progress, read the cancel flag. False when it is lost."""
+        progress = dict(self._progress)
+        with transaction() as session:
+            lease = database_now(session) + timedelta(seconds=settings().lease)
+            renewed = session.execute(
+                update(Operation)
+                .where(
+                    Operation.id == self.id,  # type: ignore[arg-type]
+                    Operation.state == "running",  # type: ignore[arg-type]
+                    Operation.owner == self.owner,  # type: ignore[arg-type]
+                )
+                .values(lease_expires_at=lease, **progress)
+                .returning(Operation.cancel_requested_at)  # type: ignore[call-overload]
+            ).first()
+        if renewed is None:
+            return False
+        if renewed[0] is not None:
+            self._cancel.set()
+        return True

@@ -1,0 +1,83 @@
+"""The end of an operation: its row, what hangs on it, and waking the next one."""
+
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlmodel import Session
+
+from shared import events
+from shared.database import now
+from shared.models import Clone, Operation, Schedule, ScheduleRun
+from shared.operations.outbox import wake
+
+FAILURES_BEFORE_ALARM = 4
+
+
+def finish(
+    session: Session, operation: Operation, state: str, error: dict[str, Any] | None = None
+) -> None:
+    """Set the final state in the caller's transaction."""
+    operation.state = operation.phase = state
+    operation.error = error
+    operation.finished_at = now()
+    operation.owner = operation.lease_expires_at = None
+    if state == "succeeded":
+        operation.progress = 100
+    session.add(operation)
+    _settle_clones(session, operation)
+    _settle_run(session, operation)
+    events.emit(
+        session,
+        f"operation.{state}",
+        operation.server_id,
+        operation=operation.id,
+        kind=operation.kind,
+        error=error,
+    )
+    wake_next(session, operation.server_id)
+
+
+def wake_next(session: Session, server_id: str) -> None:
+    session.flush()
+    waiting: Any = Operation
+    query = select(Operation).where(waiting.server_id == server_id, waiting.state == "queued")
+    if following := session.scalars(query.order_by(waiting.seq).limit(1)).first():
+        wake(session, following)
+
+
+def _settle_clones(session: Session, operation: Operation) -> None:
+    """A farm that failed or was cancelled as a whole leaves no clone waiting."""
+    if operation.kind != "clone.create" or operation.state == "succeeded":
+        return
+    row: Any = Clone
+    session.execute(
+        update(Clone)
+        .where(row.operation_id == operation.id, row.state.in_(("queued", "making")))
+        .values(state=operation.state, error=operation.error)
+    )
+
+
+def _settle_run(session: Session, operation: Operation) -> None:
+    if operation.kind != "image.create":
+        return
+    query = select(ScheduleRun).where(ScheduleRun.operation_id == operation.id)  # type: ignore[arg-type]
+    run = session.scalars(query).one_or_none()
+    if run is None:
+        return
+    schedule = session.get_one(Schedule, run.schedule_id)
+    if operation.state == "succeeded":
+        run.state, run.image_id = "succeeded", (operation.result or {}).get("image")
+        schedule.failures_in_row = 0
+        return
+    run.state = "failed"
+    run.reason = operation.error["message"] if operation.error else operation.state
+    schedule.failures_in_row += 1
+    if schedule.failures_in_row == FAILURES_BEFORE_ALARM:
+        events.emit(
+            session,
+            "schedule.failing",
+            operation.server_id,
+            schedule=schedule.kind,
+            failures_in_row=schedule.failures_in_row,
+            reason=run.reason,
+        )

@@ -1,0 +1,68 @@
+"""The journal: every step that touches the world is written down before it is taken.
+
+Entries are data (an action's name and JSON arguments), so that any worker of the host can
+undo what a dead one began. Actions are idempotent and tolerate that the step they undo
+never happened.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import structlog
+from sqlalchemy import delete, select
+from sqlmodel import Session
+
+from shared.database import reading, transaction
+from shared.models import JournalEntry
+
+log = structlog.get_logger()
+
+Side = Literal["undo", "redo"]
+Step = tuple[str, dict[str, Any]]
+"""An action's name and its arguments."""
+
+_ACTIONS: dict[str, Callable[..., None]] = {}
+
+
+def action(function: Callable[..., None]) -> Callable[..., None]:
+    """Register an undo or redo action under its function's name."""
+    if function.__name__ in _ACTIONS:
+        raise ValueError(f"journal action {function.__name__!r} is registered twice")
+    _ACTIONS[function.__name__] = function
+    return function
+
+
+def write(session: Session, operation_id: str, side: Side, name: str, **arguments: Any) -> None:
+    if name not in _ACTIONS:
+        raise KeyError(f"no journal action {name!r}")
+    session.add(
+        JournalEntry(operation_id=operation_id, side=side, action=name, arguments=arguments)
+    )
+
+
+def clear(session: Session, operation_id: str, side: Side) -> None:
+    session.execute(
+        delete(JournalEntry).where(
+            JournalEntry.operation_id == operation_id,  # type: ignore[arg-type]
+            JournalEntry.side == side,  # type: ignore[arg-type]
+        )
+    )
+
+
+def play(operation_id: str, side: Side) -> None:
+    """Carry out the entries of one side and strike each off: undo backwards, redo forwards.
+
+    Raises what an action raises; the entries not yet struck off remain for the next try.
+    """
+    with reading() as session:
+        order = JournalEntry.seq.desc() if side == "undo" else JournalEntry.seq  # type: ignore[union-attr]
+        query = select(JournalEntry).where(
+            JournalEntry.operation_id == operation_id,  # type: ignore[arg-type]
+            JournalEntry.side == side,  # type: ignore[arg-type]
+        )
+        entries = list(session.scalars(query.order_by(order)))  # type: ignore[arg-type]
+    for entry in entries:
+        log.info("journal.play", operation=operation_id, side=side, action=entry.action)
+        _ACTIONS[entry.action](**entry.arguments)
+        with transaction() as session:
+            session.execute(delete(JournalEntry).where(JournalEntry.seq == entry.seq))  # type: ignore[arg-type]

@@ -1,0 +1,92 @@
+"""Wake-ups leave through the outbox: written with the operation, sent after the commit.
+
+A crash between the two loses nothing: whoever flushes next sends what is left. A message
+may go out twice; the claim makes the second one harmless.
+"""
+
+import threading
+from uuid import uuid4
+
+import structlog
+from sqlalchemy import delete, select
+from sqlmodel import Session
+
+from shared import events
+from shared.broker import redis_client
+from shared.celery_app import publisher
+from shared.commands import BY_KIND, queue_of
+from shared.database import now, reading, transaction
+from shared.models import Operation, OutboxMessage
+
+log = structlog.get_logger()
+
+
+def wake(session: Session, operation: Operation) -> None:
+    """Put a wake-up for the operation's worker into the outbox."""
+    operation.woken_at = now()
+    session.add(
+        OutboxMessage(
+            task=BY_KIND[operation.kind].task,
+            queue=queue_of(operation.service, operation.host),
+            arguments={"operation_id": operation.id},
+        )
+    )
+
+
+def flush() -> int:
+    """Send every message in the outbox; returns how many. Raises when the broker is away."""
+    sent = 0
+    while True:
+        with reading() as session:
+            query = select(OutboxMessage).order_by(OutboxMessage.seq).limit(100)  # type: ignore[arg-type]
+            batch = list(session.scalars(query))
+        if not batch:
+            return sent
+        redis_client().ping()  # fails at once where Celery's own retries would take seconds
+        for message in batch:
+            publisher().send_task(
+                message.task, kwargs=message.arguments, queue=message.queue, task_id=str(uuid4())
+            )
+        with transaction() as session:
+            done = [message.seq for message in batch]
+            session.execute(delete(OutboxMessage).where(OutboxMessage.seq.in_(done)))  # type: ignore[union-attr]
+        sent += len(batch)
+
+
+def flush_if_possible() -> bool:
+    """Send what there is; a broker that is away only means later."""
+    try:
+        flush()
+        while events.relay():
+            pass
+    except Exception as error:
+        log.warning("outbox.waiting", reason=str(error))
+        return False
+    return True
+
+
+class Relay(threading.Thread):
+    """Flushes soon after `kick()`, and again every `retry` seconds while the broker is away.
+
+    It keeps the API's answers free of the broker: a request is accepted while Redis is
+    down, and its operation starts when Redis is back.
+    """
+
+    def __init__(self, retry: float = 1.0, idle: float = 15.0) -> None:
+        super().__init__(name="outbox-relay", daemon=True)
+        self._kicked = threading.Event()
+        self._stopped = threading.Event()
+        self._retry, self._idle = retry, idle
+
+    def kick(self) -> None:
+        self._kicked.set()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._kicked.set()
+
+    def run(self) -> None:
+        while not self._stopped.is_set():
+            self._kicked.clear()
+            all_sent = flush_if_possible()
+            self._kicked.wait(self._idle if all_sent else self._retry)

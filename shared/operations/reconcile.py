@@ -1,0 +1,64 @@
+"""The reaper: finds operations whose worker is gone, or whose wake-up was lost.
+
+It only wakes: the worker that gets the message takes the operation over, clears up from
+the journal, and goes on or gives up (runner).
+"""
+
+from datetime import timedelta
+from typing import Any
+
+import structlog
+from sqlalchemy import and_, exists, or_, select
+from sqlalchemy.orm import aliased
+
+from shared.database import database_now, now, transaction
+from shared.models import Operation
+from shared.operations import presence
+from shared.operations.outbox import flush, wake
+from shared.settings import settings
+
+log = structlog.get_logger()
+
+WAKE_AGAIN_AFTER = timedelta(seconds=60)
+"""A queued operation at the head of its server's line is woken again after this long:
+its message may have been lost with the broker's memory."""
+
+
+def reconcile() -> int:
+    """Wake what nobody works on; returns how many. Raises when the broker is away."""
+    row: Any = Operation
+    other: Any = aliased(Operation)
+    blocked = exists().where(
+        other.server_id == row.server_id,
+        or_(other.state == "running", and_(other.state == "queued", other.seq < row.seq)),
+    )
+    with transaction() as session:
+        abandoned = and_(
+            row.state == "running",
+            or_(row.lease_expires_at.is_(None), row.lease_expires_at < database_now(session)),
+        )
+        forgotten = and_(row.state == "queued", row.woken_at < now() - WAKE_AGAIN_AFTER, ~blocked)
+        found = list(session.scalars(select(Operation).where(or_(abandoned, forgotten))))
+        for operation in found:
+            log.warning("operation.woken_again", operation=operation.id, state=operation.state)
+            wake(session, operation)
+    flush()
+    return len(found)
+
+
+def adopt_orphans(service: str) -> int:
+    """At a worker's start: wake this host's operations whose worker process is dead."""
+    row: Any = Operation
+    with transaction() as session:
+        running = select(Operation).where(
+            row.state == "running", row.service == service, row.host == settings().host
+        )
+        orphans = [
+            operation
+            for operation in session.scalars(running)
+            if operation.owner is None or presence.is_dead(operation.owner)
+        ]
+        for operation in orphans:
+            log.warning("operation.orphaned", operation=operation.id, kind=operation.kind)
+            wake(session, operation)
+    return len(orphans)

@@ -1,0 +1,71 @@
+"""From a command to an operation: the row and its wake-up in one transaction."""
+
+import hashlib
+import json
+
+from sqlalchemy import select
+from sqlmodel import Session
+
+from shared import errors
+from shared.commands import Command, CreateClones
+from shared.models import Clone, Operation
+from shared.operations.admission import admit
+from shared.operations.outbox import wake
+
+
+def submit(
+    session: Session,
+    command: Command,
+    *,
+    requested_by: str,
+    idempotency_key: str | None = None,
+) -> Operation:
+    """Return the operation that does `command`; after the commit, call `outbox.flush()`.
+
+    The same `idempotency_key` with the same command gives the operation it gave before
+    (E4); with another command raises IdempotencyKeyReused. Raises what admission raises.
+    """
+    request_hash = _hash(command)
+    if idempotency_key is not None:
+        query = select(Operation).where(Operation.idempotency_key == idempotency_key)  # type: ignore[arg-type]
+        if earlier := session.scalars(query).one_or_none():
+            if earlier.request_hash != request_hash:
+                raise errors.IdempotencyKeyReused(
+                    f"This Idempotency-Key belongs to operation {earlier.id}, which was asked for "
+                    "with another request. Nothing was started; send a new key.",
+                    operation=earlier.id,
+                )
+            return earlier
+    server, admitted = admit(command, session)
+    operation = Operation(
+        kind=command.kind,
+        service=command.service,
+        host=server.host,
+        server_id=server.id,
+        command=admitted.model_dump(mode="json"),
+        requested_by=requested_by,
+        idempotency_key=idempotency_key,
+        request_hash=request_hash,
+    )
+    session.add(operation)
+    if isinstance(admitted, CreateClones):
+        for name in admitted.names:
+            session.add(_planned_clone(operation, admitted, name))
+    wake(session, operation)
+    session.flush()
+    return operation
+
+
+def _planned_clone(operation: Operation, command: CreateClones, name: str) -> Clone:
+    return Clone(
+        operation_id=operation.id,
+        host=operation.host,
+        name=name,
+        source_kind=command.source.kind,
+        source_id=command.source.id,
+    )
+
+
+def _hash(command: Command) -> str:
+    document = json.dumps([command.kind, command.model_dump(mode="json")], sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()
