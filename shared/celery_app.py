@@ -7,16 +7,8 @@ from functools import cache
 from typing import Any
 
 from celery import Celery
-from celery.signals import (
-    setup_logging,
-    task_postrun,
-    task_prerun,
-    worker_process_init,
-    worker_ready,
-)
 from kombu import Queue
 
-from shared.commands import queue_of
 from shared.settings import settings
 
 TICKS = "ticks"
@@ -63,58 +55,7 @@ def make_app(name: str, queues: list[str], imports: list[str]) -> Celery:
     return app
 
 
-def service_app(service: str) -> Celery:
-    """The app of one of the three services on this host; reads `<queue>.<host>`."""
-    app = make_app(service, [queue_of(service, settings().host)], [f"services.{service}.tasks"])
-    app.conf.triptych_service = service
-    worker_ready.connect(_on_worker_ready, weak=False)
-    worker_process_init.connect(_on_child_start, weak=False)
-    return app
-
-
 @cache
 def publisher() -> Celery:
     """For sending only."""
     return make_app("triptych-publisher", [], [])
-
-
-def _on_worker_ready(sender: Any, **_: Any) -> None:
-    from shared.hosts import HostReporter
-    from shared.operations.outbox import flush_if_possible
-    from shared.operations.reconcile import adopt_orphans
-
-    HostReporter().start()
-    adopt_orphans(sender.app.conf.triptych_service)
-    flush_if_possible()
-
-
-def _on_child_start(**_: Any) -> None:
-    """A child that was killed is replaced by a new one: it sees to what was left."""
-    from celery import current_app
-
-    from shared.operations.outbox import flush_if_possible
-    from shared.operations.reconcile import adopt_orphans
-
-    adopt_orphans(current_app.conf.triptych_service)
-    flush_if_possible()
-
-
-@setup_logging.connect
-def _logging(**_: Any) -> None:
-    from shared.logs import configure
-
-    configure()
-
-
-@task_prerun.connect
-def _bind(task_id: str, task: Any, **_: Any) -> None:
-    import structlog
-
-    structlog.contextvars.bind_contextvars(task=task.name, task_id=task_id)
-
-
-@task_postrun.connect
-def _unbind(**_: Any) -> None:
-    import structlog
-
-    structlog.contextvars.clear_contextvars()

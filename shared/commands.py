@@ -66,6 +66,8 @@ class DeleteSnapshot(Command):
     kind, service, task = "snapshot.delete", "snapshotter", "snapshotter.delete"
 
     server: Reference
+    snapshot: Reference | None = None
+    """Only this one; filled in at admission, so that a later snapshot is not meant."""
     expired: bool = False
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from services.snapshotter import snapshots  # noqa: F401  registers the handlers
 from shared import commands
-from shared.celery_app import service_app
 from shared.entry import receive
+from shared.worker import service_app
 
 app = service_app("snapshotter")
 

@@ -83,12 +83,19 @@ def _(command: TakeSnapshot, session: Session) -> Admitted:
     return Admitted(server, command.model_copy(update={"server": server.id}))
 
 
-@admit.register(RevertSnapshot)
-@admit.register(DeleteSnapshot)
-def _(command: RevertSnapshot | DeleteSnapshot, session: Session) -> Admitted:
+@admit.register
+def _(command: RevertSnapshot, session: Session) -> Admitted:
     server = lookups.server(session, command.server)
     lookups.snapshot(session, server)
     return Admitted(server, command.model_copy(update={"server": server.id}))
+
+
+@admit.register
+def _(command: DeleteSnapshot, session: Session) -> Admitted:
+    server = lookups.server(session, command.server)
+    snapshot = lookups.snapshot(session, server)
+    pinned = {"server": server.id, "snapshot": command.snapshot or snapshot.id}
+    return Admitted(server, command.model_copy(update=pinned))
 
 
 @admit.register

@@ -5,8 +5,9 @@ error, cancellation or crash is undone from the journal.
 """
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -28,10 +29,9 @@ class Outcome:
     """What a handler achieved; applied in one transaction, the point of no return."""
 
     result: dict[str, Any]
-    apply: Callable[[Session], None] = lambda session: None
-    """Changes rows, in the same transaction that commits the operation."""
-    then: list[journal.Step] = field(default_factory=list)
-    """What remains to be done to the world; redone after a crash until it is done."""
+    apply: Callable[[Session], list[journal.Step] | None] = lambda session: None
+    """Changes rows, in the same transaction that commits the operation. What it returns
+    remains to be done to the world; redone after a crash until it is done."""
     undo: dict[str, Any] | None = None
     undo_until: datetime | None = None
 
@@ -76,6 +76,18 @@ class Context:
             raise errors.LeaseLost(f"Operation {self.id} was taken over by another worker.")
         if self._cancel.is_set():
             raise errors.Cancelled("Cancelled on request; everything is as it was before.")
+
+    @contextmanager
+    def unit(self) -> Iterator[None]:
+        """A part that can fail on its own: on an error its steps, and no others, are undone."""
+        mark = journal.last(self.id)
+        try:
+            yield
+        except errors.LeaseLost:
+            raise
+        except Exception:
+            journal.play(self.id, "undo", after=mark)
+            raise
 
     def undo(self, action: str, **arguments: Any) -> None:
         """Write down, before a step, what undoes it."""

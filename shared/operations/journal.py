@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import structlog
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 from sqlmodel import Session
 
 from shared.database import reading, transaction
@@ -49,7 +49,16 @@ def clear(session: Session, operation_id: str, side: Side) -> None:
     )
 
 
-def play(operation_id: str, side: Side) -> None:
+def last(operation_id: str) -> int:
+    """The newest undo entry's number, 0 when there is none."""
+    with reading() as session:
+        query = select(func.max(JournalEntry.seq)).where(
+            JournalEntry.operation_id == operation_id  # type: ignore[arg-type]
+        )
+        return session.scalar(query) or 0
+
+
+def play(operation_id: str, side: Side, after: int = 0) -> None:
     """Carry out the entries of one side and strike each off: undo backwards, redo forwards.
 
     Raises what an action raises; the entries not yet struck off remain for the next try.
@@ -59,6 +68,7 @@ def play(operation_id: str, side: Side) -> None:
         query = select(JournalEntry).where(
             JournalEntry.operation_id == operation_id,  # type: ignore[arg-type]
             JournalEntry.side == side,  # type: ignore[arg-type]
+            JournalEntry.seq > after,  # type: ignore[arg-type,operator]
         )
         entries = list(session.scalars(query.order_by(order)))  # type: ignore[arg-type]
     for entry in entries:

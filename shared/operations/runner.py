@@ -103,14 +103,14 @@ def _commit(operation: Operation, owner: str, outcome: Outcome) -> Operation:
         current = lookups.operation(session, operation.id)
         if current.owner != owner:
             raise errors.LeaseLost(f"Operation {operation.id} was taken over.")
-        outcome.apply(session)
+        left_to_do = outcome.apply(session) or []
         current.committed = True
         current.result = outcome.result
         current.undo, current.undo_until = outcome.undo, outcome.undo_until
         journal.clear(session, current.id, "undo")
-        for name, arguments in outcome.then:
+        for name, arguments in left_to_do:
             journal.write(session, current.id, "redo", name, **arguments)
-        if not outcome.then:  # nothing is left to do: one transaction is enough
+        if not left_to_do:  # nothing is left to do: one transaction is enough
             finish(session, current, "succeeded")
         return current
 

@@ -1,0 +1,249 @@
+"""Starts and stops the processes of the embedded stack and knows where they keep things.
+
+Everything lies in one state directory: the database, Redis's data, logs, pids and `env`,
+the file (mode 0600) to source for the client. Settings that are set in the environment are
+taken as they are; the rest is filled in.
+"""
+
+import json
+import os
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SERVICES = ("snapshotter", "imager", "cloner")
+WARM_SHUTDOWN = 40.0
+"""Seconds a worker may take to finish what it does before it is killed."""
+
+
+class StackError(RuntimeError):
+    """The stack cannot be started; the message says what to look at."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Stack:
+    """One stack in `state`; `settings` are TRIPTYCH_ variables that win over the environment."""
+
+    state: Path
+    port: int = 8000
+    settings: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return self.environment["TRIPTYCH_URL"]
+
+    @property
+    def token(self) -> str:
+        return self.environment["TRIPTYCH_TOKEN"]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The TRIPTYCH_ variables of a stack that was started."""
+        lines = (self.state / "env").read_text().splitlines()
+        words = (shlex.split(line)[1] for line in lines)
+        return dict(word.split("=", 1) for word in words)
+
+    # Starting
+
+    def start(self) -> None:
+        """Start all of it and wait until the API and the host's workers answer."""
+        if self.running():
+            raise StackError(
+                f"A stack runs already in {self.state}. Stop it first with `make down`."
+            )
+        self._write_environment()
+        if "TRIPTYCH_BROKER_URL" not in {**os.environ, **self.settings}:
+            self.start_redis()
+        self._run_once([sys.executable, "-m", "shared.database"], "migrate")
+        self.start_api()
+        for service in SERVICES:
+            self.start_worker(service)
+        self.start_beat()
+        self.wait_ready()
+
+    def start_redis(self) -> None:
+        folder = self.state / "redis"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        port = self.environment["TRIPTYCH_BROKER_URL"].rsplit(":", 1)[1].split("/")[0]
+        config = folder / "redis.conf"
+        config.touch(mode=0o600)
+        config.write_text(
+            f"bind 127.0.0.1\nport {port}\ndir {folder}\nrequirepass {self._broker_password()}\n"
+            'save ""\nappendonly yes\nmaxmemory-policy noeviction\n'
+        )
+        self._spawn("redis", ["redis-server", str(config)])
+        self._wait_for_port(int(port), "redis")
+
+    def start_api(self) -> None:
+        self._spawn("api", [sys.executable, "-m", "services.api", "--port", str(self.port)])
+
+    def start_worker(self, service: str) -> None:
+        app = f"services.{service}.tasks"
+        self._spawn(service, [sys.executable, "-m", "celery", "-A", app, "worker"])
+
+    def start_beat(self) -> None:
+        command = ["celery", "-A", "shared.beat", "worker", "--beat", "--concurrency", "2"]
+        self._spawn("beat", [sys.executable, "-m", *command])
+
+    def wait_ready(self, timeout: float = 60) -> None:
+        host = self.environment["TRIPTYCH_HOST"]
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            for name in ("api", *SERVICES, "beat"):
+                if not self._alive(name):
+                    raise StackError(f"{name} ended at its start; see {self._log(name)}")
+            if self._answers(f"/v1/hosts/{host}"):
+                return
+            time.sleep(0.1)
+        raise StackError(f"The stack did not come up in {timeout:.0f} s; see {self.state / 'log'}")
+
+    # Stopping
+
+    def stop(self) -> None:
+        """Stop what this state directory's pids name, workers first and warmly."""
+        for names in (("beat", *SERVICES), ("api",), ("redis",)):
+            for name in names:
+                self.signal(name, signal.SIGTERM)
+            for name in names:
+                self._wait_gone(name, WARM_SHUTDOWN)
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Signal one process of the stack; with SIGKILL also its children."""
+        if not self._alive(name):
+            return
+        pid = self.pid(name)
+        if number == signal.SIGKILL:
+            os.killpg(pid, number)
+        else:
+            os.kill(pid, number)
+
+    def pid(self, name: str) -> int:
+        return int((self.state / "run" / f"{name}.pid").read_text())
+
+    def running(self) -> bool:
+        return any(self._alive(name) for name in ("redis", "api", *SERVICES, "beat"))
+
+    # How
+
+    def _write_environment(self) -> None:
+        for folder in (self.state, self.state / "log", self.state / "run"):
+            folder.mkdir(mode=0o711, parents=True, exist_ok=True)
+        given = {
+            name: value for name, value in os.environ.items() if name.startswith("TRIPTYCH_")
+        } | self.settings
+        defaults = {
+            "TRIPTYCH_TOKEN": self._kept_secret("token"),
+            "TRIPTYCH_DATABASE_URL": f"sqlite:///{self.state.absolute()}/triptych.db",
+            "TRIPTYCH_BROKER_URL": f"redis://:{self._broker_password()}@127.0.0.1:{free_port()}/0",
+            "TRIPTYCH_HOST": "local",
+            "TRIPTYCH_VAULT": str(self.state.absolute() / "vault"),
+        }
+        environment = {**defaults, **given, "TRIPTYCH_URL": f"http://127.0.0.1:{self.port}"}
+        Path(environment["TRIPTYCH_VAULT"]).mkdir(mode=0o711, parents=True, exist_ok=True)
+        path = self.state / "env"
+        path.touch(mode=0o600)
+        lines = (f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
+        path.write_text("".join(sorted(lines)))
+
+    def _kept_secret(self, name: str) -> str:
+        path = self.state / name
+        if not path.exists():
+            path.touch(mode=0o600)
+            path.write_text(secrets.token_urlsafe(32))
+        return path.read_text()
+
+    def _broker_password(self) -> str:
+        return self._kept_secret("broker-password")
+
+    def _process_environment(self) -> dict[str, str]:
+        return {
+            **{k: v for k, v in os.environ.items() if not k.startswith("TRIPTYCH_")},
+            **self.environment,
+            "TRIPTYCH_STATE": str(self.state.absolute()),
+            "PYTHONPATH": str(ROOT),
+        }
+
+    def _spawn(self, name: str, command: list[str]) -> None:
+        with self._log(name).open("ab") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=self._process_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        (self.state / "run" / f"{name}.pid").write_text(str(process.pid))
+
+    def _run_once(self, command: list[str], name: str) -> None:
+        done = subprocess.run(
+            command, cwd=ROOT, env=self._process_environment(), capture_output=True, text=True
+        )
+        if done.returncode:
+            raise StackError(f"{name} failed: {done.stderr.strip()[-2000:]}")
+
+    def _log(self, name: str) -> Path:
+        return self.state / "log" / f"{name}.log"
+
+    def _alive(self, name: str) -> bool:
+        """Whether the pid is ours and lives: a pid that was given to somebody else is not."""
+        try:
+            pid = self.pid(name)
+            _reap(pid)
+            marker = f"TRIPTYCH_STATE={self.state.absolute()}".encode()
+            return marker in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            return False
+
+    def _wait_gone(self, name: str, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while self._alive(name):
+            if time.monotonic() > deadline:
+                self.signal(name, signal.SIGKILL)
+            time.sleep(0.05)
+        (self.state / "run" / f"{name}.pid").unlink(missing_ok=True)
+
+    def _wait_for_port(self, port: int, name: str) -> None:
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            time.sleep(0.02)
+        raise StackError(f"{name} does not listen on port {port}; see {self._log(name)}")
+
+    def _answers(self, path: str) -> bool:
+        request = urllib.request.Request(  # noqa: S310  our own http:// address
+            self.url + path, headers={"Authorization": f"Bearer {self.token}"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310
+                body = json.load(answer)
+        except (OSError, urllib.error.URLError, ValueError):
+            return False
+        return bool(body.get("last_seen_at"))
+
+
+def _reap(pid: int) -> None:
+    """A child of this very process that has ended stays in /proc until it is waited for."""
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        pass

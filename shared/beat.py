@@ -1,0 +1,43 @@
+"""Celery beat and the worker of its ticks, in one process: `celery -A shared.beat worker --beat`.
+
+Ticks only read and write the database, so they never wait behind a long copy. Two beats
+by accident do no harm: each tick claims what is due in the database.
+"""
+
+from typing import Any
+
+from celery.signals import setup_logging
+
+from shared import logs
+from shared.celery_app import TICKS, make_app
+from shared.settings import settings
+
+app = make_app(
+    "beat",
+    [TICKS],
+    # By name: what is shared imports no service; beat only needs their ticks.
+    ["shared.operations.tasks", "services.snapshotter.expiry", "services.imager.ticks"],
+)
+app.set_default()
+app.conf.worker_pool = "threads"
+app.conf.worker_disable_prefetch = False
+app.conf.beat_scheduler = "celery.beat:Scheduler"
+app.conf.beat_schedule = {
+    name: {
+        "task": name,
+        "schedule": settings().tick,
+        "options": {"queue": TICKS, "expires": settings().tick},
+    }
+    for name in (
+        "snapshotter.expire_due",
+        "imager.run_due_schedules",
+        "operations.reconcile",
+        "operations.forget_due",
+        "events.relay",
+    )
+}
+
+
+@setup_logging.connect
+def _logging(**_: Any) -> None:
+    logs.configure()

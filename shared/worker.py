@@ -1,0 +1,62 @@
+"""What each of the three services' workers is beside its tasks: an app on this host's queue,
+log context, the host's inventory, and clearing up after a predecessor that died.
+"""
+
+from typing import Any
+
+import structlog
+from celery import Celery, current_app
+from celery.signals import (
+    setup_logging,
+    task_postrun,
+    task_prerun,
+    worker_process_init,
+    worker_ready,
+)
+
+from shared import logs, recovery  # noqa: F401  registers the journal's actions
+from shared.celery_app import make_app
+from shared.commands import queue_of
+from shared.hosts import HostReporter
+from shared.operations.outbox import flush_if_possible
+from shared.operations.reconcile import adopt_orphans
+from shared.settings import settings
+
+
+def service_app(service: str) -> Celery:
+    """The app of one of the three services on this host; reads `<queue>.<host>`."""
+    app = make_app(service, [queue_of(service, settings().host)], [f"services.{service}.tasks"])
+    app.conf.triptych_service = service
+    return app
+
+
+@worker_ready.connect
+def _on_worker_ready(sender: Any, **_: Any) -> None:
+    HostReporter().start()
+    _clear_up(sender.app)
+
+
+@worker_process_init.connect
+def _on_child_start(**_: Any) -> None:
+    """A child that was killed is replaced by a new one, which sees to what was left."""
+    _clear_up(current_app)
+
+
+def _clear_up(app: Celery) -> None:
+    adopt_orphans(app.conf.triptych_service)
+    flush_if_possible()
+
+
+@setup_logging.connect
+def _logging(**_: Any) -> None:
+    logs.configure()
+
+
+@task_prerun.connect
+def _bind(task_id: str, task: Any, **_: Any) -> None:
+    structlog.contextvars.bind_contextvars(task=task.name, task_id=task_id)
+
+
+@task_postrun.connect
+def _unbind(**_: Any) -> None:
+    structlog.contextvars.clear_contextvars()
