@@ -51,7 +51,7 @@ def has_sys_admin() -> bool:
 def mount_root() -> Path:
     """Give the directory below which this process mounts; make it, shared, at first use."""
     global _root
-    if _root is None or not _root.is_mount():
+    if _root is None:
         root = Path(tempfile.mkdtemp(prefix="triptych-lab-mnt-"))
         root.chmod(0o755)
         _run("mount", "--bind", str(root), str(root))
@@ -116,8 +116,9 @@ def _mounted(size: int, mkfs: list[str]) -> Iterator[Path]:
 def unmount(directory: Path, patience_s: float = 5.0) -> None:
     """Unmount `directory`; one that stays busy is detached, and freed when its user lets go."""
     deadline = time.monotonic() + patience_s
-    while subprocess.run(["umount", str(directory)], capture_output=True).returncode:
-        if not directory.is_mount():
+    command = ["umount", str(directory)]
+    while (done := subprocess.run(command, capture_output=True, text=True)).returncode:
+        if "not mounted" in done.stderr:
             return
         if time.monotonic() > deadline:
             _run("umount", "--lazy", str(directory))

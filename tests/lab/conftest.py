@@ -1,0 +1,35 @@
+"""Owns the fixtures that any test on real guests needs: one libvirtd, a directory, a guest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.guest import Guest
+from lab.libvirtd import Hypervisor, LabUnavailable, libvirtd, scratch
+
+
+@pytest.fixture(scope="session")
+def hypervisor() -> Iterator[Hypervisor]:
+    """A libvirtd, the machine's or our own."""
+    try:
+        with libvirtd() as found:
+            yield found
+    except LabUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture
+def workspace() -> Iterator[Path]:
+    """A directory that QEMU's user can enter, unlike `tmp_path`."""
+    with scratch() as directory:
+        yield directory
+
+
+@pytest.fixture
+def guest(hypervisor: Hypervisor, workspace: Path) -> Iterator[Guest]:
+    """A running guest with a qcow2 root disk and a raw one at /data."""
+    with Guest.create(hypervisor, workspace, disks=["qcow2", "raw"]) as made:
+        yield made.start()

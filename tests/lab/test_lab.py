@@ -1,0 +1,87 @@
+"""The lab keeps its own promises: real guests, readable from outside, and no traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from lab import filesystems, offline
+from lab.guest import Guest, attach
+from lab.libvirtd import Hypervisor, LabUnavailable, libvirtd
+
+pytestmark = pytest.mark.vm
+
+
+def test_what_is_written_inside_is_read_inside_and_from_the_disk(guest: Guest) -> None:
+    """A file written through the agent is there inside, and on the disk after shutdown."""
+    guest.write("/data/word", "kept\n")
+
+    assert guest.read("/data/word") == "kept\n"
+    assert guest.run("exit 3") == (3, "")
+    assert guest.agent("guest-fsfreeze-freeze") >= 2
+    assert guest.agent("guest-fsfreeze-thaw") >= 2
+
+    guest.shutdown()
+
+    root, data = guest.disks
+    assert offline.read_file(data, "/word") == "kept\n"
+    assert offline.fsck(root).clean
+    assert offline.fsck(data).clean
+    assert offline.check(root).clean
+
+
+def test_a_disk_changed_offline_boots_with_the_change(guest: Guest) -> None:
+    """A host name written to the stopped guest's qcow2 is the one it boots with."""
+    guest.shutdown()
+
+    offline.write_file(guest.disks[0], "/etc/hostname", "renamed\n")
+
+    assert guest.start().run("hostname") == (0, "renamed\n")
+
+
+def test_removing_a_guest_leaves_nothing(hypervisor: Hypervisor, workspace: Path) -> None:
+    """Definition, disks and console log are gone."""
+    with Guest.create(hypervisor, workspace) as guest:
+        guest.start(wait=False)
+
+    assert attach(hypervisor, guest.name).state() == "missing"
+    assert not list(workspace.iterdir())
+
+
+def test_guests_survive_a_stop_of_our_own_libvirtd(workspace: Path) -> None:
+    """After a stop and after a kill the same guest runs on, its shell variable in place."""
+    try:
+        lab = libvirtd(own=True)
+        hypervisor = lab.__enter__()
+    except LabUnavailable as reason:
+        pytest.skip(str(reason))
+    try:
+        with Guest.create(hypervisor, workspace) as guest:
+            guest.start()
+            guest.run("echo alive >/run/mark")
+            for kill in (False, True):
+                hypervisor.stop(kill=kill)
+                hypervisor.start()
+
+                assert guest.state() == "running"
+                assert guest.wait_ready().read("/run/mark") == "alive\n"
+    finally:
+        lab.__exit__(None, None, None)
+
+
+@pytest.mark.skipif(not filesystems.can_mount(), reason="needs the right to mount")
+@pytest.mark.parametrize("make", [filesystems.xfs, filesystems.btrfs, filesystems.ext4])
+def test_a_file_system_mounted_later_is_seen_by_libvirtd(
+    make: Callable[[int], AbstractContextManager[Path]], hypervisor: Hypervisor
+) -> None:
+    """A guest runs from a file system that was mounted after libvirtd's start."""
+    with (
+        make(512 * filesystems.MIB) as directory,
+        Guest.create(hypervisor, directory, disks=["raw"]) as guest,
+    ):
+        assert guest.start().run("true")[0] == 0
+
+    assert not directory.exists()
