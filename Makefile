@@ -1,0 +1,39 @@
+# Everything a newcomer needs: `make demo` to see it, `make up` to use it, `make test` to trust it.
+PYTHON := .venv/bin/python
+export PORT ?= 8000
+
+.PHONY: help setup demo test lint up down bench lock clean
+.DEFAULT_GOAL := help
+
+help:            ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+setup:           ## Install what is missing: system packages and the virtual environment
+	@scripts/setup
+
+demo: setup      ## Do the main job on a real VM built for it; KEEP=1 leaves it running
+	@$(PYTHON) -m lab.demo $(if $(KEEP),--keep)
+
+test: setup      ## Run all tests (real libvirt, QEMU, Redis); ARGS="-k name" for some
+	@$(PYTHON) -m pytest $(ARGS)
+
+lint: setup      ## ruff, mypy and the import contracts
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+	@.venv/bin/lint-imports
+
+up: setup        ## Start Triptych for this machine's libvirt on 127.0.0.1:$(PORT)
+	@$(PYTHON) -m embedded up
+
+down:            ## Stop it again; VMs, copies and database stay
+	@$(PYTHON) -m embedded down
+
+bench: setup     ## Measure ours and its peers; ONLY=snapshot runs a part
+	@$(PYTHON) -m bench $(if $(ONLY),--only $(ONLY))
+
+lock:            ## Pin dependencies anew (needs uv)
+	@scripts/lock
+
+clean:           ## Remove the virtual environment and caches
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,150 @@
+"""The story of a clone: one source, copied once; each clone made from it on its own terms.
+
+A clone that fails takes nothing else with it (C4): its own steps are undone and the next
+one is made. A farm that is cancelled, or in which no clone could be made, leaves nothing.
+"""
+
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import structlog
+from sqlalchemy import select
+from sqlmodel import Session
+
+from services.cloner import identity
+from shared import errors, events, lookups
+from shared.commands import CreateClones
+from shared.copying import copy_server, write_out
+from shared.database import reading
+from shared.hypervisor.connection import connect
+from shared.hypervisor.definition import clone_definition
+from shared.hypervisor.domains import Domain
+from shared.models import Clone, Server
+from shared.operations.context import Context, Outcome
+from shared.operations.journal import Step
+from shared.operations.runner import describe, handles
+from shared.settings import settings
+from shared.vault import Manifest, Vault
+
+log = structlog.get_logger()
+
+
+@handles(CreateClones)
+def create(context: Context, command: CreateClones) -> Outcome:
+    """Make `count` clones of a server, its snapshot or an image (C1 to C4)."""
+    with reading() as session:
+        source = _source_folder(session, command)
+        server = lookups.server(session, context.operation.server_id, forgotten=True)
+        planned = list(session.scalars(_planned(context.id)))
+    temporary = source is None
+    if source is None:
+        copy_server(context, server, "farm", context.id, quiesce=command.quiesce)
+        source = Vault(settings().vault).path("farm", server.id, context.id)
+    made: list[Server] = []
+    for number, clone in enumerate(planned, start=1):
+        context.phase(f"clone {number} of {len(planned)}: {clone.name}")
+        try:
+            with context.unit():
+                made.append(_make(context, command, source, clone, server.host))
+        except (errors.Cancelled, errors.LeaseLost):
+            raise
+        except Exception as error:
+            clone.state, clone.error = "failed", describe(error)
+            log.warning("clone.failed", clone=clone.name, **clone.error)
+            failure = error
+    if not made:
+        raise failure
+
+    def apply(session: Session) -> list[Step]:
+        for row in (*made, *planned):
+            session.merge(row)
+        for clone in planned:
+            fact = "clone.created" if clone.state == "ready" else "clone.failed"
+            events.emit(session, fact, server.id, clone=clone.id, name=clone.name)
+        return [("remove_copy", {"folder": str(source)})] if temporary else []
+
+    return Outcome({"clones": [_outcome(clone) for clone in planned]}, apply)
+
+
+def _source_folder(session: Session, command: CreateClones) -> Path | None:
+    """The folder of the snapshot or image; None for a server, which is copied first."""
+    vault = Vault(settings().vault)
+    if command.source.kind == "image":
+        image = lookups.image(session, command.source.id)
+        return vault.path("image", image.server_id, image.id)
+    server = lookups.server(session, command.source.id)
+    if command.source.kind == "snapshot":
+        return vault.path("snapshot", server.id, lookups.snapshot(session, server).id)
+    return None
+
+
+def _planned(operation_id: str) -> Any:
+    row: Any = Clone
+    return select(Clone).where(row.operation_id == operation_id).order_by(row.name)
+
+
+def _outcome(clone: Clone) -> dict[str, Any]:
+    return {
+        "id": clone.id,
+        "name": clone.name,
+        "server": clone.server_id,
+        "state": clone.state,
+        "way": clone.way,
+        "identity": clone.identity,
+        "error": clone.error,
+    }
+
+
+def _make(
+    context: Context, command: CreateClones, source: Path, clone: Clone, host: str
+) -> Server:
+    """Define the clone early, so that a bad definition costs no bytes; then its disks."""
+    connection = connect(settings().libvirt_uri)
+    if Domain.find_by_name(connection, clone.name):
+        raise errors.CloneNameTaken(
+            f"A domain named {clone.name!r} exists in libvirt; this clone was not made. "
+            "Choose another name.",
+            conflict=clone.name,
+        )
+    manifest = Manifest.read(source)
+    destinations = _destinations(manifest, clone.name)
+    uuid = str(uuid4())
+    definition = clone_definition(
+        (source / manifest.definition).read_text(),
+        name=clone.name,
+        uuid=uuid,
+        disk_paths={target: str(destinations[target]) for target in manifest.targets()},
+        vcpus=command.vcpus,
+        memory_bytes=command.memory_mib * 2**20 if command.memory_mib else None,
+        nvram_path=str(destinations["nvram"]) if "nvram" in destinations else None,
+        mac_prefix=settings().mac_prefix,
+    )
+    for path in destinations.values():
+        context.undo("remove_file", path=str(path))
+    context.undo("undefine_domain", uuid=uuid)
+    domain = Domain.define(connection, definition)
+    clone.way = write_out(context, source, manifest, destinations)
+    if command.start:
+        domain.start()
+    clone.identity = identity.report(definition)
+    clone.state = "ready"
+    server = Server(name=clone.name, host=host, domain_uuid=uuid)
+    clone.server_id = server.id
+    return server
+
+
+def _destinations(manifest: Manifest, name: str) -> dict[str, Path]:
+    """Where the clone's files go: by target, and `nvram`; beside the source's own disks."""
+    paths: dict[str, Path] = {}
+    for file in manifest.files():
+        folder = settings().clone_dir or Path(file.original).parent
+        path = folder / f"{name}-{file.target}{Path(file.name).suffix}"
+        if path.exists():
+            raise errors.CloneNameTaken(
+                f"{path} exists already; this clone was not made and the file is as it was. "
+                "Choose another name, or remove the file if nothing uses it.",
+                conflict=str(path),
+            )
+        paths[file.target] = path
+    return paths

@@ -1,0 +1,162 @@
+"""The story of an image: created, restored (and undone), promoted from a snapshot, deleted."""
+
+from datetime import datetime
+
+from sqlalchemy import select
+from sqlmodel import Session
+
+from services.imager import rotation
+from shared import errors, events, lookups, restoring
+from shared.commands import (
+    CreateImage,
+    DeleteImage,
+    ForgetRestore,
+    PromoteSnapshot,
+    RestoreImage,
+    UndoRestore,
+)
+from shared.copying import Stored, copy_server, copy_stored
+from shared.database import now, reading
+from shared.ids import new_id
+from shared.models import Image, Schedule, ScheduleRun, Server
+from shared.operations.context import Context, Outcome
+from shared.operations.journal import Step
+from shared.operations.runner import handles
+from shared.settings import settings
+from shared.vault import Vault
+
+
+@handles(CreateImage)
+def create(context: Context, command: CreateImage) -> Outcome:
+    """Copy every writable disk of the server into a folder that explains itself (I1)."""
+    with reading() as session:
+        server = lookups.server(session, command.server)
+        schedule = _schedule_of(session, context.id)
+    image_id = new_id("img")
+    stored = copy_server(context, server, "image", image_id, quiesce=command.quiesce)
+    origin = schedule.kind if schedule else "manual"
+    image = _row(server, image_id, stored, command, origin=origin)
+    image.schedule_id = schedule.id if schedule else None
+    return _created(server, image, stored)
+
+
+@handles(PromoteSnapshot)
+def promote(context: Context, command: PromoteSnapshot) -> Outcome:
+    """Make the snapshot an image (S6): its extents are shared where the file system can."""
+    with reading() as session:
+        server = lookups.server(session, command.server)
+        snapshot = lookups.snapshot(session, server)
+    image_id = new_id("img")
+    source = Vault(settings().vault).path("snapshot", server.id, snapshot.id)
+    stored = copy_stored(context, source, server, "image", image_id)
+    return _created(server, _row(server, image_id, stored, command, origin="promoted"), stored)
+
+
+def _schedule_of(session: Session, operation_id: str) -> Schedule | None:
+    """The schedule whose run this operation is, if it is one's."""
+    query = (
+        select(Schedule)
+        .join(ScheduleRun, ScheduleRun.schedule_id == Schedule.id)  # type: ignore[arg-type]
+        .where(ScheduleRun.operation_id == operation_id)  # type: ignore[arg-type]
+    )
+    return session.scalars(query).one_or_none()
+
+
+def _row(
+    server: Server,
+    image_id: str,
+    stored: Stored,
+    command: CreateImage | PromoteSnapshot,
+    origin: str,
+) -> Image:
+    return Image(
+        id=image_id,
+        name=command.name or _default_name(server, image_id, stored.taken_at),
+        server_id=server.id,
+        created_at=stored.taken_at,
+        description=command.description,
+        pinned=command.pinned,
+        origin=origin,
+        consistency=stored.consistency,
+        way=stored.way,
+        pause_ms=stored.pause_ms,
+        bytes=stored.bytes,
+        left_out=stored.left_out,
+    )
+
+
+def _default_name(server: Server, image_id: str, taken_at: datetime) -> str:
+    plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in server.name)[:36]
+    return f"{plain.strip('._-') or 'image'}-{taken_at:%Y%m%d-%H%M%S}-{image_id[-4:]}"
+
+
+def _created(server: Server, image: Image, stored: Stored) -> Outcome:
+    """The new image is complete on disk; only now may rotation take the oldest (I4)."""
+
+    def apply(session: Session) -> list[Step]:
+        taken = select(Image).where(
+            Image.server_id == server.id,  # type: ignore[arg-type]
+            Image.name == image.name,  # type: ignore[arg-type]
+            Image.deleted_at.is_(None),  # type: ignore[union-attr]
+        )
+        if session.scalars(taken).first():
+            raise errors.ImageNameTaken(
+                f"Server {server.name!r} has got an image named {image.name!r} meanwhile; "
+                "the new one was removed again. Choose another name."
+            )
+        session.add(image)
+        session.flush()
+        events.emit(session, "image.created", server.id, image=image.id, origin=image.origin)
+        return [_removal(session, old, "image.rotated") for old in rotation.due(session, image)]
+
+    return Outcome({"image": image.id, **stored.facts()}, apply)
+
+
+def _removal(session: Session, image: Image, fact: str) -> Step:
+    """Mark the row as gone; the step that is returned removes the files."""
+    image.deleted_at = now()
+    session.add(image)
+    events.emit(session, fact, image.server_id, image=image.id, name=image.name)
+    folder = Vault(settings().vault).path("image", image.server_id, image.id)
+    return "remove_copy", {"folder": str(folder)}
+
+
+@handles(DeleteImage)
+def delete(context: Context, command: DeleteImage) -> Outcome:
+    """Delete the image; one that is gone already needs no work."""
+
+    def apply(session: Session) -> list[Step]:
+        image = session.get(Image, command.image)
+        if image is None or image.deleted_at:
+            return []
+        return [_removal(session, image, "image.deleted")]
+
+    context.phase("deleting")
+    return Outcome({"image": command.image}, apply)
+
+
+@handles(RestoreImage)
+def restore(context: Context, command: RestoreImage) -> Outcome:
+    """Put the original server back as it was (I7), also when its domain is gone."""
+    with reading() as session:
+        image = lookups.image(session, command.image)
+        server = lookups.server(session, image.server_id, forgotten=True)
+    folder = Vault(settings().vault).path("image", server.id, image.id)
+    replaced = restoring.put_back(context, server, folder, definition="stored")
+
+    def apply(session: Session) -> None:
+        session.merge(server).forgotten_at = None
+        events.emit(session, "image.restored", server.id, image=image.id)
+
+    result = {"image": image.id, **replaced.facts()}
+    return Outcome(result, apply, replaced.record(), now() + settings().undo_retention)
+
+
+@handles(UndoRestore)
+def undo(context: Context, command: UndoRestore) -> Outcome:
+    return restoring.undo(context, command.operation)
+
+
+@handles(ForgetRestore)
+def forget(context: Context, command: ForgetRestore) -> Outcome:
+    return restoring.forget(context, command.operation)

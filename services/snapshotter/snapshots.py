@@ -1,0 +1,116 @@
+"""The story of a snapshot: taken, reverted to (and undone), deleted."""
+
+from datetime import timedelta
+from typing import Any
+
+from sqlmodel import Session
+
+from shared import errors, events, lookups, restoring
+from shared.commands import DeleteSnapshot, ForgetRevert, RevertSnapshot, TakeSnapshot, UndoRevert
+from shared.copying import copy_server
+from shared.database import now, reading
+from shared.ids import new_id
+from shared.models import Server, Snapshot
+from shared.operations.context import Context, Outcome
+from shared.operations.journal import Step
+from shared.operations.runner import handles
+from shared.settings import settings
+from shared.vault import Vault
+
+
+@handles(TakeSnapshot)
+def take(context: Context, command: TakeSnapshot) -> Outcome:
+    """Take a snapshot; with `replace` the old one goes after the new one is whole (S1)."""
+    with reading() as session:
+        server = lookups.server(session, command.server)
+        if (existing := lookups.snapshot_of(session, server.id)) and not command.replace:
+            raise errors.SnapshotExists(
+                f"Server {server.name!r} has got a snapshot meanwhile; nothing was taken. "
+                "Ask with `replace: true` to replace it.",
+                conflict=existing.id,
+            )
+    snapshot_id = new_id("snp")
+    stored = copy_server(context, server, "snapshot", snapshot_id, quiesce=command.quiesce)
+    snapshot = Snapshot(
+        id=snapshot_id,
+        server_id=server.id,
+        taken_at=stored.taken_at,
+        expires_at=stored.taken_at + settings().snapshot_retention,
+        consistency=stored.consistency,
+        way=stored.way,
+        pause_ms=stored.pause_ms,
+        bytes=stored.bytes,
+        description=command.description,
+    )
+
+    def apply(session: Session) -> list[Step]:
+        left_to_do: list[Step] = []
+        if existing:
+            left_to_do.append(_removal(session, session.merge(existing)))
+            session.flush()  # the old row steps aside before the unique index sees the new one
+        session.add(snapshot)
+        events.emit(
+            session,
+            "snapshot.taken",
+            server.id,
+            snapshot=snapshot_id,
+            way=stored.way,
+            consistency=stored.consistency,
+            pause_ms=stored.pause_ms,
+        )
+        return left_to_do
+
+    return Outcome({"snapshot": snapshot_id, **stored.facts()}, apply)
+
+
+def _removal(session: Session, snapshot: Snapshot) -> Step:
+    """Mark the row as gone; the step that is returned removes the files."""
+    snapshot.deleted_at = now()
+    session.add(snapshot)
+    folder = Vault(settings().vault).path("snapshot", snapshot.server_id, snapshot.id)
+    return "remove_copy", {"folder": str(folder)}
+
+
+@handles(DeleteSnapshot)
+def delete(context: Context, command: DeleteSnapshot) -> Outcome:
+    """Delete the snapshot that was meant; one that is gone already needs no work."""
+
+    def apply(session: Session) -> list[Step]:
+        snapshot = lookups.snapshot_of(session, command.server)
+        if snapshot is None or snapshot.id != command.snapshot:
+            return []
+        fact = "snapshot.expired" if command.expired else "snapshot.deleted"
+        events.emit(session, fact, command.server, snapshot=snapshot.id)
+        return [_removal(session, snapshot)]
+
+    context.phase("deleting")
+    return Outcome({"snapshot": command.snapshot}, apply)
+
+
+@handles(RevertSnapshot)
+def revert(context: Context, command: RevertSnapshot) -> Outcome:
+    """Put the server's disks back as they were in its snapshot (S4); it can be undone (E1)."""
+    with reading() as session:
+        server = lookups.server(session, command.server)
+        snapshot = lookups.snapshot(session, server)
+    folder = Vault(settings().vault).path("snapshot", server.id, snapshot.id)
+    replaced = restoring.put_back(context, server, folder, definition="current")
+
+    def apply(session: Session) -> None:
+        events.emit(session, "snapshot.reverted", server.id, snapshot=snapshot.id)
+
+    return _undoable({"snapshot": snapshot.id, **replaced.facts()}, replaced, apply)
+
+
+def _undoable(result: dict[str, Any], replaced: restoring.Replaced, apply: Any) -> Outcome:
+    return Outcome(result, apply, replaced.record(), now() + settings().undo_retention)
+
+
+@handles(UndoRevert)
+def undo(context: Context, command: UndoRevert) -> Outcome:
+    return restoring.undo(context, command.operation)
+
+
+@handles(ForgetRevert)
+def forget(context: Context, command: ForgetRevert) -> Outcome:
+    return restoring.forget(context, command.operation)
