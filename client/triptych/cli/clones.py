@@ -1,0 +1,152 @@
+"""`triptych clone`: living servers made from a server, its snapshot or an image."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from triptych.cli.grammar import Limit, command, group
+from triptych.cli.render import moment, plain, record, table
+from triptych.cli.session import Session, session_of
+from triptych.cli.wait import finish
+from triptych.types import Clone
+
+NAME = "clone"
+app = group("Clones: new servers of their own, made from a server, its snapshot or an image.")
+
+
+class Source(StrEnum):
+    server = "server"
+    snapshot = "snapshot"
+    image = "image"
+
+
+@command(
+    app,
+    "create",
+    "triptych clone create web1 --name staging",
+    "triptych clone create web1 --count 10 --name 'qa-{n:03}'",
+    "triptych clone create golden --from image --name web2 --vcpus 4 --memory-mib 8192",
+    long_work=True,
+)
+def create(
+    ctx: typer.Context,
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="The server or the image, by name or id.")
+    ],
+    name: Annotated[
+        str,
+        typer.Option(
+            metavar="PATTERN",
+            help="The clone's name; for several with their number, as in 'qa-{n:03}'.",
+        ),
+    ],
+    origin: Annotated[
+        Source,
+        typer.Option("--from", help="What SOURCE names; for snapshot, the server that has it."),
+    ] = Source.server,
+    count: Annotated[
+        int, typer.Option(min=1, max=100, metavar="N", help="How many, 1 to 100.")
+    ] = 1,
+    vcpus: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Virtual CPUs.", show_default="as the source"),
+    ] = None,
+    memory_mib: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="MIB", help="RAM in MiB.", show_default="as the source"),
+    ] = None,
+    with_memory: Annotated[
+        bool,
+        typer.Option("--with-memory", help="Start with the RAM and CPU contents of the source."),
+    ] = False,
+    start: Annotated[
+        bool | None,
+        typer.Option("--start/--no-start", help="Start the clones.", show_default="start"),
+    ] = None,
+    identity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="Renew hostname, machine-id and SSH host keys where the guest allows it "
+            "(auto), or leave them (keep).",
+            show_default="auto",
+        ),
+    ] = None,
+) -> None:
+    """Make one or more clones, each isolated from its source and the others."""
+    session = session_of(ctx)
+    operation = session.client.clones.create(
+        source,
+        name=name,
+        source_kind=origin.value,
+        count=count,
+        vcpus=vcpus,
+        memory_mib=memory_mib,
+        with_memory=with_memory,
+        start=start,
+        identity=identity,
+    )
+    finish(session, operation, source)
+
+
+@command(app, "list")
+def list_clones(ctx: typer.Context, limit: Limit = None) -> None:
+    """List the clones and where each came from."""
+    session = session_of(ctx)
+    clones = session.client.clones.list(limit=limit)
+    session.emit_list(
+        clones,
+        lambda: table(
+            session.out,
+            ["name", "state", "from", "created", "memory", "server", "id"],
+            [
+                [
+                    each["name"],
+                    plain("state", each.get("state")),
+                    _source(each),
+                    moment(each.get("created_at")),
+                    plain("with_memory", each.get("with_memory")),
+                    plain("server", each.get("server")),
+                    each["id"],
+                ]
+                for each in clones
+            ],
+        ),
+        "No clones yet. Make one: triptych clone create SERVER --name NAME",
+    )
+
+
+@command(app, "show", "triptych clone show qa-001")
+def show(
+    ctx: typer.Context,
+    clone: Annotated[str, typer.Argument(metavar="CLONE", help="The clone's name or id.")],
+) -> None:
+    """Show a clone: from what, when, how, and what of its identity is its own."""
+    session = session_of(ctx)
+    found = session.client.clones.get(clone)
+    session.emit(found, lambda: _show(session, found))
+
+
+def _source(clone: Clone) -> str:
+    source = clone.get("source") or {}
+    return f"{source.get('kind', '')} {source.get('id', '')}".strip() or "–"
+
+
+def _show(session: Session, clone: Clone) -> None:
+    identity = clone.get("identity") or {}
+    record(
+        session.out,
+        [
+            ("name", clone["name"]),
+            ("id", clone["id"]),
+            ("server", plain("server", clone.get("server"))),
+            ("state", plain("state", clone.get("state"))),
+            ("from", _source(clone)),
+            ("created", moment(clone.get("created_at"))),
+            ("memory", plain("with_memory", clone.get("with_memory"))),
+            ("renewed", plain("renewed", identity.get("renewed"))),
+            ("kept", plain("kept", identity.get("kept"))),
+            ("error", plain("error", clone.get("error"))),
+        ],
+    )

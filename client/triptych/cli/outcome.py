@@ -1,0 +1,202 @@
+"""What came of an operation, in a sentence or a few: the way, the pause, where, what next."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from triptych.cli.render import between, distance, duration, moment, size
+from triptych.client import Client
+from triptych.problem import Problem
+from triptych.types import Image, Operation, Snapshot
+
+WAYS = {
+    "reflink": "by reflink",
+    "overlay": "through an overlay",
+    "stream": "as a stream",
+}
+BAD_CHECKS = ("failed", "damaged", "mismatch", "missing")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`good` is False where the operation succeeded but what it was for did not."""
+
+    text: str
+    good: bool = True
+
+
+def tell(client: Client, operation: Operation, subject: str | None) -> Outcome:
+    """The outcome of a successful operation. `subject` is what the user called the thing."""
+    kind = operation.get("kind") or ""
+    result = operation.get("result") or {}
+    name = subject or _subject(client, operation)
+    if kind.endswith(".undo"):
+        return _with_undo(operation, f"Undone: {name} is as it was before.")
+    teller = TELLERS.get(kind)
+    if teller is None:
+        return _with_undo(operation, f"Done: {kind or 'operation'} of {name}{_where(operation)}.")
+    outcome = teller(client, operation, result, name)
+    return Outcome(_with_undo(operation, outcome.text).text, outcome.good)
+
+
+def _taken(client: Client, operation: Operation, result: dict[str, Any], name: str) -> Outcome:
+    server = operation.get("server") or name
+    snapshot = cast(Snapshot, _look(lambda: client.snapshots.get(server)) or dict(result))
+    text = f"Snapshot of {name} taken{_where(operation)}{_took(operation)}{_copied(snapshot)}"
+    if snapshot.get("with_memory"):
+        text += " It holds the memory too."
+    if expires := snapshot.get("expires_at"):
+        text += f" It is kept until {moment(expires)} ({distance(expires)})."
+    return Outcome(f"{text} Go back to it with `triptych snapshot revert {name}`.")
+
+
+def _reverted(client: Client, operation: Operation, result: dict[str, Any], name: str) -> Outcome:
+    return Outcome(f"{name} is back at its snapshot{_where(operation)}{_took(operation)}.")
+
+
+def _snapshot_deleted(
+    client: Client, operation: Operation, result: dict[str, Any], name: str
+) -> Outcome:
+    return Outcome(f"The snapshot of {name} is deleted.")
+
+
+def _imaged(client: Client, operation: Operation, result: dict[str, Any], name: str) -> Outcome:
+    image = _image(client, result)
+    called = image.get("name") or str(result.get("image") or "")
+    text = f"Image {called} of {name} made{_where(operation)}{_took(operation)}{_copied(image)}"
+    left_out = image.get("left_out") or []
+    if left_out:
+        text += f" Left out: {', '.join(_left_out(each) for each in left_out)}."
+    return Outcome(f"{text} Go back to it with `triptych image restore {called}`.")
+
+
+def _restored(client: Client, operation: Operation, result: dict[str, Any], name: str) -> Outcome:
+    server = result.get("server") or operation.get("server")
+    what = f" (server {server})" if server else ""
+    return Outcome(f"Image {name} is restored{what}{_where(operation)}{_took(operation)}.")
+
+
+def _image_deleted(
+    client: Client, operation: Operation, result: dict[str, Any], name: str
+) -> Outcome:
+    return Outcome(f"Image {name} is deleted.")
+
+
+def _verified(client: Client, operation: Operation, result: dict[str, Any], name: str) -> Outcome:
+    image = _image(client, result, name)
+    checked = (image.get("verified") or {}).get("result")
+    proof = image.get("proof") or {}
+    # Only a proof that this operation made counts for it.
+    since = between(operation.get("started_at"), proof.get("at")) if proof.get("at") else None
+    proven = proof.get("result") if since else None
+    bad = image.get("state") in BAD_CHECKS or checked in BAD_CHECKS or proven == "failed"
+    text = f"Image {name} was verified{_where(operation)}{_took(operation)}:"
+    text += f" {checked or image.get('state') or 'complete'}."
+    if proven:
+        reason = f" ({proof['reason']})" if proof.get("reason") else ""
+        text += f" Boot proof: {proven.replace('_', ' ')}{reason}."
+    return Outcome(text, not bad)
+
+
+def _cloned(client: Client, operation: Operation, result: dict[str, Any], name: str) -> Outcome:
+    clones = result.get("clones") or []
+    failed = [each for each in clones if each.get("error") or each.get("state") == "failed"]
+    made = len(clones) - len(failed)
+    count = f"{made} of {len(clones)} clones" if failed else _count(made, "clone")
+    text = f"{count} of {name} made{_where(operation)}{_took(operation)}."
+    for each in clones:
+        text += f"\n  {each.get('name') or each.get('id')}: {_clone_words(each)}"
+    return Outcome(text, not failed)
+
+
+TELLERS: dict[str, Callable[[Client, Operation, dict[str, Any], str], Outcome]] = {
+    "snapshot.take": _taken,
+    "snapshot.revert": _reverted,
+    "snapshot.delete": _snapshot_deleted,
+    "snapshot.promote": _imaged,
+    "image.create": _imaged,
+    "image.restore": _restored,
+    "image.delete": _image_deleted,
+    "image.verify": _verified,
+    "clone.create": _cloned,
+}
+
+
+def _with_undo(operation: Operation, text: str) -> Outcome:
+    until = operation.get("undo_until")
+    if until:
+        text += (
+            f" What it replaced is set aside until {moment(until)}: "
+            f"`triptych operation undo {operation['id']}` brings it back."
+        )
+    return Outcome(text)
+
+
+def _copied(copy: Snapshot | Image) -> str:
+    """The way, the pause, consistency and size of a copy, as far as they are known."""
+    way = copy.get("way")
+    text = f", {WAYS.get(way, f'by {way}')}." if way else "."
+    pause = copy.get("pause_ms")
+    if pause:
+        text += f" The guest was paused for {pause:.0f} ms."
+    elif way:
+        text += " The guest was not paused."
+    facts = []
+    if consistency := copy.get("consistency"):
+        facts.append(f"is {consistency} consistent")
+    if (count := copy.get("bytes")) is not None:
+        facts.append(f"holds {size(count)}")
+    return f"{text} It {' and '.join(facts)}." if facts else text
+
+
+def _where(operation: Operation) -> str:
+    host = operation.get("host")
+    return f" on host {host}" if host else ""
+
+
+def _took(operation: Operation) -> str:
+    end = operation.get("finished_at")
+    seconds = between(operation.get("started_at"), end) if end else None
+    return "" if seconds is None else f" in {duration(seconds)}"
+
+
+def _subject(client: Client, operation: Operation) -> str:
+    """The server's name where it can be had, else what the operation itself knows."""
+    server = operation.get("server")
+    if not server:
+        return operation["id"]
+    found = _look(lambda: client.servers.get(server))
+    return str((found or {}).get("name") or server)
+
+
+def _image(client: Client, result: dict[str, Any], name: str | None = None) -> Image:
+    reference = result.get("image") or name
+    found = _look(lambda: client.images.get(str(reference))) if reference else None
+    return cast(Image, found or {})
+
+
+def _look(read: Callable[[], Any]) -> Any:
+    """Details make the sentence richer; their absence is no failure of the operation."""
+    try:
+        return read()
+    except Problem:
+        return None
+
+
+def _left_out(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    what = value.get("target") or value.get("path") or value.get("name") or "a disk"
+    return f"{what} ({value['reason']})" if value.get("reason") else str(what)
+
+
+def _clone_words(clone: dict[str, Any]) -> str:
+    error = clone.get("error")
+    if isinstance(error, dict):
+        error = ": ".join(str(error[key]) for key in ("code", "message") if error.get(key))
+    state = str(clone.get("state") or "")
+    return f"failed: {error}" if error else state or "made"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" + ("" if number == 1 else "s")
