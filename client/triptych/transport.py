@@ -158,7 +158,7 @@ class Transport:
             else:
                 if response.is_success:
                     return response
-                if delay is None or not (repeatable and _gateway_failed(response)):
+                if delay is None or not (repeatable and _away(response)):
                     raise Problem.from_response(response)
             time.sleep(delay)
         raise AssertionError("the last try either answers or raises")
@@ -172,10 +172,9 @@ class Transport:
             raise Problem.from_response(response) from error
 
 
-def _gateway_failed(response: httpx.Response) -> bool:
-    """Whether something in front of the API answered in its place."""
-    ours = "problem+json" in response.headers.get("content-type", "")
-    return response.status_code in (502, 503, 504) and not ours
+def _away(response: httpx.Response) -> bool:
+    """Whether the API, or its database, was away for the moment."""
+    return response.status_code in (502, 503, 504)
 
 
 def _events(lines: Iterator[str], last: str) -> Iterator[tuple[str, Event]]:

@@ -45,11 +45,11 @@ class Server(TypedDict, total=False):
     domain: str
     uuid: str
     state: Literal["running", "stopped", "paused", "missing"]
-    vcpus: int
-    memory_bytes: int
+    vcpus: int | None
+    memory_bytes: int | None
     disks: list[Disk]
     snapshot: str | None
-    newest_image: Any
+    newest_image: str | None
 
 
 class Snapshot(TypedDict, total=False):
@@ -60,7 +60,7 @@ class Snapshot(TypedDict, total=False):
     with_memory: bool
     consistency: Literal["application", "file-system", "crash"]
     way: Literal["reflink", "overlay", "stream"]
-    pause_ms: float
+    pause_ms: float | None
     bytes: int
     description: str | None
 
@@ -86,7 +86,7 @@ class Image(TypedDict, total=False):
     state: Literal["complete", "missing", "damaged"]
     way: str
     consistency: str
-    pause_ms: float
+    pause_ms: float | None
     bytes: int
     unique_bytes: int | None
     verified: Verified | None
@@ -101,20 +101,23 @@ class CloneSource(TypedDict, total=False):
 
 
 class CloneIdentity(TypedDict, total=False):
-    renewed: list[str]
-    kept: list[str]
+    renewed: list[Any]
+    kept: list[Any]
 
 
 class Clone(TypedDict, total=False):
     id: str
     name: str
-    server: str
+    host: str
+    server: str | None
     source: CloneSource
     created_at: str
     with_memory: bool
     identity: CloneIdentity | None
+    way: str | None
     state: str
     error: dict[str, Any] | None
+    operation: str
 
 
 class Schedule(TypedDict, total=False):

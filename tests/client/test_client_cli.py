@@ -243,6 +243,19 @@ def test_failed_boot_proof_exits_1(api: Fake, triptych: Triptych) -> None:
     assert "Boot proof: failed (no sign of life)." in run.err
 
 
+@pytest.mark.parametrize(("words", "code"), [(["--boot"], 1), ([], 0)])
+def test_proof_that_did_not_run_fails_who_asked_for_it(
+    api: Fake, triptych: Triptych, words: list[str], code: int
+) -> None:
+    """`image verify --boot` never passes on a proof that was not run; a plain verify does."""
+    api.starts("POST /v1/images/golden/verify", operation(kind="image.verify"))
+    proof = {"at": None, "result": "not_run", "reason": "no spare memory"}
+    api.says("GET /v1/images/golden", IMAGE | {"proof": proof})
+    run = triptych("image", "verify", "golden", *words)
+    assert code == run.code
+    assert "Boot proof: not run (no spare memory)." in run.out + run.err
+
+
 def test_each_clone_has_its_own_outcome(api: Fake, triptych: Triptych) -> None:
     """One clone that failed is named with its reason, the others stand, and the exit is 1."""
     error = {"code": "name_taken", "message": "qa-002 exists."}

@@ -141,6 +141,7 @@ def _show(session: Session, clone: Clone) -> None:
             ("name", clone["name"]),
             ("id", clone["id"]),
             ("server", plain("server", clone.get("server"))),
+            ("host", plain("host", clone.get("host"))),
             ("state", plain("state", clone.get("state"))),
             ("from", _source(clone)),
             ("created", moment(clone.get("created_at"))),

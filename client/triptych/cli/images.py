@@ -125,7 +125,7 @@ def verify(
 ) -> None:
     """Check an image's disks against its manifest, and on request that it boots."""
     session = session_of(ctx)
-    finish(session, session.client.images.verify(image, boot=boot), image)
+    finish(session, session.client.images.verify(image, boot=boot), image, needs_proof=boot)
 
 
 @command(app, "pin", "triptych image pin golden")

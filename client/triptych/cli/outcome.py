@@ -1,10 +1,10 @@
 """What came of an operation, in a sentence or a few: the way, the pause, where, what next."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from triptych.cli.render import between, distance, duration, moment, size
+from triptych.cli.render import between, distance, duration, moment, parse, size
 from triptych.client import Client
 from triptych.problem import Problem
 from triptych.types import Image, Operation, Snapshot
@@ -23,6 +23,8 @@ class Outcome:
 
     text: str
     good: bool = True
+    proof: str | None = None
+    """Of a verify: `proven`, `failed` or `not_run`."""
 
 
 def tell(client: Client, operation: Operation, subject: str | None) -> Outcome:
@@ -36,7 +38,7 @@ def tell(client: Client, operation: Operation, subject: str | None) -> Outcome:
     if teller is None:
         return _with_undo(operation, f"Done: {kind or 'operation'} of {name}{_where(operation)}.")
     outcome = teller(client, operation, result, name)
-    return Outcome(_with_undo(operation, outcome.text).text, outcome.good)
+    return replace(outcome, text=_with_undo(operation, outcome.text).text)
 
 
 def _taken(client: Client, operation: Operation, result: dict[str, Any], name: str) -> Outcome:
@@ -87,15 +89,14 @@ def _verified(client: Client, operation: Operation, result: dict[str, Any], name
     checked = (image.get("verified") or {}).get("result")
     proof = image.get("proof") or {}
     # Only a proof that this operation made counts for it.
-    since = between(operation.get("started_at"), proof.get("at")) if proof.get("at") else None
-    proven = proof.get("result") if since else None
+    fresh = not proof.get("at") or _since(operation, proof.get("at"))
+    proven = (proof.get("result") or "not_run") if fresh else "not_run"
     bad = image.get("state") in BAD_CHECKS or checked in BAD_CHECKS or proven == "failed"
     text = f"Image {name} was verified{_where(operation)}{_took(operation)}:"
     text += f" {checked or image.get('state') or 'complete'}."
-    if proven:
-        reason = f" ({proof['reason']})" if proof.get("reason") else ""
-        text += f" Boot proof: {proven.replace('_', ' ')}{reason}."
-    return Outcome(text, not bad)
+    reason = f" ({proof['reason']})" if fresh and proof.get("reason") else ""
+    text += f" Boot proof: {proven.replace('_', ' ')}{reason}."
+    return Outcome(text, not bad, proven)
 
 
 def _cloned(client: Client, operation: Operation, result: dict[str, Any], name: str) -> Outcome:
@@ -147,6 +148,11 @@ def _copied(copy: Snapshot | Image) -> str:
     if (count := copy.get("bytes")) is not None:
         facts.append(f"holds {size(count)}")
     return f"{text} It {' and '.join(facts)}." if facts else text
+
+
+def _since(operation: Operation, at: str | None) -> bool:
+    start = operation.get("started_at")
+    return bool(start and at and parse(at) >= parse(start))
 
 
 def _where(operation: Operation) -> str:

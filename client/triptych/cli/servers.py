@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from triptych.cli.grammar import Limit, ServerName, Yes, command, group
-from triptych.cli.render import moment, plain, record, size, table
+from triptych.cli.render import plain, record, size, table
 from triptych.cli.session import Session, session_of, usage
 from triptych.types import Server
 
@@ -31,7 +31,7 @@ def list_servers(ctx: typer.Context, limit: Limit = None) -> None:
                     plain("vcpus", each.get("vcpus")),
                     size(each.get("memory_bytes")),
                     "yes" if each.get("snapshot") else "–",
-                    _newest(each),
+                    plain("newest_image", each.get("newest_image")),
                     each["id"],
                 ]
                 for each in servers
@@ -94,13 +94,6 @@ def _only_host(session: Session) -> str:
     return names[0]
 
 
-def _newest(server: Server) -> str:
-    image = server.get("newest_image")
-    if not isinstance(image, dict):
-        return plain("newest_image", image)
-    return str(image.get("name") or moment(image.get("created_at")))
-
-
 def _show(session: Session, server: Server) -> None:
     rows = [
         ("name", server["name"]),
@@ -112,7 +105,7 @@ def _show(session: Session, server: Server) -> None:
         ("vcpus", plain("vcpus", server.get("vcpus"))),
         ("memory", size(server.get("memory_bytes"))),
         ("snapshot", plain("snapshot", server.get("snapshot"))),
-        ("newest image", _newest(server)),
+        ("newest image", plain("newest_image", server.get("newest_image"))),
     ]
     record(session.out, rows)
     if disks := server.get("disks"):

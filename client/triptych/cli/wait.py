@@ -7,6 +7,7 @@ the result alone.
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import typer
@@ -25,12 +26,18 @@ class Show(Protocol):
     def __call__(self, operation: Operation) -> None: ...
 
 
-def finish(session: Session, operation: Operation, subject: str | None = None) -> None:
+def finish(
+    session: Session,
+    operation: Operation,
+    subject: str | None = None,
+    *,
+    needs_proof: bool = False,
+) -> None:
     """What follows the start of long work: wait and tell, or with --no-wait the id alone."""
     if not session.wait:
         session.emit(operation, lambda: session.say(operation["id"]))
         return
-    conclude(session, watch(session, operation), subject)
+    conclude(session, watch(session, operation), subject, needs_proof=needs_proof)
 
 
 def watch(session: Session, operation: Operation) -> Operation:
@@ -61,9 +68,20 @@ def watch(session: Session, operation: Operation) -> Operation:
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
-def conclude(session: Session, operation: Operation, subject: str | None = None) -> None:
-    """Tells the outcome; exits with 1 unless all of it succeeded."""
+def conclude(
+    session: Session,
+    operation: Operation,
+    subject: str | None = None,
+    *,
+    needs_proof: bool = False,
+) -> None:
+    """Tells the outcome; exits with 1 unless all of it succeeded.
+
+    With `needs_proof`, a boot proof that did not run is no success either.
+    """
     outcome = _outcome(session, operation, subject)
+    if needs_proof and outcome.proof not in (None, "proven"):
+        outcome = replace(outcome, good=False)
     if session.as_json:
         print_json(operation)
     elif outcome.good:
