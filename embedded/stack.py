@@ -5,6 +5,7 @@ the file (mode 0600) to source for the client. Settings that are set in the envi
 taken as they are; the rest is filled in.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -243,7 +244,5 @@ class Stack:
 
 def _reap(pid: int) -> None:
     """A child of this very process that has ended stays in /proc until it is waited for."""
-    try:
+    with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        pass

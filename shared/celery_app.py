@@ -4,7 +4,6 @@ Why each setting is as it is: docs/explanation/queues.md.
 """
 
 from functools import cache
-from typing import Any
 
 from celery import Celery
 from kombu import Queue

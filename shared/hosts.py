@@ -15,6 +15,7 @@ import structlog
 from sqlalchemy import delete, select
 from sqlmodel import Session
 
+from shared.copying import version
 from shared.database import now, transaction
 from shared.disks.reflink import can_reflink
 from shared.hypervisor import inventory
@@ -91,8 +92,8 @@ def _facts(connection: Any) -> dict[str, Any]:
     vault = settings().vault
     usage = shutil.disk_usage(vault)
     return {
-        "libvirt": _version(connection.getLibVersion()),
-        "qemu": _version(connection.getVersion()),
+        "libvirt": version(connection.getLibVersion()),
+        "qemu": version(connection.getVersion()),
         "vault": str(vault),
         "reflink": can_reflink(vault, vault),
         "quiesce": True,
@@ -100,8 +101,3 @@ def _facts(connection: Any) -> dict[str, Any]:
         "free_bytes": usage.free,
         "total_bytes": usage.total,
     }
-
-
-def _version(number: int) -> str:
-    """libvirt's encoding: major * 1,000,000 + minor * 1,000 + release."""
-    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"

@@ -15,17 +15,19 @@ from sqlmodel import Session
 from services.cloner import identity
 from shared import errors, events, lookups
 from shared.commands import CreateClones
-from shared.copying import copy_server, write_out
+from shared.copying import NVRAM, copy_server, vault, write_out
 from shared.database import reading
+from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
-from shared.hypervisor.definition import clone_definition
-from shared.hypervisor.domains import Domain
+from shared.hypervisor.definition import DomainDefinition
+from shared.hypervisor.duplicate import clone_definition
+from shared.hypervisor.errors import DomainMissing
 from shared.models import Clone, Server
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import describe, handles
 from shared.settings import settings
-from shared.vault import Manifest, Vault
+from shared.vault import Manifest, read_manifest
 
 log = structlog.get_logger()
 
@@ -40,7 +42,7 @@ def create(context: Context, command: CreateClones) -> Outcome:
     temporary = source is None
     if source is None:
         copy_server(context, server, "farm", context.id, quiesce=command.quiesce)
-        source = Vault(settings().vault).path("farm", server.id, context.id)
+        source = vault().folder("farm", server.id, context.id)
     made: list[Server] = []
     for number, clone in enumerate(planned, start=1):
         context.phase(f"clone {number} of {len(planned)}: {clone.name}")
@@ -69,13 +71,12 @@ def create(context: Context, command: CreateClones) -> Outcome:
 
 def _source_folder(session: Session, command: CreateClones) -> Path | None:
     """The folder of the snapshot or image; None for a server, which is copied first."""
-    vault = Vault(settings().vault)
     if command.source.kind == "image":
         image = lookups.image(session, command.source.id)
-        return vault.path("image", image.server_id, image.id)
+        return vault().folder("image", image.server_id, image.id)
     server = lookups.server(session, command.source.id)
     if command.source.kind == "snapshot":
-        return vault.path("snapshot", server.id, lookups.snapshot(session, server).id)
+        return vault().folder("snapshot", server.id, lookups.snapshot(session, server).id)
     return None
 
 
@@ -96,55 +97,64 @@ def _outcome(clone: Clone) -> dict[str, Any]:
     }
 
 
-def _make(
-    context: Context, command: CreateClones, source: Path, clone: Clone, host: str
-) -> Server:
+def _make(context: Context, command: CreateClones, source: Path, clone: Clone, host: str) -> Server:
     """Define the clone early, so that a bad definition costs no bytes; then its disks."""
     connection = connect(settings().libvirt_uri)
-    if Domain.find_by_name(connection, clone.name):
-        raise errors.CloneNameTaken(
-            f"A domain named {clone.name!r} exists in libvirt; this clone was not made. "
-            "Choose another name.",
-            conflict=clone.name,
-        )
-    manifest = Manifest.read(source)
-    destinations = _destinations(manifest, clone.name)
-    uuid = str(uuid4())
+    _refuse_taken_name(connection, clone.name)
+    manifest = read_manifest(source)
+    original = DomainDefinition.parse((source / manifest.definition).read_text())
+    files = _destinations(manifest, original, clone.name)
     definition = clone_definition(
-        (source / manifest.definition).read_text(),
+        original.xml,
         name=clone.name,
-        uuid=uuid,
-        disk_paths={target: str(destinations[target]) for target in manifest.targets()},
+        uuid=str(uuid4()),
+        disk_paths={disk.target: str(files[disk.target]) for disk in manifest.disks},
+        disk_formats={disk.target: disk.format for disk in manifest.disks},
         vcpus=command.vcpus,
         memory_bytes=command.memory_mib * 2**20 if command.memory_mib else None,
-        nvram_path=str(destinations["nvram"]) if "nvram" in destinations else None,
+        nvram_path=str(files[NVRAM]) if NVRAM in files else None,
         mac_prefix=settings().mac_prefix,
     )
-    for path in destinations.values():
+    for path in files.values():
         context.undo("remove_file", path=str(path))
-    context.undo("undefine_domain", uuid=uuid)
-    domain = Domain.define(connection, definition)
-    clone.way = write_out(context, source, manifest, destinations)
+    context.undo("undefine_domain", uuid=definition.uuid)
+    domain = domains.define(connection, definition.xml)
+    clone.way = write_out(context, source, manifest, files)
     if command.start:
         domain.start()
-    clone.identity = identity.report(definition)
+    clone.identity = identity.report(definition, NVRAM in files)
     clone.state = "ready"
-    server = Server(name=clone.name, host=host, domain_uuid=uuid)
+    server = Server(name=clone.name, host=host, domain_uuid=definition.uuid)
     clone.server_id = server.id
     return server
 
 
-def _destinations(manifest: Manifest, name: str) -> dict[str, Path]:
-    """Where the clone's files go: by target, and `nvram`; beside the source's own disks."""
-    paths: dict[str, Path] = {}
-    for file in manifest.files():
-        folder = settings().clone_dir or Path(file.original).parent
-        path = folder / f"{name}-{file.target}{Path(file.name).suffix}"
+def _refuse_taken_name(connection: Any, name: str) -> None:
+    try:
+        domains.find_by_name(connection, name)
+    except DomainMissing:
+        return
+    raise errors.CloneNameTaken(
+        f"A domain named {name!r} exists in libvirt; this clone was not made. Choose another name.",
+        conflict=name,
+    )
+
+
+def _destinations(manifest: Manifest, original: DomainDefinition, name: str) -> dict[str, Path]:
+    """Where the clone's files go, by target: beside the source's own, or in `clone_dir`."""
+    paths = {disk.target: disk.path for disk in original.disks}
+    wanted = [(disk.target, paths[disk.target], disk.format) for disk in manifest.disks]
+    if manifest.nvram:
+        wanted.append((NVRAM, original.nvram_path, "fd"))
+    files: dict[str, Path] = {}
+    for target, beside, suffix in wanted:
+        folder = settings().clone_dir or Path(beside or "").resolve().parent
+        path = folder / f"{name}-{target}.{suffix}"
         if path.exists():
             raise errors.CloneNameTaken(
                 f"{path} exists already; this clone was not made and the file is as it was. "
                 "Choose another name, or remove the file if nothing uses it.",
                 conflict=str(path),
             )
-        paths[file.target] = path
-    return paths
+        files[target] = path
+    return files

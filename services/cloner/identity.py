@@ -1,6 +1,8 @@
 """What of a clone's identity is its own, and what it still shares with its source (C3)."""
 
-from shared.hypervisor.definition import DomainDefinition
+from typing import Any
+
+from shared.hypervisor.duplicate import CloneDefinition
 
 KEPT_IN_GUEST = (
     ("hostname", "inside the guest; set it there, or let cloud-init do so"),
@@ -9,14 +11,18 @@ KEPT_IN_GUEST = (
 )
 
 
-def report(definition: str) -> dict[str, list[dict[str, str]] | list[str]]:
-    """`{renewed: […], kept: [{part, reason}]}` of a clone that was defined from `definition`.
+def report(definition: CloneDefinition, has_nvram: bool) -> dict[str, Any]:
+    """`{renewed: […], kept: [{part, reason}], left_out: […]}` of a clone.
 
     The host's side is renewed with the definition; nothing inside the guest is touched.
     """
-    parsed = DomainDefinition.parse(definition)
-    renewed = ["name", "uuid"]
-    renewed += [f"mac {mac}" for mac in parsed.macs]
-    renewed += ["nvram"] if parsed.nvram_path else []
-    kept = [{"part": part, "reason": reason} for part, reason in KEPT_IN_GUEST]
-    return {"renewed": renewed, "kept": kept}
+    renewed = ["name", "uuid", *(f"mac {mac}" for mac in definition.macs.values())]
+    if has_nvram:
+        renewed.append("nvram")
+    return {
+        "renewed": renewed,
+        "kept": [{"part": part, "reason": reason} for part, reason in KEPT_IN_GUEST],
+        "left_out": [
+            {"target": each.target, "reason": each.reason} for each in definition.left_out
+        ],
+    }

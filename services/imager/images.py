@@ -15,7 +15,7 @@ from shared.commands import (
     RestoreImage,
     UndoRestore,
 )
-from shared.copying import Stored, copy_server, copy_stored
+from shared.copying import Stored, copy_server, copy_stored, vault
 from shared.database import now, reading
 from shared.ids import new_id
 from shared.models import Image, Schedule, ScheduleRun, Server
@@ -23,7 +23,6 @@ from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import handles
 from shared.settings import settings
-from shared.vault import Vault
 
 
 @handles(CreateImage)
@@ -47,7 +46,7 @@ def promote(context: Context, command: PromoteSnapshot) -> Outcome:
         server = lookups.server(session, command.server)
         snapshot = lookups.snapshot(session, server)
     image_id = new_id("img")
-    source = Vault(settings().vault).path("snapshot", server.id, snapshot.id)
+    source = vault().folder("snapshot", server.id, snapshot.id)
     stored = copy_stored(context, source, server, "image", image_id)
     return _created(server, _row(server, image_id, stored, command, origin="promoted"), stored)
 
@@ -77,9 +76,9 @@ def _row(
         description=command.description,
         pinned=command.pinned,
         origin=origin,
-        consistency=stored.consistency,
-        way=stored.way,
-        pause_ms=stored.pause_ms,
+        consistency=stored.manifest.consistency,
+        way=stored.manifest.way,
+        pause_ms=stored.manifest.pause_ms,
         bytes=stored.bytes,
         left_out=stored.left_out,
     )
@@ -117,7 +116,7 @@ def _removal(session: Session, image: Image, fact: str) -> Step:
     image.deleted_at = now()
     session.add(image)
     events.emit(session, fact, image.server_id, image=image.id, name=image.name)
-    folder = Vault(settings().vault).path("image", image.server_id, image.id)
+    folder = vault().folder("image", image.server_id, image.id)
     return "remove_copy", {"folder": str(folder)}
 
 
@@ -141,7 +140,7 @@ def restore(context: Context, command: RestoreImage) -> Outcome:
     with reading() as session:
         image = lookups.image(session, command.image)
         server = lookups.server(session, image.server_id, forgotten=True)
-    folder = Vault(settings().vault).path("image", server.id, image.id)
+    folder = vault().folder("image", server.id, image.id)
     replaced = restoring.put_back(context, server, folder, definition="stored")
 
     def apply(session: Session) -> None:

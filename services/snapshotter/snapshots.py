@@ -1,21 +1,19 @@
 """The story of a snapshot: taken, reverted to (and undone), deleted."""
 
-from datetime import timedelta
 from typing import Any
 
 from sqlmodel import Session
 
 from shared import errors, events, lookups, restoring
 from shared.commands import DeleteSnapshot, ForgetRevert, RevertSnapshot, TakeSnapshot, UndoRevert
-from shared.copying import copy_server
+from shared.copying import copy_server, vault
 from shared.database import now, reading
 from shared.ids import new_id
-from shared.models import Server, Snapshot
+from shared.models import Snapshot
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import handles
 from shared.settings import settings
-from shared.vault import Vault
 
 
 @handles(TakeSnapshot)
@@ -36,9 +34,9 @@ def take(context: Context, command: TakeSnapshot) -> Outcome:
         server_id=server.id,
         taken_at=stored.taken_at,
         expires_at=stored.taken_at + settings().snapshot_retention,
-        consistency=stored.consistency,
-        way=stored.way,
-        pause_ms=stored.pause_ms,
+        consistency=stored.manifest.consistency,
+        way=stored.manifest.way,
+        pause_ms=stored.manifest.pause_ms,
         bytes=stored.bytes,
         description=command.description,
     )
@@ -54,9 +52,7 @@ def take(context: Context, command: TakeSnapshot) -> Outcome:
             "snapshot.taken",
             server.id,
             snapshot=snapshot_id,
-            way=stored.way,
-            consistency=stored.consistency,
-            pause_ms=stored.pause_ms,
+            **stored.facts(),
         )
         return left_to_do
 
@@ -67,7 +63,7 @@ def _removal(session: Session, snapshot: Snapshot) -> Step:
     """Mark the row as gone; the step that is returned removes the files."""
     snapshot.deleted_at = now()
     session.add(snapshot)
-    folder = Vault(settings().vault).path("snapshot", snapshot.server_id, snapshot.id)
+    folder = vault().folder("snapshot", snapshot.server_id, snapshot.id)
     return "remove_copy", {"folder": str(folder)}
 
 
@@ -93,7 +89,7 @@ def revert(context: Context, command: RevertSnapshot) -> Outcome:
     with reading() as session:
         server = lookups.server(session, command.server)
         snapshot = lookups.snapshot(session, server)
-    folder = Vault(settings().vault).path("snapshot", server.id, snapshot.id)
+    folder = vault().folder("snapshot", server.id, snapshot.id)
     replaced = restoring.put_back(context, server, folder, definition="current")
 
     def apply(session: Session) -> None:

@@ -1,0 +1,210 @@
+"""Between an operation and the copy engine: journal, progress and the vault around each copy.
+
+Owns what all three services need alike: a server into the vault, a stored copy to another
+one, a stored copy out to disk files.
+"""
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from shared.disks import engine
+from shared.disks.engine import Capture, CopiedDisk
+from shared.disks.materialise import copy_nvram, materialise
+from shared.hypervisor import domains
+from shared.hypervisor.agent import Policy
+from shared.hypervisor.connection import connect
+from shared.hypervisor.domains import Domain
+from shared.hypervisor.watchdog import Watchdog
+from shared.models import Server
+from shared.operations.context import Context
+from shared.settings import settings
+from shared.vault import (
+    Kind,
+    Manifest,
+    ManifestDisk,
+    ManifestLeftOut,
+    ManifestServer,
+    Vault,
+    read_manifest,
+)
+
+NVRAM = "nvram"
+"""Stands for the UEFI variables wherever files are named by their disk's target."""
+
+
+@dataclass
+class Stored:
+    """A whole copy in the vault."""
+
+    manifest: Manifest
+
+    @property
+    def taken_at(self) -> datetime:
+        return self.manifest.taken_at
+
+    @property
+    def bytes(self) -> int:
+        return sum(disk.bytes for disk in self.manifest.disks)
+
+    @property
+    def left_out(self) -> list[dict[str, Any]]:
+        return [each.model_dump() for each in self.manifest.left_out]
+
+    def facts(self) -> dict[str, Any]:
+        """What the operation's result tells about the copy."""
+        return {
+            "way": self.manifest.way,
+            "consistency": self.manifest.consistency,
+            "consistency_reason": self.manifest.consistency_reason,
+            "pause_ms": self.manifest.pause_ms,
+            "bytes": self.bytes,
+            "left_out": self.left_out,
+        }
+
+
+def vault() -> Vault:
+    return Vault(settings().vault)
+
+
+def copy_server(
+    context: Context, server: Server, kind: Kind, copy_id: str, *, quiesce: Policy
+) -> Stored:
+    """Copy every writable disk of the server into the vault, at one instant.
+
+    Raises what the engine raises; then nothing is left and the guest is as it was.
+    """
+    context.phase("checking")
+    domain = domains.find(connect(settings().libvirt_uri), server.domain_uuid)
+    folder = vault().folder(kind, server.id, copy_id)
+    context.undo("remove_copy", folder=str(folder))
+    with vault().begin(kind, server.id, copy_id) as partial:
+        context.phase("copying")
+        capture = engine.capture(
+            domain,
+            partial.path,
+            watchdog=_watchdog(),
+            quiesce=quiesce,
+            progress=context.progress,
+            cancelled=context.stopping,
+            before=lambda step: _journal(context, domain, step),
+        )
+        manifest = _manifest(kind, copy_id, server, domain, capture)
+        partial.publish(manifest, capture.definition)
+    return Stored(manifest)
+
+
+def _journal(context: Context, domain: Domain, step: engine.Step) -> None:
+    """What undoes a step upon the guest, should this worker and its watchdog both die."""
+    context.undo("thaw_domain", uuid=domain.uuid)
+    if step == "pause":
+        context.undo("resume_domain", uuid=domain.uuid)
+    else:
+        context.undo("abort_backup", uuid=domain.uuid)
+
+
+@cache
+def _watchdog_of(pid: int) -> Watchdog:
+    return Watchdog(settings().libvirt_uri)
+
+
+def _watchdog() -> Watchdog:
+    return _watchdog_of(os.getpid())
+
+
+def _manifest(
+    kind: Kind, copy_id: str, server: Server, domain: Domain, capture: Capture
+) -> Manifest:
+    return Manifest(
+        kind=kind,
+        id=copy_id,
+        server=ManifestServer(id=server.id, name=server.name, uuid=domain.uuid),
+        taken_at=capture.taken_at,
+        way=capture.way,
+        consistency=capture.consistency,
+        consistency_reason=capture.consistency_reason,
+        pause_ms=capture.pause_ms,
+        disks=[
+            ManifestDisk(
+                target=file.target,
+                file=file.path.name,
+                format=file.format,
+                virtual_bytes=file.virtual_bytes,
+                bytes=file.bytes,
+            )
+            for file in capture.files
+        ],
+        left_out=[
+            ManifestLeftOut(target=each.target, reason=each.reason) for each in capture.left_out
+        ],
+        nvram=capture.nvram.name if capture.nvram else None,
+        tools={"python": platform.python_version(), **_versions()},
+    )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    connection = connect(settings().libvirt_uri)
+    return {
+        "libvirt": version(connection.getLibVersion()),
+        "qemu": version(connection.getVersion()),
+    }
+
+
+def version(number: int) -> str:
+    """libvirt's encoding: major * 1,000,000 + minor * 1,000 + release."""
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
+
+
+def copy_stored(context: Context, source: Path, server: Server, kind: Kind, copy_id: str) -> Stored:
+    """Make another whole copy in the vault from the one in `source`."""
+    context.phase("copying")
+    folder = vault().folder(kind, server.id, copy_id)
+    manifest = read_manifest(source)
+    context.undo("remove_copy", folder=str(folder))
+    with vault().begin(kind, server.id, copy_id) as partial:
+        files = {disk.target: partial.path / disk.file for disk in manifest.disks}
+        if manifest.nvram:
+            files[NVRAM] = partial.path / manifest.nvram
+        way = write_out(context, source, manifest, files)
+        copied = manifest.model_copy(update={"kind": kind, "id": copy_id, "way": way})
+        partial.publish(copied, (source / manifest.definition).read_text())
+    return Stored(copied)
+
+
+def write_out(
+    context: Context,
+    folder: Path,
+    manifest: Manifest,
+    destinations: Mapping[str, Path],
+    formats: Mapping[str, str] | None = None,
+) -> str:
+    """Write the stored disks (and UEFI variables) to new files; returns the way taken.
+
+    `destinations` are by target; `formats` asks for another format than the stored one.
+    """
+    files = [
+        CopiedDisk(
+            target=disk.target,
+            path=folder / disk.file,
+            format=disk.format,
+            virtual_bytes=disk.virtual_bytes,
+            bytes=disk.bytes,
+        )
+        for disk in manifest.disks
+    ]
+    way = materialise(
+        files,
+        destinations,
+        formats=formats,
+        progress=context.progress,
+        cancelled=context.stopping,
+    )
+    if manifest.nvram and NVRAM in destinations:
+        copy_nvram(folder / manifest.nvram, destinations[NVRAM])
+    return way

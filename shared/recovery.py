@@ -1,0 +1,81 @@
+"""The journal's actions on the world: what undoes or completes a step, callable after a crash.
+
+Each tolerates that its step never happened, or that it was carried out already.
+"""
+
+from pathlib import Path
+
+from shared.disks import setaside
+from shared.hypervisor import undo as hypervisor
+from shared.operations.journal import action
+from shared.settings import settings
+from shared.vault import PARTIAL, Vault
+
+
+@action
+def remove_copy(folder: str) -> None:
+    """A snapshot's, image's or farm's folder in the vault, whole or half-made."""
+    vault, path = Vault(settings().vault), Path(folder)
+    for each in (path.with_name(path.name + PARTIAL), path):
+        vault.remove(each)
+
+
+@action
+def remove_file(path: str) -> None:
+    Path(path).unlink(missing_ok=True)
+
+
+@action
+def resume_domain(uuid: str) -> None:
+    hypervisor.resume_domain(settings().libvirt_uri, uuid)
+
+
+@action
+def thaw_domain(uuid: str) -> None:
+    hypervisor.thaw_domain(settings().libvirt_uri, uuid)
+
+
+@action
+def abort_backup(uuid: str) -> None:
+    hypervisor.abort_backup(settings().libvirt_uri, uuid)
+
+
+@action
+def define_domain(xml: str) -> None:
+    hypervisor.define_domain(settings().libvirt_uri, xml)
+
+
+@action
+def undefine_domain(uuid: str) -> None:
+    hypervisor.undefine_domain(settings().libvirt_uri, uuid)
+
+
+@action
+def start_domain(uuid: str, paused: bool = False) -> None:
+    hypervisor.start_domain(settings().libvirt_uri, uuid, paused=paused)
+
+
+@action
+def stop_domain(uuid: str) -> None:
+    hypervisor.stop_domain(settings().libvirt_uri, uuid)
+
+
+@action
+def swap_back(live: dict[str, str], operation_id: str) -> None:
+    """The files that a revert or restore replaced become live again."""
+    setaside.swap_back(_paths(live), operation_id)
+
+
+@action
+def swap_again(live: dict[str, str], operation_id: str) -> None:
+    """The files that a revert or restore brought become live again."""
+    setaside.swap(_paths(live), operation_id)
+
+
+@action
+def discard_set_aside(live: dict[str, str], operation_id: str) -> None:
+    setaside.discard(_paths(live), operation_id)
+
+
+def _paths(live: dict[str, str]) -> dict[str, Path]:
+    return {target: Path(path) for target, path in live.items()}

@@ -1,0 +1,208 @@
+"""Putting a stored copy back onto its server, and undoing that: revert's and restore's one story.
+
+prepare new files ── stop ── swap names ── define ── start as it was
+      the old files stay beside the live ones for as long as this can be undone (E1)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sqlmodel import Session
+
+from shared import errors, events, lookups
+from shared.copying import NVRAM, write_out
+from shared.database import reading
+from shared.disks import setaside
+from shared.hypervisor import domains
+from shared.hypervisor.connection import connect
+from shared.hypervisor.definition import DomainDefinition
+from shared.hypervisor.domains import Domain, State
+from shared.hypervisor.errors import DomainMissing
+from shared.models import Operation, Server
+from shared.operations.admission import refuse_if_not_undoable
+from shared.operations.context import Context, Outcome
+from shared.operations.journal import Step
+from shared.settings import settings
+from shared.vault import Manifest, read_manifest
+
+
+class SavedStatePresent(errors.Conflict):
+    """The server's memory is saved to disk"""
+
+    code = "managed_save_present"
+
+
+@dataclass
+class Replaced:
+    """What was put in place of what."""
+
+    operation_id: str
+    live: dict[str, str]
+    """Target (or `nvram`) to the file's path."""
+    previous: str | None
+    """The definition before; None when the domain was gone."""
+    way: str
+    state: State
+
+    def facts(self) -> dict[str, Any]:
+        return {"way": self.way, "state": self.state}
+
+    def record(self) -> dict[str, Any] | None:
+        """What undoing needs, kept on the operation's row; None when nothing was there before."""
+        if self.previous is None:
+            return None
+        return {"live": self.live, "previous": self.previous}
+
+
+def put_back(
+    context: Context, server: Server, folder: Path, *, definition: Literal["current", "stored"]
+) -> Replaced:
+    """Replace the server's disks by those in `folder`; it is running afterwards if it was.
+
+    With `current`, the server keeps its definition where that still has the copy's disks;
+    with `stored` it gets the copy's. A domain that is gone is defined again. Raises
+    SavedStatePresent, InsufficientSpace and what libvirt raises.
+    """
+    context.phase("checking")
+    manifest = read_manifest(folder)
+    connection = connect(settings().libvirt_uri)
+    domain = _find(connection, server)
+    previous = domain.definition() if domain else None
+    state: State = domain.state if domain else "stopped"
+    wanted = (folder / manifest.definition).read_text()
+    if definition == "current" and previous and _has_the_same_disks(previous, manifest, wanted):
+        wanted = previous
+    live = _live_files(wanted, manifest)
+    if domain:
+        _refuse_saved_state(domain)
+
+    context.phase("copying")
+    journalled = {target: str(path) for target, path in live.items()}
+    context.undo("discard_set_aside", live=journalled, operation_id=context.id)
+    destinations = setaside.prepare(live, context.id)
+    way = write_out(context, folder, manifest, destinations, _formats(wanted))
+
+    context.phase("swapping")
+    _stop(context, domain, state)
+    context.undo("swap_back", live=journalled, operation_id=context.id)
+    setaside.swap(live, context.id)
+    domain = _define(context, connection, server, previous, wanted)
+    _start(context, domain, state)
+    return Replaced(context.id, journalled, previous, way, state)
+
+
+def _find(connection: Any, server: Server) -> Domain | None:
+    try:
+        return domains.find(connection, server.domain_uuid)
+    except DomainMissing:
+        return None
+
+
+def _refuse_saved_state(domain: Domain) -> None:
+    if domain.has_managed_save:
+        raise SavedStatePresent(
+            f"{domain.name} has a saved state (`virsh managedsave`) that belongs to the disks it "
+            "has now; waking it on other disks would damage them. Nothing was changed. Start the "
+            "server, or drop the state with `virsh managedsave-remove`, and ask again."
+        )
+
+
+def _has_the_same_disks(current: str, manifest: Manifest, stored: str) -> bool:
+    paths = _disk_paths(current)
+    was = _disk_paths(stored)
+    return all(paths.get(target) == was.get(target) for target in _targets(manifest))
+
+
+def _targets(manifest: Manifest) -> list[str]:
+    return [disk.target for disk in manifest.disks]
+
+
+def _formats(definition: str) -> dict[str, str]:
+    """The format that each disk is defined with, whatever it was stored in."""
+    return {disk.target: disk.format for disk in DomainDefinition.parse(definition).disks}
+
+
+def _disk_paths(definition: str) -> dict[str, str | None]:
+    return {disk.target: disk.path for disk in DomainDefinition.parse(definition).disks}
+
+
+def _live_files(definition: str, manifest: Manifest) -> dict[str, Path]:
+    """Where each file of the copy goes, with symbolic links resolved."""
+    paths = _disk_paths(definition)
+    live = {target: Path(paths[target] or "").resolve() for target in _targets(manifest)}
+    if manifest.nvram:
+        nvram = DomainDefinition.parse(definition).nvram_path
+        live[NVRAM] = Path(nvram or "").resolve()
+    return live
+
+
+def _stop(context: Context, domain: Domain | None, state: State) -> None:
+    if domain is None or state == "stopped":
+        return
+    context.undo("start_domain", uuid=domain.uuid, paused=state == "paused")
+    domain.destroy()
+
+
+def _define(
+    context: Context, connection: Any, server: Server, previous: str | None, wanted: str
+) -> Domain:
+    if previous is None:
+        context.undo("undefine_domain", uuid=server.domain_uuid)
+    elif wanted == previous:
+        return domains.find(connection, server.domain_uuid)
+    else:
+        context.undo("define_domain", xml=previous)
+    return domains.define(connection, wanted)
+
+
+def _start(context: Context, domain: Domain, state: State) -> None:
+    if state != "stopped":
+        context.undo("stop_domain", uuid=domain.uuid)
+        domain.start(paused=state == "paused")
+
+
+def undo(context: Context, operation_id: str) -> Outcome:
+    """Put back what a revert or restore set aside; the state it brought is dropped."""
+    with reading() as session:
+        operation = lookups.operation(session, operation_id)
+        refuse_if_not_undoable(operation)
+        server = lookups.server(session, operation.server_id, forgotten=True)
+    record = operation.undo or {}
+    live = {target: Path(path) for target, path in record["live"].items()}
+    connection = connect(settings().libvirt_uri)
+    domain = domains.find(connection, server.domain_uuid)
+    state = domain.state
+    _refuse_saved_state(domain)
+
+    context.phase("swapping")
+    _stop(context, domain, state)
+    context.undo("swap_again", live=record["live"], operation_id=operation_id)
+    setaside.swap_back(live, operation_id)
+    domain = _define(context, connection, server, domain.definition(), record["previous"])
+    _start(context, domain, state)
+
+    def apply(session: Session) -> list[Step]:
+        events.emit(session, "operation.undone", server.id, operation=operation_id)
+        return [_discarded(session, operation_id)]
+
+    return Outcome({"undone": operation_id, "state": state}, apply)
+
+
+def forget(context: Context, operation_id: str) -> Outcome:
+    """Drop what a revert or restore set aside; it can then no longer be undone."""
+
+    def apply(session: Session) -> list[Step]:
+        operation = lookups.operation(session, operation_id)
+        return [_discarded(session, operation_id)] if operation.undo else []
+
+    context.phase("deleting")
+    return Outcome({"forgotten": operation_id}, apply)
+
+
+def _discarded(session: Session, operation_id: str) -> Step:
+    operation: Operation = lookups.operation(session, operation_id)
+    live = (operation.undo or {})["live"]
+    operation.undo = operation.undo_until = None
+    session.add(operation)
+    return "discard_set_aside", {"live": live, "operation_id": operation_id}
