@@ -167,6 +167,12 @@ class Unsupported(InvalidRequest):
     code = "unsupported"
 
 
+class DomainWithoutDisks(InvalidRequest):
+    """The domain has no disk that could be copied"""
+
+    code = "domain_without_disks"
+
+
 class HostNotAnswering(TriptychError):
     """The host's workers do not answer"""
 

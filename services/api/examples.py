@@ -1,0 +1,242 @@
+"""One example of each shape, shown in /docs; a test holds them against the shapes."""
+
+from typing import Any
+
+SERVER_ID = "srv_01kayq2f7g9h3j5k8m0n4p6qrs"
+IMAGE_ID = "img_01kayq3zx6c8v0b2n4m6a8s0df"
+
+DISK: dict[str, Any] = {
+    "target": "vda",
+    "format": "qcow2",
+    "path": "/var/lib/libvirt/images/web-1.qcow2",
+    "capacity_bytes": 21474836480,
+    "writable": True,
+}
+
+HOST: dict[str, Any] = {
+    "name": "kvm-1",
+    "answering": True,
+    "last_seen_at": "2026-03-10T02:59:58.120000Z",
+    "problem": None,
+    "libvirt": "11.4.0",
+    "qemu": "10.0.2",
+    "vault": "/var/lib/triptych",
+    "reflink": True,
+    "quiesce": True,
+    "memory": False,
+    "free_bytes": 412316860416,
+    "total_bytes": 1099511627776,
+}
+
+DOMAIN: dict[str, Any] = {
+    "name": "web-1",
+    "uuid": "6f0c1c8e-9d0c-4f0e-8a54-0d3f1f2b7c11",
+    "state": "running",
+    "vcpus": 2,
+    "memory_bytes": 2147483648,
+    "disks": [DISK],
+    "server": SERVER_ID,
+}
+
+SNAPSHOT: dict[str, Any] = {
+    "id": "snp_01kayq3d9v0w2m8r5x7h1t4bcd",
+    "server": SERVER_ID,
+    "taken_at": "2026-03-10T03:00:00.482000Z",
+    "expires_at": "2026-03-12T03:00:00.482000Z",
+    "with_memory": False,
+    "consistency": "file-system",
+    "way": "reflink",
+    "pause_ms": 9.4,
+    "bytes": 4831838208,
+    "description": "before the update to 3.2",
+}
+
+IMAGE: dict[str, Any] = {
+    "id": IMAGE_ID,
+    "name": "web-1-2026-03-10",
+    "server": SERVER_ID,
+    "created_at": "2026-03-10T03:00:01.117000Z",
+    "description": "",
+    "pinned": False,
+    "origin": "daily",
+    "state": "complete",
+    "way": "reflink",
+    "consistency": "file-system",
+    "pause_ms": 11.2,
+    "bytes": 4831838208,
+    "unique_bytes": None,
+    "verified": {"at": "2026-03-10T04:10:00.530000Z", "result": "ok"},
+    "proof": {
+        "at": None,
+        "result": "not_run",
+        "reason": "boot proof not available in this version",
+    },
+    "left_out": [{"target": "sda", "reason": "CD-ROM"}],
+}
+
+SERVER: dict[str, Any] = {
+    "id": SERVER_ID,
+    "name": "web-1",
+    "host": "kvm-1",
+    "domain": "web-1",
+    "uuid": DOMAIN["uuid"],
+    "state": "running",
+    "vcpus": 2,
+    "memory_bytes": 2147483648,
+    "disks": [DISK],
+    "snapshot": SNAPSHOT["id"],
+    "newest_image": IMAGE_ID,
+}
+
+OPERATION: dict[str, Any] = {
+    "id": "op_01kayq4h2k8n3v6c9w5z0m7pqr",
+    "kind": "image.create",
+    "server": SERVER_ID,
+    "host": "kvm-1",
+    "state": "queued",
+    "phase": "queued",
+    "progress": 0,
+    "bytes_done": 0,
+    "bytes_total": 0,
+    "created_at": "2026-03-10T03:00:00.010000Z",
+    "started_at": None,
+    "finished_at": None,
+    "requested_by": "token:bootstrap",
+    "attempt": 0,
+    "error": None,
+    "result": None,
+    "undo_until": None,
+}
+
+DONE: dict[str, Any] = {
+    **OPERATION,
+    "state": "succeeded",
+    "phase": "succeeded",
+    "progress": 100,
+    "bytes_done": 4831838208,
+    "bytes_total": 4831838208,
+    "started_at": "2026-03-10T03:00:00.041000Z",
+    "finished_at": "2026-03-10T03:00:01.130000Z",
+    "attempt": 1,
+    "result": {"image": IMAGE_ID},
+}
+
+RUNNING: dict[str, Any] = {
+    **OPERATION,
+    "state": "running",
+    "phase": "copying",
+    "progress": 42,
+    "bytes_done": 2029372047,
+    "bytes_total": 4831838208,
+    "started_at": "2026-03-10T03:00:00.041000Z",
+    "attempt": 1,
+}
+
+CANCELLED: dict[str, Any] = {
+    **OPERATION,
+    "state": "cancelled",
+    "phase": "cancelled",
+    "finished_at": "2026-03-10T03:00:00.031000Z",
+    "error": {
+        "code": "cancelled",
+        "message": "Cancelled before it started; nothing was touched.",
+    },
+}
+
+CLONE: dict[str, Any] = {
+    "id": "cln_01kayq5m1n2b3v4c5x6z7a8s9d",
+    "name": "qa-001",
+    "host": "kvm-1",
+    "server": "srv_01kayq5t6y7h8n9b0g1f2d3s4a",
+    "source": {"kind": "image", "id": IMAGE_ID},
+    "created_at": "2026-03-10T09:15:00.005000Z",
+    "with_memory": False,
+    "way": "reflink",
+    "identity": {"renewed": ["uuid", "mac"], "kept": ["hostname"]},
+    "state": "ready",
+    "error": None,
+    "operation": "op_01kayq5k9j8h7g6f5d4s3a2p1q",
+}
+
+SCHEDULE: dict[str, Any] = {
+    "kind": "daily",
+    "at": "03:00",
+    "weekday": None,
+    "timezone": "Europe/London",
+    "keep": 7,
+    "enabled": True,
+    "catch_up": 21600,
+    "next_run_at": "2026-03-11T03:00:00Z",
+    "failures_in_row": 0,
+}
+
+RUNS: dict[str, Any] = {
+    "upcoming": [
+        {
+            "slot": "2026-03-11T03:00:00Z",
+            "state": "scheduled",
+            "image": None,
+            "reason": None,
+            "lateness_s": None,
+        }
+    ],
+    "items": [
+        {
+            "slot": "2026-03-10T03:00:00Z",
+            "state": "succeeded",
+            "image": IMAGE_ID,
+            "reason": None,
+            "lateness_s": 0.041,
+        }
+    ],
+}
+
+EVENT: dict[str, Any] = {
+    "specversion": "1.0",
+    "id": "evt_01kayq4k0z9x8c7v6b5n4m3a2s",
+    "source": "/triptych",
+    "type": "triptych.operation.succeeded",
+    "subject": SERVER_ID,
+    "time": "2026-03-10T03:00:01.130000Z",
+    "datacontenttype": "application/json",
+    "data": {"operation": OPERATION["id"], "kind": "image.create", "error": None},
+}
+
+HEALTH: dict[str, Any] = {"status": "ok", "checks": {}}
+
+READINESS: dict[str, Any] = {
+    "status": "degraded",
+    "checks": {
+        "database": {"status": "ok", "reason": None},
+        "broker": {
+            "status": "degraded",
+            "reason": "The broker does not answer. Requests are accepted; their work starts when "
+            "it is back.",
+        },
+    },
+}
+
+UNREADY: dict[str, Any] = {
+    "status": "failed",
+    "checks": {
+        "database": {"status": "failed", "reason": "The database does not answer."},
+        "broker": {"status": "ok", "reason": None},
+    },
+}
+
+PROBLEM_KIND: dict[str, Any] = {
+    "type": "/problems/snapshot_exists",
+    "code": "snapshot_exists",
+    "title": "The server has a snapshot already",
+    "status": 409,
+}
+
+
+def shown(example: dict[str, Any], status: int = 200) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI `responses` of a route that answers with one of these."""
+    return {status: {"content": {"application/json": {"example": example}}}}
+
+
+def paged(example: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """The same for a page of them."""
+    return shown({"items": [example], "next": None})

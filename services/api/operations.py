@@ -1,0 +1,150 @@
+"""Operations: what every piece of long work is followed, cancelled and undone by."""
+
+import asyncio
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from pydantic import Field
+from sqlalchemy import select
+
+from services.api import examples, paging, shapes
+from services.api.paging import Page, PageQuery
+from services.api.problems import refusals
+from services.api.work import Empty, IdempotencyKey, NameOrId, accepted, settled, start
+from shared import commands, errors, lookups
+from shared.commands import Command
+from shared.database import reading
+from shared.models import Operation
+from shared.operations.cancel import cancel as cancel_operation
+
+router = APIRouter(prefix="/operations", tags=["operations"])
+
+State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+ENDED = ("succeeded", "failed", "cancelled")
+UNDOES: dict[str, type[Command]] = {
+    commands.RevertSnapshot.kind: commands.UndoRevert,
+    commands.RestoreImage.kind: commands.UndoRestore,
+}
+FIRST_STEP, LAST_STEP = 0.01, 0.1
+"""Seconds between two looks at the row while a caller waits; slower after EAGER seconds."""
+EAGER = 0.3
+
+
+class OperationsQuery(PageQuery):
+    state: State | None = None
+    server: commands.Reference | None = Field(None, description="id or name")
+    kind: str | None = Field(None, max_length=64, pattern=r"^[a-z.]+$", examples=["image.create"])
+
+
+@router.get(
+    "",
+    summary="List operations",
+    responses=examples.paged(examples.DONE) | refusals(errors.ServerNotFound, errors.AmbiguousName),
+)
+def list_operations(
+    request: Request, response: Response, asked: Annotated[OperationsQuery, Query()]
+) -> Page[shapes.Operation]:
+    """All operations, newest first, if asked those of one state, server or kind."""
+    row: Any = Operation
+    query = select(Operation)
+    with reading() as session:
+        if asked.server is not None:
+            found = lookups.server(session, asked.server, forgotten=True)
+            query = query.where(row.server_id == found.id)
+        if asked.state is not None:
+            query = query.where(row.state == asked.state)
+        if asked.kind is not None:
+            query = query.where(row.kind == asked.kind)
+        rows, cursor = paging.fetch(session, query, row.seq, asked, newest_first=True)
+    items = [shapes.Operation.of(each) for each in rows]
+    return paging.page(request, response, items, cursor)
+
+
+def _look(operation: str) -> Operation:
+    with reading() as session:
+        return lookups.operation(session, operation)
+
+
+@router.get(
+    "/{operation}",
+    summary="Show an operation, or wait for its end",
+    responses=examples.shown(examples.DONE) | refusals(errors.OperationNotFound),
+)
+async def show(
+    request: Request,
+    operation: NameOrId,
+    wait: Annotated[float, Query(ge=0, le=60, description="seconds to wait for its end")] = 0,
+) -> shapes.Operation:
+    """The operation now; with `wait` as soon as it ends, or after that many seconds."""
+    began = time.monotonic()
+    step = FIRST_STEP
+    found = await run_in_threadpool(_look, operation)
+    while found.state not in ENDED:
+        waited = time.monotonic() - began
+        if waited >= wait or await request.is_disconnected():
+            break
+        if waited > EAGER:
+            step = min(step * 1.5, LAST_STEP)
+        await asyncio.sleep(min(step, wait - waited))
+        found = await run_in_threadpool(_look, operation)
+    return shapes.Operation.of(found)
+
+
+CANCELLED: dict[int | str, dict[str, Any]] = {
+    202: {
+        "description": "It is running and was told to stop; it does within 5 s",
+        "content": {"application/json": {"example": examples.RUNNING}},
+    },
+    200: {
+        "description": "It had not begun, or is cancelled already",
+        "model": shapes.Operation,
+        "content": {"application/json": {"example": examples.CANCELLED}},
+    },
+}
+
+
+@router.post(
+    "/{operation}/cancel",
+    status_code=202,
+    summary="Cancel an operation",
+    responses=CANCELLED | refusals(errors.OperationNotFound, errors.NotCancellable),
+)
+def cancel(
+    request: Request, response: Response, operation: NameOrId, body: Empty
+) -> shapes.Operation:
+    """Ends the work, leaves the server as it was and no files; asking twice does no harm."""
+    found = settled(lambda session: cancel_operation(session, operation))
+    request.app.state.relay.kick()
+    response.headers["Location"] = f"/v1/operations/{found.id}"
+    if found.state in ENDED:
+        response.status_code = 200
+    return shapes.Operation.of(found)
+
+
+@router.post(
+    "/{operation}/undo",
+    status_code=202,
+    summary="Undo a revert or a restore",
+    responses=accepted(errors.OperationNotFound, errors.NotUndoable),
+)
+def undo(
+    request: Request,
+    response: Response,
+    operation: NameOrId,
+    body: Empty,
+    key: IdempotencyKey = None,
+) -> shapes.Operation:
+    """Puts back what the revert or restore replaced; possible until its `undo_until`.
+
+    The answer is a new operation.
+    """
+    found = _look(operation)
+    if found.kind not in UNDOES:
+        raise errors.NotUndoable(
+            f"Operation {found.id} is {found.kind}, which replaces nothing. Only a revert "
+            "(snapshot.revert) and a restore (image.restore) can be undone.",
+            operation=found.id,
+        )
+    return start(request, response, UNDOES[found.kind], key, operation=found.id)

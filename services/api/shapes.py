@@ -1,0 +1,302 @@
+"""What the API answers with. Fields may be added; those here stay.
+
+Times are RFC 3339 in UTC, sizes are bytes, ids are opaque. Words such as states are not
+validated on the way out: a worker newer than this API may use one more.
+"""
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+from shared import models
+
+
+def _one_of(*words: str) -> Any:
+    return Field(json_schema_extra={"enum": list(words)})
+
+
+Kind = Annotated[str, _one_of("daily", "weekly")]
+Way = Annotated[str, _one_of("reflink", "overlay", "stream")]
+Consistency = Annotated[str, _one_of("application", "file-system", "crash")]
+PauseMs = Annotated[
+    float | None, Field(description="how long the guest stood still; null when it did not run")
+]
+ServerId = Annotated[str, Field(description="the server's id")]
+
+
+class Host(BaseModel):
+    """A libvirt host and what it can do; null where the host has not said."""
+
+    name: str
+    answering: bool = Field(description="seen within 90 s and without a problem")
+    last_seen_at: datetime | None
+    problem: str | None = Field(description="why the inventory is not current")
+    libvirt: Any = Field(None, description="version")
+    qemu: Any = Field(None, description="version")
+    vault: Any = Field(None, description="the vault's directory")
+    reflink: Any = Field(None, description="whether disks and vault share extents")
+    quiesce: Any = Field(None, description="whether guests can be asked to freeze")
+    memory: Any = Field(False, description="whether copies can hold RAM")
+    free_bytes: int | None = None
+    total_bytes: int | None = None
+
+
+class Disk(BaseModel):
+    target: str
+    format: str | None = None
+    path: str | None = None
+    capacity_bytes: int | None = None
+    writable: bool = True
+
+
+class Domain(BaseModel):
+    """A libvirt domain of a host, registered or not."""
+
+    name: str
+    uuid: str
+    state: Annotated[str, _one_of("running", "stopped", "paused")]
+    vcpus: int
+    memory_bytes: int
+    disks: list[Disk]
+    server: str | None = Field(description="the server's id where the domain is registered")
+
+    @classmethod
+    def of(cls, row: models.Domain, server: str | None) -> "Domain":
+        return cls(**row.model_dump(exclude={"host"}), server=server)
+
+
+class Server(BaseModel):
+    id: str
+    name: str
+    host: str
+    domain: str = Field(description="the libvirt domain's name now")
+    uuid: str
+    state: Annotated[str, _one_of("running", "stopped", "paused", "missing")]
+    vcpus: int | None
+    memory_bytes: int | None
+    disks: list[Disk]
+    snapshot: str | None = Field(description="the snapshot's id")
+    newest_image: str | None = Field(description="the id of the newest whole image")
+
+    @classmethod
+    def of(
+        cls,
+        row: models.Server,
+        domain: models.Domain | None,
+        snapshot: str | None,
+        newest_image: str | None,
+    ) -> "Server":
+        return cls(
+            id=row.id,
+            name=row.name,
+            host=row.host,
+            domain=domain.name if domain else row.name,
+            uuid=row.domain_uuid,
+            state=domain.state if domain else "missing",
+            vcpus=domain.vcpus if domain else None,
+            memory_bytes=domain.memory_bytes if domain else None,
+            disks=[Disk.model_validate(each) for each in domain.disks] if domain else [],
+            snapshot=snapshot,
+            newest_image=newest_image,
+        )
+
+
+class Snapshot(BaseModel):
+    id: str
+    server: ServerId
+    taken_at: datetime
+    expires_at: datetime
+    with_memory: bool
+    consistency: Consistency
+    way: Way
+    pause_ms: PauseMs
+    bytes: int
+    description: str
+
+    @classmethod
+    def of(cls, row: models.Snapshot) -> "Snapshot":
+        return cls(**row.model_dump(), server=row.server_id)
+
+
+class Verified(BaseModel):
+    at: datetime | None
+    result: str | None
+
+
+class Proof(BaseModel):
+    """The boot proof (I8)."""
+
+    at: datetime | None = None
+    result: Annotated[str, _one_of("proven", "failed", "not_run")] = "not_run"
+    reason: str | None = "boot proof not available in this version"
+
+
+class Image(BaseModel):
+    id: str
+    name: str
+    server: ServerId
+    created_at: datetime
+    description: str
+    pinned: bool
+    origin: Annotated[str, _one_of("manual", "daily", "weekly", "promoted")]
+    state: Annotated[str, _one_of("complete", "missing", "damaged")]
+    way: Way
+    consistency: Consistency
+    pause_ms: PauseMs
+    bytes: int
+    unique_bytes: int | None = Field(None, description="shared with nothing else; null: unknown")
+    verified: Verified
+    proof: Proof = Field(default_factory=Proof)
+    left_out: list[Any] = Field(description="disks that are not in it, and why")
+
+    @classmethod
+    def of(cls, row: models.Image) -> "Image":
+        verified = Verified(at=row.verified_at, result=row.verified_result)
+        return cls(**row.model_dump(), server=row.server_id, verified=verified)
+
+
+class CloneOrigin(BaseModel):
+    kind: Annotated[str, _one_of("server", "snapshot", "image")]
+    id: str = Field(description="of the image, or of the server that it or whose snapshot it was")
+
+
+class Identity(BaseModel):
+    """What of the guest's identity was renewed, and what is its source's still."""
+
+    renewed: list[Any] = []
+    kept: list[Any] = []
+
+
+class Clone(BaseModel):
+    id: str
+    name: str
+    host: str
+    server: str | None = Field(description="the new server's id, once it is defined")
+    source: CloneOrigin
+    created_at: datetime
+    with_memory: bool
+    way: str | None
+    identity: Identity
+    state: Annotated[str, _one_of("queued", "making", "ready", "failed", "cancelled", "deleted")]
+    error: "OperationError | None"
+    operation: str = Field(description="the id of the operation that makes or made it")
+
+    @classmethod
+    def of(cls, row: models.Clone) -> "Clone":
+        return cls(
+            **row.model_dump(),
+            server=row.server_id,
+            source=CloneOrigin(kind=row.source_kind, id=row.source_id),
+            operation=row.operation_id,
+        )
+
+
+class Schedule(BaseModel):
+    kind: Kind
+    at: str
+    weekday: str | None
+    timezone: str
+    keep: int
+    enabled: bool
+    catch_up: int = Field(description="seconds a missed slot may be late and still run")
+    next_run_at: datetime | None
+    failures_in_row: int
+
+    @classmethod
+    def of(cls, row: models.Schedule) -> "Schedule":
+        return cls(**row.model_dump(), catch_up=row.catch_up_s)
+
+
+class Run(BaseModel):
+    slot: datetime = Field(description="the nominal instant")
+    state: Annotated[str, _one_of("scheduled", "running", "succeeded", "failed", "skipped")]
+    image: str | None = None
+    reason: str | None = None
+    lateness_s: float | None = Field(None, description="from the slot to the work's start")
+
+    @classmethod
+    def of(cls, row: models.ScheduleRun, operation: models.Operation | None) -> "Run":
+        state, lateness = row.state, None
+        if operation and operation.started_at:
+            lateness = round((operation.started_at - row.slot).total_seconds(), 3)
+            if operation.state == "running":
+                state = "running"
+        return cls(
+            slot=row.slot, state=state, image=row.image_id, reason=row.reason, lateness_s=lateness
+        )
+
+
+class Runs(BaseModel):
+    upcoming: list[Run] = Field(description="the next ten, soonest first; none when disabled")
+    items: list[Run] = Field(description="the last fifty, newest first")
+
+
+class OperationError(BaseModel):
+    code: str
+    message: str
+
+
+class Operation(BaseModel):
+    """One piece of long work. It ends as succeeded, failed or cancelled."""
+
+    id: str
+    kind: str
+    server: ServerId
+    host: str
+    state: Annotated[str, _one_of("queued", "running", "succeeded", "failed", "cancelled")]
+    phase: str
+    progress: int = Field(ge=0, le=100, description="percent")
+    bytes_done: int
+    bytes_total: int
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    requested_by: str
+    attempt: int
+    error: OperationError | None
+    result: dict[str, Any] | None = Field(
+        description="what was made: `{snapshot}`, `{image}` or `{clones: […]}`"
+    )
+    undo_until: datetime | None = Field(description="until when `POST …/undo` puts back")
+
+    @classmethod
+    def of(cls, row: models.Operation) -> "Operation":
+        shown = row.model_dump(exclude={"undo_until"})
+        undo_until = row.undo_until if row.undo else None
+        return cls(**shown, server=row.server_id, undo_until=undo_until)
+
+
+class Event(BaseModel):
+    """CloudEvents 1.0; `subject` is a server's id."""
+
+    specversion: str
+    id: str
+    source: str
+    type: str
+    subject: str | None
+    time: datetime
+    datacontenttype: str
+    data: dict[str, Any]
+
+
+class Check(BaseModel):
+    status: Annotated[str, _one_of("ok", "degraded", "failed")]
+    reason: str | None = None
+
+
+class Health(BaseModel):
+    status: Annotated[str, _one_of("ok", "degraded", "failed")]
+    checks: dict[str, Check] = {}
+
+
+class ProblemKind(BaseModel):
+    """What a problem's `code` means."""
+
+    type: str
+    code: str
+    title: str
+    status: int
+
+
+Clone.model_rebuild()
