@@ -35,7 +35,7 @@ SECRET = "The accounts of 1998\n"  # noqa: S105  what the guest must not lose
 PRECIOUS = "/root/accounts.txt"
 CLONES = 3
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 class ProofFailed(Exception):
@@ -313,7 +313,8 @@ def _greet(demo: Demo, running: Stack, state: Path) -> None:
 def _show_logs(state: Path) -> None:
     for log in sorted((state / "log").glob("*.log")):
         lines = log.read_text(errors="replace").splitlines()[-5:]
-        console.print(f"[dim]{log.name}[/]", *lines, sep="\n  ", markup=False)
+        console.print(f"[dim]{log.name}[/]")
+        console.print(*lines, sep="\n", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

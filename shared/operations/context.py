@@ -89,7 +89,7 @@ class Context:
             journal.play(self.id, "undo", after=mark)
             raise
 
-    def undo(self, action: str, **arguments: Any) -> None:
+    def undo(self, action: str, /, **arguments: Any) -> None:
         """Write down, before a step, what undoes it."""
         self.check()
         with transaction() as session:

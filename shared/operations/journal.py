@@ -32,7 +32,9 @@ def action(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def write(session: Session, operation_id: str, side: Side, name: str, **arguments: Any) -> None:
+def write(
+    session: Session, operation_id: str, side: Side, name: str, /, **arguments: Any
+) -> None:
     if name not in _ACTIONS:
         raise KeyError(f"no journal action {name!r}")
     session.add(

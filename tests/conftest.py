@@ -1,0 +1,32 @@
+"""Fixtures that more than one folder of tests needs: a libvirtd, a place for disks, a guest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.guest import Guest
+from lab.libvirtd import Hypervisor, libvirtd, scratch
+
+
+@pytest.fixture(scope="session")
+def hypervisor() -> Iterator[Hypervisor]:
+    """A libvirtd, the machine's or our own; without one the tests fail, they do not skip."""
+    with libvirtd() as found:
+        yield found
+
+
+@pytest.fixture
+def workspace() -> Iterator[Path]:
+    """A directory that QEMU's user can enter, unlike `tmp_path`."""
+    with scratch() as directory:
+        yield directory
+
+
+@pytest.fixture
+def guest(hypervisor: Hypervisor, workspace: Path) -> Iterator[Guest]:
+    """A running guest with a qcow2 root disk and a raw one at /data."""
+    with Guest.create(hypervisor, workspace, disks=["qcow2", "raw"]) as made:
+        yield made.start()
