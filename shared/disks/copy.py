@@ -1,0 +1,167 @@
+"""A full, flattened, sparse copy of an image that nobody writes, by qemu-img convert.
+
+Owns: one copying process from start to a synced file or none at all.
+"""
+
+import os
+import re
+import select
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from shared.disks import images
+from shared.disks.errors import CopyFailed, InsufficientSpace, ReflinkRefused
+from shared.disks.reflink import reflink
+from shared.errors import Cancelled
+
+Progress = Callable[[int, int], None]
+
+# Measured best for a 20 GiB disk with 2 GiB in it: 2.5 s against 7-16 s plain.
+_PARALLEL = ["-W", "-m", "16"]
+_TICK_S = 0.2
+_PERCENT = re.compile(rb"\((\d+(?:\.\d+)?)/100%\)")
+
+
+def stream_copy(
+    src: Path,
+    dst: Path,
+    src_format: str,
+    dst_format: str,
+    progress: Progress,
+    cancelled: Callable[[], bool],
+    *,
+    reflink_ok: bool = False,
+) -> None:
+    """Copy `src` with its whole chain into `dst`, a new file of mode 0600; synced.
+
+    `reflink_ok` shares extents instead where that gives the same file. `progress`
+    gets bytes done and bytes in all. `src` may be a block device. Raises
+    FileExistsError, Cancelled (within a second of `cancelled()` turning true),
+    InsufficientSpace or CopyFailed; nothing of `dst` is left then.
+    """
+    if dst.exists():
+        raise FileExistsError(dst)
+    about = images.info(src, src_format)
+    if reflink_ok and src_format == dst_format and about.depends_on is None and src.is_file():
+        try:
+            reflink(src, dst)
+        except ReflinkRefused:
+            pass
+        else:
+            progress(about.allocated_bytes, about.allocated_bytes)
+            return
+    total = min(images.measure(src, src_format, dst_format), about.virtual_bytes)
+
+    def tell(part: float) -> None:
+        progress(int(part * total), total)
+
+    try:
+        _convert(src, dst, (src_format, dst_format), tell, cancelled)
+        dst.chmod(0o600)
+        _sync(dst)
+    except BaseException:
+        dst.unlink(missing_ok=True)
+        raise
+
+
+def _convert(
+    src: Path,
+    dst: Path,
+    formats: tuple[str, str],
+    progress: Callable[[float], None],
+    cancelled: Callable[[], bool],
+) -> None:
+    cache = ["-t", "none", "-T", "none"] if _direct(src) and _direct(dst.parent) else []
+    command = ["qemu-img", "convert", "-p", *_PARALLEL, *cache]
+    command += ["-f", formats[0], "-O", formats[1], str(src), str(dst)]
+    try:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            process_group=0,
+            umask=0o077,
+        )
+    except FileNotFoundError as error:
+        raise CopyFailed("qemu-img is not installed; install qemu-utils.") from error
+    with process:
+        try:
+            complaint = _follow(process, progress, cancelled)
+        except BaseException:
+            _kill(process)
+            raise
+    if process.returncode:
+        if "No space left" in complaint or "Disk quota exceeded" in complaint:
+            raise InsufficientSpace(
+                f"The file system of {dst.parent} became full; nothing of the copy was kept."
+            )
+        raise CopyFailed(
+            f"{src.name} could not be copied: {complaint or 'qemu-img gave no reason'}. "
+            "The source was not touched and nothing of the copy was kept."
+        )
+
+
+def _follow(
+    process: subprocess.Popen[bytes],
+    progress: Callable[[float], None],
+    cancelled: Callable[[], bool],
+) -> str:
+    """Read qemu-img's progress until it ends; returns what it complained about."""
+    assert process.stdout and process.stderr  # noqa: S101 - both are pipes
+    out, err = process.stdout.fileno(), process.stderr.fileno()
+    open_ends, complaint, tail = {out, err}, b"", b""
+    while open_ends:
+        if cancelled():
+            raise Cancelled("The copy was cancelled. Nothing of it was kept.")
+        ready, _, _ = select.select(list(open_ends), [], [], _TICK_S)
+        for end in ready:
+            data = os.read(end, 65536)
+            if not data:
+                open_ends.discard(end)
+            elif end == err:
+                complaint = (complaint + data)[-4096:]
+            else:
+                tail = (tail + data)[-64:]
+                found = _PERCENT.findall(tail)
+                if found:
+                    progress(float(found[-1]) / 100)
+    process.wait()
+    return complaint.decode(errors="replace").strip()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + 0.3
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _direct(path: Path) -> bool:
+    """Whether `path`, or a new file in that directory, can be opened past the page cache."""
+    try:
+        if path.is_dir():
+            with tempfile.TemporaryDirectory(dir=path, prefix=".triptych-probe-") as folder:
+                probe = Path(folder) / "probe"
+                os.close(os.open(probe, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600))
+        else:
+            os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,291 @@
+"""The copy engine: all disks of a server at one instant, into files of their own.
+
+Owns: going the way that `planning.py` chose for the whole server. The reflink way holds
+the guest for some milliseconds and shares extents; the stream way has QEMU copy
+while the guest runs, or copies a stopped server's files. What is dangerous to
+the guest (pausing, freezing) is `shared.hypervisor`'s; storing and naming the
+result is the vault's; copying it out again is `materialise.py`'s.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from shared.disks import images
+from shared.disks.copy import stream_copy
+from shared.disks.errors import CopyFailed, InsufficientSpace
+from shared.disks.planning import Choice, Plan, SourceDisk, Way, plan
+from shared.disks.reflink import (
+    clone_into_fd,
+    create_target,
+    sync_source,
+)
+from shared.disks.space import ensure_space
+from shared.errors import Cancelled
+from shared.hypervisor.agent import Consistency, Level, Policy, frozen
+from shared.hypervisor.backup import push_backup
+from shared.hypervisor.definition import DomainDefinition, LeftOut
+from shared.hypervisor.domains import Domain
+from shared.hypervisor.errors import BackupFailed
+from shared.hypervisor.pause import paused
+from shared.hypervisor.watchdog import Watchdog
+
+Step = Literal["pause", "backup"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class CopiedDisk:
+    """One disk's copy. `bytes` is what the file takes up, shared extents included."""
+
+    target: str
+    path: Path
+    format: str
+    virtual_bytes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A finished copy: files complete, checked and synced in their folder."""
+
+    way: Way
+    way_reason: str
+    taken_at: datetime
+    pause_ms: float
+    consistency: Level
+    consistency_reason: str
+    files: tuple[CopiedDisk, ...]
+    left_out: tuple[LeftOut, ...]
+    definition: str
+    nvram: Path | None
+
+
+def capture(
+    domain: Domain,
+    destination: Path,
+    *,
+    watchdog: Watchdog,
+    way: Choice = "auto",
+    quiesce: Policy = "auto",
+    progress: Progress = lambda _done, _total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+    before: Callable[[Step], None] = lambda _step: None,
+) -> Capture:
+    """Copy every writable disk (and the UEFI variables) into the folder `destination`.
+
+    `before(step)` is called ahead of what the journal must know: "pause" before a
+    running guest is frozen and suspended, "backup" before QEMU's copy job. The
+    folder must be searchable by QEMU's user (0711) for the stream way. Raises
+    InsufficientSpace (before anything is touched), Cancelled, PauseFailed,
+    QuiesceFailed, BackupFailed, ImageDamaged, CopyFailed and what `plan` raises;
+    then no file is left and the guest is as it was.
+    """
+    chosen = plan(domain, destination, way=way)
+    ensure_space(destination, chosen.needed_bytes)
+    definition = domain.definition()
+    if cancelled():
+        raise Cancelled(f"The copy of {domain.name} was cancelled before it began.")
+    nvram = _Nvram(definition, destination)
+    targets = {
+        s.disk.target: destination / f"{s.disk.target}.{s.copy_format}" for s in chosen.sources
+    }
+    job = _Job(domain, chosen, targets, watchdog, quiesce, nvram, before, progress, cancelled)
+    guard = _Unchanged(domain, chosen)
+    try:
+        shot = _reflink(job) if chosen.way == "reflink" else _stream(job)
+        guard.verify()
+        files = tuple(_copied(s, targets[s.disk.target]) for s in chosen.sources)
+        nvram.sync()
+    except BaseException:
+        for path in [*targets.values(), nvram.copy]:
+            path.unlink(missing_ok=True)
+        raise
+    total = sum(file.bytes for file in files)
+    progress(total, total)
+    return Capture(
+        way=chosen.way,
+        way_reason=chosen.reason,
+        taken_at=shot.taken_at,
+        pause_ms=shot.pause_ms,
+        consistency=shot.consistency.level,
+        consistency_reason=shot.consistency.reason,
+        files=files,
+        left_out=chosen.left_out,
+        definition=definition,
+        nvram=nvram.copy if nvram.copy.exists() else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    domain: Domain
+    plan: Plan
+    targets: dict[str, Path]
+    watchdog: Watchdog
+    quiesce: Policy
+    nvram: "_Nvram"
+    before: Callable[[Step], None]
+    progress: Progress
+    cancelled: Callable[[], bool]
+
+    def frozen(self) -> contextlib.AbstractContextManager[Consistency]:
+        return frozen(self.domain, self.watchdog, self.quiesce)
+
+
+@dataclass
+class _Shot:
+    taken_at: datetime
+    consistency: Consistency
+    pause_ms: float = 0.0
+
+
+def _reflink(job: _Job) -> _Shot:
+    """Everything that can be done ahead is, so that the pause holds the ioctls alone."""
+    with contextlib.ExitStack() as opened:
+        pairs = []
+        for source in job.plan.sources:
+            source_fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+            opened.callback(os.close, source_fd)
+            target_fd = create_target(source_fd, job.targets[source.disk.target])
+            opened.callback(os.close, target_fd)
+            pairs.append((source_fd, target_fd))
+        for source_fd, _ in pairs:
+            os.fdatasync(source_fd)
+        job.nvram.warm()
+        if job.plan.state == "running":
+            job.before("pause")
+        with job.frozen() as consistency:
+            # What was written meanwhile, and what a freeze made the guest write out.
+            for source_fd, _ in pairs:
+                os.fdatasync(source_fd)
+            with paused(job.domain, job.watchdog) as pause:
+                taken_at = datetime.now(UTC)
+                for source_fd, target_fd in pairs:
+                    clone_into_fd(source_fd, target_fd)
+                job.nvram.take()
+        for _, target_fd in pairs:
+            os.fsync(target_fd)
+    return _Shot(taken_at, consistency, pause.ms)
+
+
+def _stream(job: _Job) -> _Shot:
+    job.nvram.warm()
+    return _stream_stopped(job) if job.plan.state == "stopped" else _stream_active(job)
+
+
+def _stream_active(job: _Job) -> _Shot:
+    """QEMU copies; also from a guest its owner paused, since QEMU holds its images open."""
+    shots: list[_Shot] = []
+
+    @contextlib.contextmanager
+    def instant() -> Iterator[None]:
+        with job.frozen() as consistency:
+            shots.append(_Shot(datetime.now(UTC), consistency))
+            yield
+            job.nvram.take()
+
+    job.before("backup")
+    copies = {s.disk.target: (job.targets[s.disk.target], s.copy_format) for s in job.plan.sources}
+    try:
+        push_backup(job.domain, copies, job.progress, job.cancelled, instant=instant())
+    except BackupFailed as error:
+        if "No space left" in error.detail:
+            raise InsufficientSpace(
+                f"The file system of the copy became full. The copy of {job.domain.name} was "
+                "not kept and the server was not touched; make room and try again."
+            ) from error
+        raise
+    return shots[0]
+
+
+def _stream_stopped(job: _Job) -> _Shot:
+    with job.frozen() as consistency:  # nothing is frozen; it says what this is worth
+        shot = _Shot(datetime.now(UTC), consistency)
+    job.nvram.take()
+    done = 0
+    for source in job.plan.sources:
+
+        def tell(part: int, _total: int, base: int = done) -> None:
+            job.progress(base + part, job.plan.needed_bytes)
+
+        target, image_format = job.targets[source.disk.target], source.disk.format
+        stream_copy(source.path, target, image_format, source.copy_format, tell, job.cancelled)
+        done += target.stat().st_blocks * 512
+    return shot
+
+
+class _Nvram:
+    """The UEFI variables: a small file that is copied, not cloned, at the disks' instant."""
+
+    def __init__(self, definition: str, destination: Path) -> None:
+        path = DomainDefinition.parse(definition).nvram_path
+        self.source = Path(path) if path else None
+        self.copy = destination / "nvram.fd"
+        self._seen: tuple[int, int] | None = None
+
+    def warm(self) -> None:
+        """Copy it ahead; it is rarely written, so that `take` mostly has nothing to do."""
+        if self.source is not None and self.source.is_file():
+            self._seen = self._stamp()
+            shutil.copyfile(self.source, self.copy)
+            self.copy.chmod(0o600)
+
+    def take(self) -> None:
+        if self._seen is not None and self._stamp() != self._seen:
+            self.warm()
+
+    def sync(self) -> None:
+        if self.copy.exists():
+            sync_source(self.copy)
+
+    def _stamp(self) -> tuple[int, int] | None:
+        if self.source is None:
+            return None
+        status = self.source.stat()
+        return status.st_mtime_ns, status.st_size
+
+
+class _Unchanged:
+    """Makes sure that a server which was off stayed off, unwritten, while it was copied."""
+
+    def __init__(self, domain: Domain, chosen: Plan) -> None:
+        self.domain, self.chosen = domain, chosen
+        self._before = self._stamps()
+
+    def verify(self) -> None:
+        if self.chosen.state != "stopped":
+            return
+        if self.domain.state != "stopped" or self._stamps() != self._before:
+            raise CopyFailed(
+                f"{self.domain.name} was started or its disks were written while it was being "
+                "copied, so the copy is not kept. The server was not touched; try again."
+            )
+
+    def _stamps(self) -> list[tuple[int, int]]:
+        stats = [source.path.stat() for source in self.chosen.sources]
+        return [(status.st_mtime_ns, status.st_size) for status in stats]
+
+
+def _copied(source: SourceDisk, path: Path) -> CopiedDisk:
+    image_format = path.suffix.removeprefix(".")
+    if not source.disk.encrypted:
+        images.check(path, image_format)
+        about = images.info(path, image_format)
+        if about.depends_on is not None or about.virtual_bytes != source.virtual_bytes:
+            raise CopyFailed(
+                f"The copy of {source.disk.target} is not the whole disk and is not kept. "
+                "The server was not touched."
+            )
+    return CopiedDisk(
+        target=source.disk.target,
+        path=path,
+        format=image_format,
+        virtual_bytes=source.virtual_bytes,
+        bytes=path.stat().st_blocks * 512,
+    )

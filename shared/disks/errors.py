@@ -1,0 +1,45 @@
+"""What can go wrong with files, as errors a user can act on."""
+
+from shared.errors import TriptychError
+
+
+class DiskError(TriptychError):
+    """Something went wrong with a disk's file"""
+
+    code = "copy_failed"
+    status = 500
+
+
+class CopyFailed(DiskError):
+    """A disk could not be copied"""
+
+    code = "copy_failed"
+    status = 500
+
+
+class ReflinkRefused(DiskError):
+    """The file system does not share these files' extents"""
+
+    code = "reflink_refused"
+    status = 500
+
+
+class ImageDamaged(DiskError):
+    """A disk image is damaged"""
+
+    code = "image_damaged"
+    status = 409
+
+
+class InsufficientSpace(DiskError):
+    """There is not enough free space"""
+
+    code = "insufficient_space"
+    status = 507
+
+
+class SetAsideConflict(DiskError):
+    """A disk's files are not where this operation left them"""
+
+    code = "set_aside_conflict"
+    status = 409

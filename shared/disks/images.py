@@ -1,0 +1,86 @@
+"""What qemu-img says about an image: its size, its health, what a copy will need.
+
+A disk's format is always given, never probed: a guest can write any header
+into a raw disk, and a probe would then follow a backing file of its choosing.
+"""
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.disks.errors import CopyFailed, ImageDamaged
+
+# Formats that qemu-img can check; raw and others have no structure to check.
+CHECKABLE = {"qcow2", "qed", "vdi", "vhdx", "vmdk", "parallels"}
+_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """`virtual_bytes` is what the guest sees, `allocated_bytes` what the file takes up.
+
+    `depends_on` names a backing or data file without which the file is no disk.
+    """
+
+    format: str
+    virtual_bytes: int
+    allocated_bytes: int
+    depends_on: str | None
+
+
+def info(path: Path, image_format: str) -> ImageInfo:
+    """Read an image's header, also while QEMU has it open. Raises CopyFailed."""
+    answer = _ask(["info", "-U", "-f", image_format, "--output=json"], path)
+    extra = answer.get("format-specific", {}).get("data", {})
+    return ImageInfo(
+        format=str(answer["format"]),
+        virtual_bytes=int(answer["virtual-size"]),
+        allocated_bytes=int(answer.get("actual-size", 0)),
+        depends_on=answer.get("full-backing-filename")
+        or answer.get("backing-filename")
+        or extra.get("data-file"),
+    )
+
+
+def check(path: Path, image_format: str) -> None:
+    """Check an image that nobody writes. Raises ImageDamaged.
+
+    Leaked clusters waste space and harm nothing: qemu-img's exit status 3 passes.
+    """
+    if image_format not in CHECKABLE:
+        return
+    command = ["qemu-img", "check", "-f", image_format, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
+    if done.returncode not in (0, 3):
+        told = (done.stderr or done.stdout).strip().splitlines()
+        raise ImageDamaged(
+            f"{path.name} did not pass qemu-img check: {told[-1] if told else 'no reason given'}. "
+            "It is not used."
+        )
+
+
+def measure(path: Path, image_format: str, target_format: str) -> int:
+    """The bytes a full, flattened copy in `target_format` takes at most. Raises CopyFailed.
+
+    Without internal snapshots and bitmaps, which a copy does not hold either.
+    """
+    answer = _ask(["measure", "-U", "-f", image_format, "-O", target_format, "--output=json"], path)
+    return int(answer["required"])
+
+
+def _ask(arguments: list[str], path: Path) -> dict[str, Any]:
+    command = ["qemu-img", *arguments, str(path)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True
+        )
+    except FileNotFoundError as error:
+        raise CopyFailed("qemu-img is not installed; install qemu-utils.") from error
+    except subprocess.TimeoutExpired as error:
+        raise CopyFailed(f"qemu-img did not answer about {path.name}.") from error
+    except subprocess.CalledProcessError as error:
+        raise CopyFailed(f"{path.name} cannot be read: {error.stderr.strip()}.") from error
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer

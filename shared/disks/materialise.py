@@ -1,0 +1,97 @@
+"""Copying stored files out again: the disks of a revert, a restore, a clone or a proof.
+
+Owns: all files of one server or none. The stored files are only read.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from shared.disks import images
+from shared.disks.copy import stream_copy
+from shared.disks.engine import CopiedDisk
+from shared.disks.errors import CopyFailed
+from shared.disks.planning import Way
+from shared.disks.reflink import can_reflink, reflink, sync_source
+from shared.disks.space import ensure_space_for
+
+Progress = Callable[[int, int], None]
+
+_REFLINK_BYTES = 1 << 20
+
+
+def materialise(
+    files: Sequence[CopiedDisk],
+    destinations: Mapping[str, Path],
+    *,
+    formats: Mapping[str, str] | None = None,
+    progress: Progress = lambda _done, _total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Way:
+    """Write each stored disk to its destination (by target), a new file of mode 0600.
+
+    Extents are shared where that is possible; the way taken for all is returned
+    ("reflink" only if every disk was). `formats` asks for another format than
+    the stored one. Raises InsufficientSpace before anything is written,
+    FileExistsError, Cancelled, CopyFailed, ImageDamaged; no new file is left then.
+    """
+    wanted = {file.target: (formats or {}).get(file.target, file.format) for file in files}
+    shares = {file.target: _shares(file, destinations, wanted) for file in files}
+    needs = {
+        file.target: _REFLINK_BYTES
+        if shares[file.target]
+        else images.measure(file.path, file.format, wanted[file.target])
+        for file in files
+    }
+    ensure_space_for((destinations[t].parent, needed) for t, needed in needs.items())
+    total, done = sum(needs.values()), 0
+    made: list[Path] = []
+    try:
+        for file in files:
+            path = destinations[file.target]
+            if path.exists():
+                raise FileExistsError(path)
+            made.append(path)
+
+            def tell(part: int, _total: int, base: int = done) -> None:
+                progress(base + part, total)
+
+            if shares[file.target]:
+                reflink(file.path, path)
+            else:
+                stream_copy(file.path, path, file.format, wanted[file.target], tell, cancelled)
+            _verify(file, path, wanted[file.target])
+            done += needs[file.target]
+            progress(done, total)
+    except BaseException:
+        for path in made:
+            path.unlink(missing_ok=True)
+        raise
+    return "reflink" if all(shares.values()) else "stream"
+
+
+def copy_nvram(src: Path, dst: Path) -> None:
+    """Copy the UEFI variables to a new file, mode 0600, synced. Raises FileExistsError."""
+    descriptor = os.open(dst, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as target, src.open("rb") as source:
+            shutil.copyfileobj(source, target)
+        sync_source(dst)
+    except BaseException:
+        dst.unlink(missing_ok=True)
+        raise
+
+
+def _shares(file: CopiedDisk, destinations: Mapping[str, Path], wanted: Mapping[str, str]) -> bool:
+    folder = destinations[file.target].parent
+    return wanted[file.target] == file.format and can_reflink(file.path.parent, folder)
+
+
+def _verify(file: CopiedDisk, path: Path, image_format: str) -> None:
+    images.check(path, image_format)
+    about = images.info(path, image_format)
+    if about.virtual_bytes != file.virtual_bytes or about.depends_on is not None:
+        raise CopyFailed(
+            f"What was written for {file.target} is not the stored disk and was removed."
+        )

@@ -1,0 +1,163 @@
+"""The file half of revert and restore: new files in, old files set aside, and back.
+
+Beside each live file stands `.triptych-<operation>/` with `new-<name>` (prepared)
+and `old-<name>` (set aside). Every function may be called again after a crash at
+any point of itself: the names alone tell how far it came. There is a file under
+the live name at every instant, since the old one is linked aside before the new
+one is renamed over it.
+
+The domain must be off during `swap` and `swap_back`.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from shared.disks.errors import DiskError, SetAsideConflict
+
+
+def folder_of(live: Path, operation_id: str) -> Path:
+    """The hidden directory beside `live` that belongs to this operation."""
+    if "/" in operation_id or not operation_id:
+        raise ValueError(operation_id)
+    return live.parent / f".triptych-{operation_id}"
+
+
+def new_path(live: Path, operation_id: str) -> Path:
+    return folder_of(live, operation_id) / f"new-{live.name}"
+
+
+def old_path(live: Path, operation_id: str) -> Path:
+    return folder_of(live, operation_id) / f"old-{live.name}"
+
+
+def prepare(live: Mapping[str, Path], operation_id: str) -> dict[str, Path]:
+    """Make the directories; returns where each disk's new file is to be written.
+
+    A `new-` file that an earlier attempt left is removed, unless it is in use
+    already (its `old-` is there): that is a conflict. Symbolic links are
+    resolved by the caller. Raises SetAsideConflict, DiskError for a block device.
+    """
+    paths = {}
+    for target, path in live.items():
+        if path.exists() and not stat.S_ISREG(path.lstat().st_mode):
+            raise DiskError(
+                f"{target} is {path}, which is no plain file, so it cannot be replaced as a "
+                "whole. Nothing was changed; restore it by hand, or clone the copy instead."
+            )
+        if _swapped(path, old_path(path, operation_id)):
+            raise SetAsideConflict(f"{target} was already replaced by this operation.")
+        folder = folder_of(path, operation_id)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        paths[target] = new_path(path, operation_id)
+        paths[target].unlink(missing_ok=True)
+        old_path(path, operation_id).unlink(missing_ok=True)  # a second name, no more
+    return paths
+
+
+def swap(live: Mapping[str, Path], operation_id: str) -> None:
+    """Put every new file in place of its live one, which is set aside.
+
+    The new file gets the live one's owner and mode. A live file that is gone (a
+    restore of a lost disk) has nothing to set aside. Raises SetAsideConflict
+    when a new file is missing; nothing is changed then.
+    """
+    for target, path in live.items():
+        new, old = new_path(path, operation_id), old_path(path, operation_id)
+        if not new.exists() and not _swapped(path, old):
+            raise SetAsideConflict(
+                f"The new file for {target} is missing at {new}; nothing was changed."
+            )
+    for path in live.values():
+        new, old = new_path(path, operation_id), old_path(path, operation_id)
+        if not new.exists():
+            continue  # done by an earlier attempt
+        if path.exists() and not old.exists():
+            _take_over_owner(path, new)
+            _link(path, old)
+            _sync_folder(old.parent)
+        new.replace(path)
+        _sync_folder(path.parent)
+        _sync_folder(new.parent)
+
+
+def swap_back(live: Mapping[str, Path], operation_id: str) -> None:
+    """Put every old file back under its live name; the new one is kept as `new-`.
+
+    Whatever point `swap`, or an earlier `swap_back`, died at, the old files are
+    live afterwards. Nothing happens to a disk that was not swapped.
+    """
+    for path in live.values():
+        new, old = new_path(path, operation_id), old_path(path, operation_id)
+        if not old.exists():
+            continue
+        if path.exists() and path.samefile(old):
+            old.unlink()  # rename does nothing between two names of one file
+        else:
+            if path.exists() and not new.exists():
+                _take_over_owner(old, path)
+                _link(path, new)
+                _sync_folder(new.parent)
+            old.replace(path)
+        _sync_folder(path.parent)
+        _sync_folder(old.parent)
+
+
+def undo_swap(live: Mapping[str, Path], operation_id: str) -> None:
+    """Undo a finished revert for good: the old files are live, what it had made is removed."""
+    swap_back(live, operation_id)
+    discard(live, operation_id)
+
+
+def is_swapped(live: Mapping[str, Path], operation_id: str) -> bool:
+    """Whether any disk has its old file set aside."""
+    return any(_swapped(path, old_path(path, operation_id)) for path in live.values())
+
+
+def discard(live: Mapping[str, Path], operation_id: str) -> None:
+    """Remove the directories with what is in them. The live files stay as they are.
+
+    An old file whose live name is gone is the disk itself: it is put back first.
+    """
+    for path in live.values():
+        folder, old = folder_of(path, operation_id), old_path(path, operation_id)
+        if old.exists() and not path.exists():
+            old.replace(path)
+            _sync_folder(path.parent)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+        _sync_folder(path.parent)
+
+
+def _swapped(path: Path, old: Path) -> bool:
+    return old.exists() and not (path.exists() and path.samefile(old))
+
+
+def _link(path: Path, name: Path) -> None:
+    """A second name for a file; where the file system has no hard links, the only one."""
+    try:
+        os.link(path, name)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
+            raise
+        path.replace(name)
+
+
+def _take_over_owner(of: Path, to: Path) -> None:
+    status = of.stat()
+    os.chown(to, status.st_uid, status.st_gid)
+    to.chmod(stat.S_IMODE(status.st_mode))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in `folder` last. It may be gone."""
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,207 @@
+"""A full copy of all disks of an active domain at one instant, made by QEMU itself.
+
+Owns: one libvirt backup job from begin to verdict. It changes nothing in the
+guest's chain; QEMU copies a block before the guest overwrites it. The target
+directory must be searchable by the user QEMU runs as (mode 0711 will do).
+"No job" is not "succeeded": the verdict is the job's own success flag.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import libvirt
+from lxml import etree
+
+from shared.errors import Cancelled
+from shared.hypervisor.domains import Domain
+from shared.hypervisor.errors import BackupFailed, HypervisorError, LibvirtUnavailable
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+# libvirt before 10.8 has been seen to crash when its job statistics are asked
+# for often; the end of the job comes as an event anyway.
+POLL_S = 1.0
+_CANCEL_POLL_S = 0.1
+_ABORT_PATIENCE_S = 60.0
+_OUTAGE_PATIENCE_S = 60.0
+
+
+def push_backup(
+    domain: Domain,
+    targets: Mapping[str, tuple[Path, str]],
+    progress: Progress,
+    cancelled: Callable[[], bool],
+    *,
+    instant: AbstractContextManager[Any] | None = None,
+) -> None:
+    """Copy the disks named in `targets` (`{"vda": (path, "qcow2")}`) to new files.
+
+    `instant` surrounds the moment the copy is of (a freeze belongs there);
+    `progress(done, total)` is in bytes. The files are synced, mode 0600. Raises
+    BackupFailed, LibvirtBusy (another job runs) or Cancelled; then the job is
+    ended and the files are removed.
+    """
+    job = _Job(domain)
+    try:
+        with instant or nullcontext():
+            job.begin(_job_xml(domain, targets))
+        job.wait(progress, cancelled)
+        for path, _ in targets.values():
+            _settle(path)
+    except BaseException:
+        job.abort()
+        for path, _ in targets.values():
+            path.unlink(missing_ok=True)
+        raise
+    finally:
+        job.close()
+
+
+class _Job:
+    """One backup job: its event, its polling, its end."""
+
+    def __init__(self, domain: Domain) -> None:
+        self.domain = domain
+        self.begun = False
+        self._done = threading.Event()
+        self._verdict: dict[str, Any] = {}
+        self._listener: tuple[Any, int] | None = None
+
+    def begin(self, xml: str) -> None:
+        def listen(handle: Any) -> tuple[Any, int]:
+            connection = handle.connect()
+            event = libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED
+            return connection, connection.domainEventRegisterAny(
+                handle, event, self._on_completed, None
+            )
+
+        self._listener = self.domain.call("Watching the jobs of", listen)
+        # Asking clears what an earlier job left, so that it is not taken for ours.
+        with contextlib.suppress(HypervisorError):
+            self._completed()
+        self.begun = True  # from here on there may be a job, whatever the call says
+        try:
+            self.domain.call("Copying", lambda handle: handle.backupBegin(xml, None, 0))
+        except HypervisorError as error:
+            if not isinstance(error, LibvirtUnavailable):
+                self.begun = False  # refused: a job that runs is somebody else's
+            raise
+
+    def wait(self, progress: Progress, cancelled: Callable[[], bool]) -> None:
+        lost_at, next_poll = 0.0, time.monotonic() + POLL_S
+        while not self._done.wait(_CANCEL_POLL_S):
+            if cancelled():
+                raise Cancelled(
+                    f"The copy of {self.domain.name} was cancelled. Nothing of it was kept."
+                )
+            if time.monotonic() < next_poll:
+                continue
+            next_poll = time.monotonic() + POLL_S
+            try:
+                stats = self.domain.call("Following the copy of", lambda h: h.jobStats())
+                lost_at = 0.0
+            except LibvirtUnavailable:
+                # QEMU goes on copying without libvirtd, so wait for its return.
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at > _OUTAGE_PATIENCE_S:
+                    raise
+                continue
+            if stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE) == libvirt.VIR_DOMAIN_JOB_NONE:
+                self._done.wait(POLL_S)  # the event is on its way
+                self._verdict = self._verdict or self._completed()
+                break
+            progress(stats.get("disk_processed", 0), stats.get("disk_total", 0))
+        self._judge(progress)
+
+    def _judge(self, progress: Progress) -> None:
+        verdict = self._verdict
+        self.begun = False
+        if verdict.get("success") is True or verdict.get("success") == 1:
+            total = verdict.get("disk_total", 0)
+            progress(total, total)
+            return
+        reason = verdict.get("errmsg") or (
+            "the guest went down or libvirt lost the job" if not verdict else "QEMU gave up"
+        )
+        raise BackupFailed(
+            f"The copy of {self.domain.name} failed: {reason}. The server was not touched "
+            "and nothing of the copy was kept; try again."
+        )
+
+    def abort(self) -> None:
+        """End our job, if it may be running, and wait until QEMU has let go of the files."""
+        if not self.begun:
+            return
+        deadline = time.monotonic() + _ABORT_PATIENCE_S
+        while time.monotonic() < deadline:
+            try:
+                stats = self.domain.call("Following the copy of", lambda h: h.jobStats())
+                if not stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE):
+                    return
+                self.domain.call("Ending the copy of", lambda handle: handle.abortJob())
+            except LibvirtUnavailable:
+                log.warning("libvirt is away while the copy of %s ends", self.domain.name)
+            except HypervisorError:
+                if not self.domain.is_active:
+                    return
+            self._done.wait(0.5)
+        log.error("the copy job of %s does not end", self.domain.name)
+
+    def close(self) -> None:
+        if self._listener is not None:
+            connection, number = self._listener
+            with contextlib.suppress(libvirt.libvirtError):
+                connection.domainEventDeregisterAny(number)
+
+    def _completed(self) -> dict[str, Any]:
+        flag = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED
+        stats = self.domain.call("Reading the outcome of", lambda handle: handle.jobStats(flag))
+        ours = stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
+        return dict(stats) if ours else {}
+
+    def _on_completed(self, _conn: Any, _dom: Any, stats: dict[str, Any], _opaque: Any) -> None:
+        if stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:
+            self._verdict = dict(stats)
+            self._done.set()
+
+
+def _job_xml(domain: Domain, targets: Mapping[str, tuple[Path, str]]) -> str:
+    """The backup job's description; every disk is named, so that none is taken by default."""
+    live = etree.fromstring(domain.live_definition())
+    names = [t.get("dev", "") for t in live.iterfind("devices/disk/target")]
+    missing = sorted(set(targets) - set(names))
+    if missing:
+        raise BackupFailed(
+            f"{domain.name} has no disk {', '.join(missing)} any more. Nothing was copied."
+        )
+    job = etree.Element("domainbackup", mode="push")
+    disks = etree.SubElement(job, "disks")
+    for name in names:
+        if name not in targets:
+            etree.SubElement(disks, "disk", name=name, backup="no")
+            continue
+        path, image_format = targets[name]
+        disk = etree.SubElement(disks, "disk", name=name, backup="yes", type="file")
+        etree.SubElement(disk, "target", file=str(path))
+        etree.SubElement(disk, "driver", type=image_format)
+    return etree.tostring(job, encoding="unicode")
+
+
+def _settle(path: Path) -> None:
+    """libvirt gives the file back to the owner it found; make sure, and sync it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fchown(descriptor, os.geteuid(), os.getegid())
+        os.fchmod(descriptor, 0o600)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

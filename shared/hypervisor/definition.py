@@ -1,0 +1,269 @@
+"""A domain's definition, read: its size, its disks, and which of them can be copied.
+
+Owns: reading domain XML and pointing its disks elsewhere. Pure lxml, no libvirt.
+Making a second domain out of a definition is `duplicate.py`'s.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from lxml import etree
+
+from shared.hypervisor.errors import DefinitionInvalid, DiskNotCopyable, DomainWithoutDisks
+
+Kind = Literal["file", "block", "network", "volume", "other"]
+
+# https://libvirt.org/formatdomain.html#memory-allocation
+_UNITS = {
+    "b": 1,
+    "bytes": 1,
+    "kb": 10**3,
+    "k": 2**10,
+    "kib": 2**10,
+    "mb": 10**6,
+    "m": 2**20,
+    "mib": 2**20,
+    "gb": 10**9,
+    "g": 2**30,
+    "gib": 2**30,
+    "tb": 10**12,
+    "t": 2**40,
+    "tib": 2**40,
+}
+_SOURCE_ATTRIBUTE = {"file": "file", "block": "dev", "dir": "dir", "nvme": "namespace"}
+# Children of <source> that belong to the place, not to the contents.
+_PLACE = ("seclabel", "reservations", "cookies", "auth", "host", "dataStore")
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Something of a server that a copy does not hold, and why."""
+
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DiskDefinition:
+    """One `<disk>`. `path` is a host path for kinds file and block, None otherwise.
+
+    `format` is what libvirt reads it as: raw unless the definition says
+    otherwise, never probed, since a guest can write any header into a raw disk.
+    """
+
+    target: str
+    bus: str
+    kind: Kind
+    device: str
+    format: str
+    path: str | None
+    readonly: bool
+    shareable: bool
+    has_backing: bool
+    encrypted: bool = False
+    transient: bool = False
+
+    @property
+    def left_out_because(self) -> str | None:
+        """Why a copy goes without this disk; None for a disk that must be copied."""
+        if self.device == "cdrom":
+            return "a CD-ROM is not copied"
+        if self.device == "floppy":
+            return "a floppy is not copied"
+        if self.readonly:
+            return "the disk is read-only for the guest"
+        if self.shareable:
+            return "the disk is shared with other guests"
+        return None
+
+    @property
+    def not_copyable_because(self) -> str | None:
+        """Why a writable disk cannot be copied; None if it can."""
+        if self.device == "lun":
+            return "it is a SCSI device passed through to the guest"
+        if self.transient:
+            return "its changes are thrown away when the guest goes off (transient)"
+        if self.kind == "volume":
+            return "it is given as a storage pool's volume; give its path instead"
+        if self.kind not in ("file", "block"):
+            return "it is reached over the network, not through a file or block device"
+        if self.path is None:
+            return "it has no source"
+        return None
+
+
+@dataclass(frozen=True)
+class DomainDefinition:
+    """What Triptych needs to know of a domain's XML."""
+
+    xml: str
+    name: str
+    uuid: str
+    vcpus: int
+    memory_bytes: int
+    disks: tuple[DiskDefinition, ...]
+    nvram_path: str | None
+    has_tpm: bool
+
+    @classmethod
+    def parse(cls, xml: str) -> "DomainDefinition":
+        """Read a `<domain>`. Raises DefinitionInvalid."""
+        root = parse_domain(xml)
+        return cls(
+            xml=xml,
+            name=root.findtext("name", "").strip(),
+            uuid=root.findtext("uuid", "").strip(),
+            vcpus=vcpus_of(root),
+            memory_bytes=memory_of(root),
+            disks=tuple(_disk(node) for node in root.iterfind("devices/disk")),
+            nvram_path=_nvram_path(root),
+            has_tpm=root.find("devices/tpm/backend[@type='emulator']") is not None,
+        )
+
+    def split_disks(self) -> tuple[tuple[DiskDefinition, ...], tuple[LeftOut, ...]]:
+        """The disks that a copy holds, and what it leaves out with the reason in words.
+
+        Raises DiskNotCopyable for a writable disk that cannot be copied (a copy
+        without it would look whole and not be), DomainWithoutDisks if none is left.
+        """
+        copied, left_out = [], []
+        for disk in self.disks:
+            if disk.left_out_because is not None:
+                left_out.append(LeftOut(disk.target, disk.left_out_because))
+            elif disk.not_copyable_because is not None:
+                raise DiskNotCopyable(
+                    f"Disk {disk.target} of {self.name} cannot be copied: "
+                    f"{disk.not_copyable_because}. Nothing was copied.",
+                    disk=disk.target,
+                )
+            else:
+                copied.append(disk)
+        if not copied:
+            raise DomainWithoutDisks(
+                f"{self.name} has no writable disk, so there is nothing to copy."
+            )
+        if self.has_tpm:
+            left_out.append(LeftOut("tpm", "the state of the virtual TPM is not copied"))
+        return tuple(copied), tuple(left_out)
+
+    def with_disk_paths(
+        self, paths: Mapping[str, str], formats: Mapping[str, str] | None = None
+    ) -> str:
+        """The XML with the disks named in `paths` (by target) on those files, chains dropped."""
+        root = parse_domain(self.xml)
+        set_disk_paths(root, paths, formats or {})
+        return to_text(root)
+
+
+def parse_domain(xml: str) -> etree._Element:
+    """Parse and check that it is a domain. Entities and the network are never used."""
+    parser = etree.XMLParser(resolve_entities=False, no_network=True, remove_blank_text=True)
+    try:
+        root = etree.fromstring(xml.encode(), parser)
+    except etree.XMLSyntaxError as error:
+        raise DefinitionInvalid(f"The definition is not well-formed XML: {error}.") from error
+    if root.tag != "domain" or not root.findtext("name"):
+        raise DefinitionInvalid("The definition is not that of a domain with a name.")
+    return root
+
+
+def to_text(root: etree._Element) -> str:
+    return etree.tostring(root, encoding="unicode", pretty_print=True)
+
+
+def set_disk_paths(
+    root: etree._Element, paths: Mapping[str, str], formats: Mapping[str, str]
+) -> None:
+    """Point disks at plain files, in place. Raises DefinitionInvalid for an unknown target."""
+    nodes = {_target(node): node for node in root.iterfind("devices/disk")}
+    for target, path in paths.items():
+        node = nodes.get(target)
+        if node is None:
+            raise DefinitionInvalid(f"The definition has no disk {target}.", disk=target)
+        for tag in ("source", "backingStore", "mirror"):
+            for old in node.findall(tag):
+                node.remove(old)
+                if tag == "source":
+                    node.append(_file_source(old, path))
+        if node.find("source") is None:
+            node.append(etree.Element("source", file=path))
+        node.set("type", "file")
+        if target in formats:
+            driver = node.find("driver")
+            if driver is None:
+                driver = etree.SubElement(node, "driver", name="qemu")
+            driver.set("type", formats[target])
+
+
+def memory_of(root: etree._Element) -> int:
+    """The guest's memory in bytes."""
+    return to_bytes(root.find("memory"))
+
+
+def to_bytes(node: etree._Element | None) -> int:
+    """The size in a `<memory unit='…'>`-like element, in bytes; KiB is libvirt's default."""
+    if node is None or not (node.text or "").strip().isdigit():
+        return 0
+    unit = node.get("unit", "KiB").lower()
+    if unit not in _UNITS:
+        raise DefinitionInvalid(f"The definition has an unknown unit of memory: {unit}.")
+    return int((node.text or "").strip()) * _UNITS[unit]
+
+
+def vcpus_of(root: etree._Element) -> int:
+    """How many vCPUs the guest starts with."""
+    node = root.find("vcpu")
+    if node is None:
+        return 1
+    return int(node.get("current") or (node.text or "1").strip())
+
+
+def _file_source(old: etree._Element, path: str) -> etree._Element:
+    """A `<source file=…>` that keeps what belongs to the contents (encryption, slices)."""
+    new = etree.Element("source", file=path)
+    for child in old:
+        if child.tag not in _PLACE:
+            new.append(copy.deepcopy(child))
+    return new
+
+
+def _target(node: etree._Element) -> str:
+    target = node.find("target")
+    return target.get("dev", "") if target is not None else ""
+
+
+def _disk(node: etree._Element) -> DiskDefinition:
+    target, driver, source = node.find("target"), node.find("driver"), node.find("source")
+    raw_kind = node.get("type", "file")
+    kind = cast(Kind, raw_kind if raw_kind in get_args(Kind) else "other")
+    backing = node.find("backingStore")
+    path = None
+    if source is not None and kind in ("file", "block"):
+        path = source.get(_SOURCE_ATTRIBUTE[kind])
+    return DiskDefinition(
+        target=_target(node),
+        bus=target.get("bus", "") if target is not None else "",
+        kind=kind,
+        device=node.get("device", "disk"),
+        format=driver.get("type", "raw") if driver is not None else "raw",
+        path=path,
+        readonly=node.find("readonly") is not None,
+        shareable=node.find("shareable") is not None,
+        has_backing=(backing is not None and len(backing) > 0)
+        or node.find("source/dataStore") is not None,
+        encrypted=node.find("encryption") is not None or node.find("source/encryption") is not None,
+        transient=node.find("transient") is not None,
+    )
+
+
+def _nvram_path(root: etree._Element) -> str | None:
+    """The UEFI variables' file: text of `<nvram>`, or its `<source file>` (libvirt ≥ 8.5)."""
+    node = root.find("os/nvram")
+    if node is None:
+        return None
+    source = node.find("source")
+    if source is not None:
+        return source.get("file")
+    return (node.text or "").strip() or None

@@ -1,0 +1,201 @@
+"""A libvirt domain behind a thin typed wrapper.
+
+Owns: looking domains up, their power state, defining and undefining. Knows
+nothing of copies. A `Domain` survives a restart of libvirtd: a call that finds
+the connection dead is made once more on a fresh one, since every call here is
+idempotent.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import libvirt
+
+from shared.hypervisor.connection import connect, is_gone, translate, translated
+from shared.hypervisor.errors import DomainMissing, LibvirtBusy, LibvirtFailed
+
+State = Literal["running", "stopped", "paused"]
+Result = TypeVar("Result")
+
+# "shutdown" is a guest on its way down whose vCPUs still run. A crashed guest
+# with on_crash=preserve and one in S3 keep their QEMU but execute nothing.
+_STATES: dict[int, State] = {
+    libvirt.VIR_DOMAIN_NOSTATE: "running",
+    libvirt.VIR_DOMAIN_RUNNING: "running",
+    libvirt.VIR_DOMAIN_BLOCKED: "running",
+    libvirt.VIR_DOMAIN_SHUTDOWN: "running",
+    libvirt.VIR_DOMAIN_PAUSED: "paused",
+    libvirt.VIR_DOMAIN_PMSUSPENDED: "paused",
+    libvirt.VIR_DOMAIN_CRASHED: "paused",
+    libvirt.VIR_DOMAIN_SHUTOFF: "stopped",
+}
+DESTROY_TIMEOUT_S = 60.0
+_TPM_FLAGS_SINCE = 8_009_000  # libvirt 8.9.0; before, the TPM's state always went
+
+
+class Domain:
+    """One libvirt domain, held by its UUID."""
+
+    def __init__(self, uri: str, handle: Any) -> None:
+        self.uri = uri
+        self.uuid: str = handle.UUIDString()
+        self.name: str = handle.name()
+        self._handle = handle
+
+    def __repr__(self) -> str:
+        return f"<Domain {self.name} {self.uuid}>"
+
+    def call(self, doing: str, function: Callable[[Any], Result]) -> Result:
+        """Run `function(virDomain)`, once more on a new connection if the old one died.
+
+        Only for calls that may be made twice. Raises the translated error.
+        """
+        doing = f"{doing} {self.name}"
+        try:
+            return function(self._handle)
+        except libvirt.libvirtError as error:
+            if not is_gone(error):
+                raise translate(error, doing) from error
+        with translated(doing):
+            self._handle = connect(self.uri).lookupByUUIDString(self.uuid)
+            return function(self._handle)
+
+    @property
+    def state(self) -> State:
+        return self.state_and_reason()[0]
+
+    def state_and_reason(self) -> tuple[State, int]:
+        """The state and libvirt's reason (a `VIR_DOMAIN_<STATE>_<REASON>` number)."""
+        number, reason = self.call("Reading the state of", lambda handle: handle.state())
+        if number == libvirt.VIR_DOMAIN_CRASHED and not self.is_active:
+            return "stopped", reason
+        return _STATES.get(number, "running"), reason
+
+    @property
+    def is_active(self) -> bool:
+        return bool(self.call("Reading the state of", lambda handle: handle.isActive()))
+
+    @property
+    def is_persistent(self) -> bool:
+        """Whether libvirt still knows the domain once it is off."""
+        return bool(self.call("Reading the kind of", lambda handle: handle.isPersistent()))
+
+    @property
+    def paused_by_user(self) -> bool:
+        """Whether it is paused because somebody (its owner or we) asked for it."""
+        state, reason = self.call("Reading the state of", lambda handle: handle.state())
+        return bool(state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_USER)
+
+    @property
+    def was_shut_down(self) -> bool:
+        """Whether it is off because its guest shut down in an orderly way."""
+        state, reason = self.call("Reading the state of", lambda handle: handle.state())
+        return bool(
+            state == libvirt.VIR_DOMAIN_SHUTOFF and reason == libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN
+        )
+
+    @property
+    def has_managed_save(self) -> bool:
+        return bool(
+            self.call("Looking for a saved state of", lambda handle: handle.hasManagedSaveImage())
+        )
+
+    @property
+    def autostart(self) -> bool:
+        return bool(self.call("Reading autostart of", lambda handle: handle.autostart()))
+
+    def definition(self) -> str:
+        """The XML it will start with next, secrets included; a transient domain's live XML."""
+        flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+        return str(self.call("Reading the definition of", lambda handle: handle.XMLDesc(flags)))
+
+    def live_definition(self) -> str:
+        """The XML of the running guest (its disks as they are now); else the inactive one."""
+        flags = libvirt.VIR_DOMAIN_XML_SECURE
+        return str(self.call("Reading the definition of", lambda handle: handle.XMLDesc(flags)))
+
+    def start(self, paused: bool = False, *, discard_saved_state: bool = False) -> None:
+        """Start it (nothing happens when it is on already).
+
+        `discard_saved_state` boots afresh although a managed save exists, which
+        must be so after its disks were replaced.
+        """
+        flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
+        if discard_saved_state:
+            flags |= libvirt.VIR_DOMAIN_START_FORCE_BOOT
+        if not self.is_active:
+            self.call("Starting", lambda handle: handle.createWithFlags(flags))
+
+    def suspend(self) -> None:
+        self.call("Pausing", lambda handle: handle.suspend())
+
+    def resume(self) -> None:
+        self.call("Resuming", lambda handle: handle.resume())
+
+    def destroy(self, timeout_s: float = DESTROY_TIMEOUT_S) -> None:
+        """Force it off and wait until it is off. A stopped or vanished domain is fine.
+
+        Raises LibvirtBusy or LibvirtFailed when it is still on after `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                if not self.is_active:
+                    return
+                self.call("Forcing off", lambda handle: handle.destroy())
+            except DomainMissing:
+                return  # it was transient
+            except (LibvirtBusy, LibvirtFailed):
+                # Lost the race against a guest that went down by itself, or its
+                # QEMU is stuck in the kernel and may yet go.
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def undefine(self, *, keep_nvram: bool = True, keep_tpm: bool = True) -> None:
+        """Remove it from libvirt with all that libvirt keeps about it; its disks stay.
+
+        A managed save and the metadata of libvirt snapshots and checkpoints go
+        with it: libvirt refuses otherwise. Nothing happens when it is gone already.
+        """
+        flags = (
+            libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+            | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+            | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+        )
+        keep, drop = libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM, libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+        flags |= keep if keep_nvram else drop
+        version = self.call(
+            "Reading the version at", lambda handle: handle.connect().getLibVersion()
+        )
+        if version >= _TPM_FLAGS_SINCE:
+            keep, drop = libvirt.VIR_DOMAIN_UNDEFINE_KEEP_TPM, libvirt.VIR_DOMAIN_UNDEFINE_TPM
+            flags |= keep if keep_tpm else drop
+        try:
+            self.call("Undefining", lambda handle: handle.undefineFlags(flags))
+        except DomainMissing:
+            return
+
+    def remove_managed_save(self) -> None:
+        """Throw away the saved state, if there is one. It cannot be had back."""
+        if self.has_managed_save:
+            self.call("Removing the saved state of", lambda handle: handle.managedSaveRemove())
+
+
+def find(connection: Any, uuid: str) -> Domain:
+    """The domain of that UUID. Raises DomainMissing."""
+    with translated(f"Looking up the domain {uuid}"):
+        return Domain(connection.getURI(), connection.lookupByUUIDString(uuid))
+
+
+def find_by_name(connection: Any, name: str) -> Domain:
+    """The domain of that name. Raises DomainMissing."""
+    with translated(f"Looking up the domain {name}"):
+        return Domain(connection.getURI(), connection.lookupByName(name))
+
+
+def define(connection: Any, xml: str) -> Domain:
+    """Define, or redefine by UUID, a persistent domain. Raises LibvirtFailed for bad XML."""
+    with translated("Defining a domain"):
+        return Domain(connection.getURI(), connection.defineXML(xml))

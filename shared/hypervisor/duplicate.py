@@ -1,0 +1,296 @@
+"""The definition of a clone: a second domain that can run beside its source.
+
+Owns: everything in a domain's XML that is the domain's own and must differ.
+virtinst's `cloner.py` is the reference for what must change; to it are added
+what fixed ports, sockets, devices and labels would collide on. Pure lxml.
+"""
+
+import secrets
+import uuid as uuids
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from lxml import etree
+
+from shared.hypervisor.definition import LeftOut, parse_domain, set_disk_paths, to_text
+from shared.hypervisor.errors import DefinitionInvalid
+from shared.hypervisor.sizing import set_memory, set_vcpus
+
+# A host device belongs to one running guest; a lease and a pstore name one
+# owner; labels are assigned anew by libvirt.
+_DROPPED = (
+    ("devices/hostdev", "a host device belongs to one guest"),
+    ("devices/interface[@type='hostdev']", "a host device belongs to one guest"),
+    ("devices/tpm/backend[@type='passthrough']/..", "the host's TPM belongs to one guest"),
+    ("devices/input[@type='evdev']", "a host input device belongs to one guest"),
+    ("devices/input[@type='passthrough']", "a host input device belongs to one guest"),
+    ("devices/interface[@type='vhostuser']", "its switch port belongs to one guest"),
+)
+_DROPPED_SILENTLY = (
+    "seclabel",
+    "devices//seclabel",
+    "devices/lease",
+    "devices/pstore",
+    "devices/disk/backingStore",
+    "devices/disk/mirror",
+)
+_CHARACTER_DEVICES = ("serial", "console", "parallel", "channel")
+_OWN_ADDRESSES = ("MAC", "IP", "IPV6")
+
+
+@dataclass(frozen=True)
+class CloneDefinition:
+    """A clone's XML; its MACs by the source's; what of the source it goes without."""
+
+    xml: str
+    name: str
+    uuid: str
+    macs: Mapping[str, str]
+    left_out: tuple[LeftOut, ...]
+
+
+def clone_definition(
+    source_xml: str,
+    *,
+    name: str,
+    uuid: str,
+    disk_paths: Mapping[str, str],
+    disk_formats: Mapping[str, str] | None = None,
+    vcpus: int | None = None,
+    memory_bytes: int | None = None,
+    nvram_path: str | None = None,
+    mac_prefix: str = "52:54:00",
+    keep_macs: bool = False,
+    keep_left_out: Collection[str] = (),
+) -> CloneDefinition:
+    """The definition of a clone of `source_xml` (an inactive definition).
+
+    `disk_paths` names the clone's file for each copied disk, by target. Of the
+    other disks CD-ROM and floppy drives stay, empty; read-only and shared ones
+    go, except the targets in `keep_left_out`. Without `nvram_path` libvirt makes
+    fresh UEFI variables under a path of its own. `keep_macs` is for a clone with
+    memory, whose MACs live in its RAM. Raises DefinitionInvalid.
+    """
+    root = parse_domain(source_xml)
+    old_name = root.findtext("name", "")
+    _unset(root, "id")
+    _refuse(root)
+    left_out = _drop(root)
+    left_out += _keep_or_drop_disks(root, disk_paths, keep_left_out)
+    set_disk_paths(root, disk_paths, disk_formats or {})
+    _identify(root, name, uuid)
+    _set_nvram(root, nvram_path)
+    macs = _renew_interfaces(root, mac_prefix, keep_macs)
+    left_out += _own_character_devices(root, old_name, name)
+    _own_ports(root)
+    if memory_bytes is not None:
+        set_memory(root, memory_bytes)
+    if vcpus is not None:
+        set_vcpus(root, vcpus)
+    return CloneDefinition(to_text(root), name, uuid, macs, tuple(left_out))
+
+
+def random_mac(prefix: str) -> str:
+    """A MAC address that begins with `prefix` (1 to 5 octets). Raises DefinitionInvalid."""
+    octets = prefix.lower().split(":")
+    try:
+        valid = 1 <= len(octets) <= 5 and all(0 <= int(o, 16) <= 255 for o in octets)
+    except ValueError:
+        valid = False
+    if not valid or int(octets[0], 16) & 1:
+        raise DefinitionInvalid(f"{prefix} is not the beginning of a unicast MAC address.")
+    rest = [f"{byte:02x}" for byte in secrets.token_bytes(6 - len(octets))]
+    return ":".join([f"{int(o, 16):02x}" for o in octets] + rest)
+
+
+def _refuse(root: etree._Element) -> None:
+    for memory in root.iterfind("devices/memory"):
+        if memory.get("model") in ("nvdimm", "virtio-pmem"):
+            raise DefinitionInvalid(
+                f"{root.findtext('name')} keeps data in a memory device "
+                f"({memory.get('model')}), which cannot be cloned."
+            )
+
+
+def _drop(root: etree._Element) -> list[LeftOut]:
+    left_out = []
+    for path, reason in _DROPPED:
+        for node in root.findall(path):
+            left_out.append(LeftOut(_label(node), reason))
+            _remove(node)
+    for path in _DROPPED_SILENTLY:
+        for node in root.findall(path):
+            _remove(node)
+    return left_out
+
+
+def _keep_or_drop_disks(
+    root: etree._Element, disk_paths: Mapping[str, str], keep: Collection[str]
+) -> list[LeftOut]:
+    left_out = []
+    for disk in root.findall("devices/disk"):
+        target = disk.find("target")
+        name = target.get("dev", "") if target is not None else ""
+        if name in disk_paths or name in keep:
+            continue
+        if disk.get("device") in ("cdrom", "floppy"):
+            for source in disk.findall("source"):
+                disk.remove(source)
+            disk.set("type", "file")
+        else:
+            left_out.append(LeftOut(name, "the disk is the source's or shared"))
+            _remove(disk)
+    return left_out
+
+
+def _identify(root: etree._Element, name: str, uuid: str) -> None:
+    try:
+        uuids.UUID(uuid)
+    except ValueError as error:
+        raise DefinitionInvalid(f"{uuid} is not a UUID.") from error
+    _set_text(root, "name", name)
+    _set_text(root, "uuid", uuid)
+    for entry in root.iterfind("sysinfo/system/entry[@name='uuid']"):
+        entry.text = uuid
+    genid = root.find("genid")
+    if genid is not None:
+        genid.text = str(uuids.uuid4())
+    # Without a path libvirt keeps the state under the clone's own UUID, empty at first.
+    for backend in root.iterfind("devices/tpm/backend[@type='emulator']"):
+        for source in backend.findall("source"):
+            backend.remove(source)
+
+
+def _set_nvram(root: etree._Element, path: str | None) -> None:
+    nvram = root.find("os/nvram")
+    if nvram is None:
+        return
+    for source in nvram.findall("source"):
+        nvram.remove(source)
+    _unset(nvram, "type")
+    nvram.text = path
+    if path is None and not nvram.attrib:
+        _remove(nvram)
+
+
+def _renew_interfaces(root: etree._Element, prefix: str, keep_macs: bool) -> dict[str, str]:
+    macs: dict[str, str] = {}
+    for interface in root.iterfind("devices/interface"):
+        mac = interface.find("mac")
+        if mac is None:
+            mac = etree.SubElement(interface, "mac", address="")
+        old = mac.get("address", "")
+        if not keep_macs:
+            new = random_mac(prefix)
+            while new in macs.values():
+                new = random_mac(prefix)
+            mac.set("address", new)
+            _unset(mac, "type", "check")
+        macs[old] = mac.get("address", "")
+        _own_port_on_the_host(interface)
+    return macs
+
+
+def _own_port_on_the_host(interface: etree._Element) -> None:
+    for target in interface.findall("target"):
+        _unset(target, "dev", "managed")  # the host's vnet name
+        if not target.attrib:
+            interface.remove(target)
+    for backend in interface.iterfind("backend"):
+        _unset(backend, "logFile")
+    for parameters in interface.iterfind("virtualport/parameters"):
+        _unset(parameters, "interfaceid")
+    for parameter in interface.findall("filterref/parameter"):
+        if parameter.get("name") in _OWN_ADDRESSES:
+            _remove(parameter)
+
+
+def _own_character_devices(root: etree._Element, old_name: str, name: str) -> list[LeftOut]:
+    """Give sockets and log files of serial lines and channels the clone's own paths."""
+    left_out = []
+    for tag in _CHARACTER_DEVICES:
+        for device in root.findall(f"devices/{tag}"):
+            for log in device.findall("log"):
+                log.set("file", own_path(log.get("file", ""), old_name, name))
+            source = device.find("source")
+            _unset(device, "tty")
+            if source is None or device.get("type") in ("spicevmc", "spiceport", "qemu-vdagent"):
+                continue
+            reason = _own_source(device, source, old_name, name)
+            if reason:
+                left_out.append(LeftOut(_label(device), reason))
+    return left_out
+
+
+def _own_source(
+    device: etree._Element, source: etree._Element, old_name: str, name: str
+) -> str | None:
+    """Make one character device's far end the clone's own; a reason if it was lost."""
+    kind, path = device.get("type"), source.get("path")
+    if device.tag == "channel" and kind == "unix" and source.get("mode", "bind") == "bind":
+        _unset(source, "path")  # libvirt makes one per domain
+        source.set("mode", "bind")
+        return None
+    if kind in ("unix", "file", "pipe") and path and source.get("mode", "bind") == "bind":
+        source.set("path", own_path(path, old_name, name))
+        return None
+    if kind in ("pty", "null", "stdio", "vc"):
+        device.remove(source)  # /dev/pts/N of the running source
+        return None
+    if device.tag == "channel":
+        _remove(device)
+        return "its far end belongs to one guest"
+    device.set("type", "pty")
+    device.remove(source)
+    for protocol in device.findall("protocol"):
+        device.remove(protocol)
+    return "its far end belongs to one guest; it is a pseudo-terminal now"
+
+
+def own_path(path: str, old_name: str, name: str) -> str:
+    """`path` for the clone: the source's name in it replaced, or the clone's put before."""
+    parts = PurePath(path)
+    if old_name and old_name in parts.name:
+        return str(parts.with_name(parts.name.replace(old_name, name)))
+    return str(parts.with_name(f"{name}-{parts.name}"))
+
+
+def _own_ports(root: etree._Element) -> None:
+    for graphics in root.iterfind("devices/graphics"):
+        if graphics.get("type") in ("vnc", "spice", "rdp") and graphics.get("port"):
+            graphics.set("port", "-1")
+            graphics.set("autoport", "yes")
+            _unset(graphics, "tlsPort")
+        if graphics.get("websocket"):
+            graphics.set("websocket", "-1")
+        _unset(graphics, "socket")
+        for listen in graphics.iterfind("listen[@type='socket']"):
+            _unset(listen, "socket")
+    for vsock_id in root.iterfind("devices/vsock/cid"):
+        _unset(vsock_id, "address")
+        vsock_id.set("auto", "yes")
+
+
+def _label(node: etree._Element) -> str:
+    return " ".join(filter(None, [str(node.tag), node.get("type")]))
+
+
+def _set_text(root: etree._Element, tag: str, text: str) -> None:
+    node = root.find(tag)
+    if node is None:
+        node = etree.Element(tag)
+        root.insert(0, node)
+    node.text = text
+
+
+def _unset(node: etree._Element, *names: str) -> None:
+    for name in names:
+        if name in node.attrib:
+            del node.attrib[name]
+
+
+def _remove(node: etree._Element) -> None:
+    parent = node.getparent()
+    if parent is not None:
+        parent.remove(node)

@@ -1,0 +1,90 @@
+"""What can go wrong between Triptych and libvirt, as errors a user can act on.
+
+Free of libvirt itself: `connection.py` translates libvirt's own errors into these.
+"""
+
+from shared.errors import TriptychError
+
+
+class HypervisorError(TriptychError):
+    """Something went wrong at the hypervisor"""
+
+    code = "libvirt_failed"
+    status = 502
+
+
+class LibvirtUnavailable(HypervisorError):
+    """libvirt does not answer"""
+
+    code = "libvirt_unavailable"
+    status = 503
+
+
+class LibvirtFailed(HypervisorError):
+    """libvirt refused or failed"""
+
+    code = "libvirt_failed"
+    status = 502
+
+
+class LibvirtBusy(HypervisorError):
+    """libvirt is busy with this domain; try again"""
+
+    code = "libvirt_busy"
+    status = 503
+
+
+class DomainMissing(HypervisorError):
+    """The domain is not known to libvirt"""
+
+    code = "domain_missing"
+    status = 404
+
+
+class DefinitionInvalid(HypervisorError):
+    """The domain's definition cannot be used"""
+
+    code = "definition_invalid"
+    status = 422
+
+
+class DomainWithoutDisks(HypervisorError):
+    """The domain has no disk to copy"""
+
+    code = "domain_without_disks"
+    status = 422
+
+
+class DiskNotCopyable(HypervisorError):
+    """A writable disk of the domain cannot be copied"""
+
+    code = "disk_not_copyable"
+    status = 422
+
+
+class WatchdogUnavailable(HypervisorError):
+    """The helper that would resume the guest cannot be started"""
+
+    code = "watchdog_unavailable"
+    status = 503
+
+
+class PauseFailed(HypervisorError):
+    """The guest could not be paused and resumed as it must be"""
+
+    code = "pause_failed"
+    status = 502
+
+
+class QuiesceFailed(HypervisorError):
+    """The guest's file systems could not be frozen"""
+
+    code = "quiesce_failed"
+    status = 409
+
+
+class BackupFailed(HypervisorError):
+    """The copy of the running guest failed"""
+
+    code = "copy_failed"
+    status = 500

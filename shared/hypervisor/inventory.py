@@ -1,0 +1,157 @@
+"""What domains a host has, and word of every change.
+
+Owns: reading; it changes nothing. One sick domain never hides the others.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import libvirt
+
+from shared.errors import TriptychError
+from shared.hypervisor.connection import connect, translated
+from shared.hypervisor.definition import DiskDefinition, DomainDefinition
+from shared.hypervisor.domains import Domain, State
+from shared.hypervisor.errors import DefinitionInvalid, LibvirtUnavailable
+
+log = logging.getLogger(__name__)
+
+DEBOUNCE_S = 0.05
+AT_LEAST_EVERY_S = 30.0
+_RETRY_S = 2.0
+_LOOK_S = 0.5
+
+
+@dataclass(frozen=True)
+class DiskFacts:
+    """One disk; `capacity_bytes` is what the guest sees, None where it cannot be read."""
+
+    target: str
+    format: str
+    path: str | None
+    capacity_bytes: int | None
+    writable: bool
+
+
+@dataclass(frozen=True)
+class DomainFacts:
+    uuid: str
+    name: str
+    state: State
+    vcpus: int
+    memory_bytes: int
+    disks: tuple[DiskFacts, ...]
+
+
+def scan(connection: Any) -> list[DomainFacts]:
+    """Every domain of the host, by name. Raises only if libvirt itself is away."""
+    with translated("Listing the domains"):
+        handles = connection.listAllDomains()
+        uri = connection.getURI()
+    facts = []
+    for handle in handles:
+        try:
+            facts.append(facts_of(Domain(uri, handle)))
+        except LibvirtUnavailable:
+            raise
+        except (TriptychError, libvirt.libvirtError) as error:
+            # Undefined a moment ago, or with a definition we cannot read.
+            log.warning("a domain was left out of the inventory: %s", error)
+    return sorted(facts, key=lambda domain: domain.name)
+
+
+def facts_of(domain: Domain) -> DomainFacts:
+    """What a host reports about one domain: its disks as they are now."""
+    definition = DomainDefinition.parse(domain.live_definition())
+    return DomainFacts(
+        uuid=domain.uuid,
+        name=domain.name,
+        state=domain.state,
+        vcpus=definition.vcpus,
+        memory_bytes=definition.memory_bytes,
+        disks=tuple(_disk_facts(domain, disk) for disk in definition.disks),
+    )
+
+
+def watch(
+    uri: str,
+    on_change: Callable[[], None],
+    stop: threading.Event,
+    *,
+    on_lost: Callable[[str], None] = lambda _reason: None,
+    at_least_every_s: float = AT_LEAST_EVERY_S,
+) -> None:
+    """Call `on_change` after every change of a domain, until `stop` is set. Blocks.
+
+    A burst of changes makes one call, some 50 ms after its first; without any,
+    it is called every `at_least_every_s` seconds, and once at the start and after
+    each reconnection. `on_lost(reason)` is called once when libvirt goes away.
+    An error raised by a callback is logged and does not end the watch.
+    """
+    lost = False
+    while not stop.is_set():
+        try:
+            connection = connect(uri)
+            lost = False
+            reason = _watch_connection(connection, on_change, stop, at_least_every_s)
+        except (TriptychError, libvirt.libvirtError) as error:
+            reason = str(error)
+        if stop.is_set():
+            return
+        if not lost:
+            lost = True
+            _tell(on_lost, reason)
+        stop.wait(_RETRY_S)
+
+
+def _watch_connection(
+    connection: Any, on_change: Callable[[], None], stop: threading.Event, every_s: float
+) -> str:
+    """Watch one connection until it dies; returns why it ended."""
+    changed = threading.Event()
+    changed.set()
+    number = connection.domainEventRegisterAny(
+        None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lambda *_: changed.set(), None
+    )
+    last = 0.0
+    try:
+        while not stop.is_set():
+            if changed.wait(_LOOK_S) or time.monotonic() - last >= every_s:
+                stop.wait(DEBOUNCE_S)
+                changed.clear()
+                last = time.monotonic()
+                _tell(on_change)
+            if not connection.isAlive():
+                return "the connection to libvirt was lost"
+        return "stopped"
+    finally:
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.domainEventDeregisterAny(number)
+
+
+def _tell(callback: Callable[..., None], *arguments: str) -> None:
+    try:
+        callback(*arguments)
+    except Exception:
+        log.exception("a callback of the domain watch failed")
+
+
+def _disk_facts(domain: Domain, disk: DiskDefinition) -> DiskFacts:
+    capacity: int | None = None
+    if disk.path is not None and (domain.is_active or Path(disk.path).exists()):
+        with contextlib.suppress(TriptychError):
+            # An inactive domain's disk is looked up by path, an active one's by either.
+            capacity = domain.call(
+                "Measuring a disk of", lambda handle: int(handle.blockInfo(disk.target)[0])
+            )
+    try:
+        writable = disk.left_out_because is None
+    except DefinitionInvalid:
+        writable = False
+    return DiskFacts(disk.target, disk.format, disk.path, capacity, writable)

@@ -1,0 +1,184 @@
+"""Full copies by qemu-img, and the room they need."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from shared.disks import images
+from shared.disks.copy import stream_copy
+from shared.disks.errors import CopyFailed, ImageDamaged, InsufficientSpace
+from shared.disks.space import ensure_space, ensure_space_for, free_bytes
+from shared.errors import Cancelled
+
+MIB = 1 << 20
+
+
+def quiet(_done: int, _total: int) -> None:
+    """Nobody watches."""
+
+
+def never() -> bool:
+    return False
+
+
+def qemu_img(*arguments: object) -> str:
+    command = ["qemu-img", *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def raw(path: Path, data_mib: int = 4, size_mib: int = 32) -> Path:
+    """A sparse raw disk with random data at its start."""
+    with path.open("wb") as file:
+        file.write(os.urandom(data_mib * MIB))
+        file.truncate(size_mib * MIB)
+    return path
+
+
+def test_raw_to_qcow2_and_back_is_the_same_disk(tmp_path: Path) -> None:
+    """Two conversions later every byte is where it was; copies are private and sparse."""
+    source = raw(tmp_path / "a.raw")
+    stream_copy(source, tmp_path / "b.qcow2", "raw", "qcow2", quiet, never)
+    stream_copy(tmp_path / "b.qcow2", tmp_path / "c.raw", "qcow2", "raw", quiet, never)
+    assert (tmp_path / "c.raw").read_bytes() == source.read_bytes()
+    assert (tmp_path / "b.qcow2").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "c.raw").stat().st_blocks * 512 < 8 * MIB
+
+
+def test_a_chain_is_flattened(tmp_path: Path) -> None:
+    """The copy of an overlay stands on its own."""
+    base = raw(tmp_path / "base.raw")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", tmp_path / "top.qcow2")
+    assert images.info(tmp_path / "top.qcow2", "qcow2").depends_on
+    stream_copy(
+        tmp_path / "top.qcow2", tmp_path / "flat.qcow2", "qcow2", "qcow2", quiet, never,
+        reflink_ok=True,
+    )  # fmt: skip
+    base_bytes = base.read_bytes()
+    base.unlink()
+    assert images.info(tmp_path / "flat.qcow2", "qcow2").depends_on is None
+    stream_copy(tmp_path / "flat.qcow2", tmp_path / "flat.raw", "qcow2", "raw", quiet, never)
+    assert (tmp_path / "flat.raw").read_bytes() == base_bytes
+
+
+def test_a_raw_disk_is_never_probed(tmp_path: Path) -> None:
+    """A guest that writes a qcow2 header into its raw disk gets that header copied, no more."""
+    secret = raw(tmp_path / "secret.raw")
+    disk = tmp_path / "disk.raw"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", secret, "-F", "raw", disk)
+    header = disk.read_bytes()
+    stream_copy(disk, tmp_path / "copy.raw", "raw", "raw", quiet, never)
+    assert images.info(disk, "raw").depends_on is None
+    assert (tmp_path / "copy.raw").read_bytes()[: len(header)] == header
+
+
+def test_progress_is_told_in_bytes(tmp_path: Path) -> None:
+    """Progress grows to the total."""
+    told: list[tuple[int, int]] = []
+    source = raw(tmp_path / "a.raw", 16)
+    stream_copy(source, tmp_path / "b", "raw", "qcow2", lambda *p: told.append(p), never)
+    assert told[-1][0] == told[-1][1] > 16 * MIB
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_cancel_ends_it_within_a_second_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancelled copy's process is gone, and so is its file."""
+    slow = tmp_path / "bin" / "qemu-img"
+    slow.parent.mkdir()
+    slow.write_text(
+        '#!/bin/sh\n[ "$1" = convert ] || exec /usr/bin/qemu-img "$@"\n'
+        'for last; do :; done; echo half > "$last"; trap "" TERM; sleep 60 & wait; wait\n'
+    )
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    source, started = raw(tmp_path / "a.raw"), time.monotonic()
+
+    def soon() -> bool:
+        return time.monotonic() - started > 0.5
+
+    with pytest.raises(Cancelled):
+        stream_copy(source, tmp_path / "b", "raw", "raw", quiet, soon)
+    assert time.monotonic() - started < 1.9
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, ext4: Path) -> None:
+    """Running out of space is told as such; no partial file is left."""
+    source = raw(tmp_path / "a.raw", 80, 96)
+    with pytest.raises(InsufficientSpace):
+        stream_copy(source, ext4 / "b.raw", "raw", "raw", quiet, never)
+    assert not (ext4 / "b.raw").exists()
+
+
+def test_tmpfs_is_served_without_direct_io(tmp_path: Path) -> None:
+    """Where O_DIRECT is refused the copy goes through the page cache."""
+    shm = Path("/dev/shm/triptych-test-copy.raw")  # noqa: S108
+    source = raw(tmp_path / "a.raw")
+    try:
+        stream_copy(source, shm, "raw", "raw", quiet, never)
+        assert shm.read_bytes() == source.read_bytes()
+    finally:
+        shm.unlink(missing_ok=True)
+
+
+def test_an_existing_target_is_never_overwritten(tmp_path: Path) -> None:
+    """A file that is there already is an error and keeps its contents."""
+    (tmp_path / "b").write_text("precious")
+    with pytest.raises(FileExistsError):
+        stream_copy(raw(tmp_path / "a"), tmp_path / "b", "raw", "raw", quiet, never)
+    assert (tmp_path / "b").read_text() == "precious"
+
+
+def test_a_damaged_source_fails_and_leaves_nothing(tmp_path: Path) -> None:
+    """What is no qcow2 is not copied as one."""
+    with pytest.raises(CopyFailed):
+        stream_copy(raw(tmp_path / "a"), tmp_path / "b", "qcow2", "qcow2", quiet, never)
+    assert not (tmp_path / "b").exists()
+
+
+def test_check_finds_damage(tmp_path: Path) -> None:
+    """An image whose refcount table is gone does not pass; an intact and a raw one do."""
+    stream_copy(raw(tmp_path / "a"), tmp_path / "b", "raw", "qcow2", quiet, never)
+    images.check(tmp_path / "b", "qcow2")
+    images.check(tmp_path / "a", "raw")
+    with (tmp_path / "b").open("r+b") as file:
+        file.seek(65536)
+        file.write(b"\0" * 65536)
+    with pytest.raises(ImageDamaged):
+        images.check(tmp_path / "b", "qcow2")
+
+
+def test_measure_is_enough(tmp_path: Path) -> None:
+    """A copy takes no more than was measured."""
+    source = raw(tmp_path / "a", 7)
+    need = images.measure(source, "raw", "qcow2")
+    stream_copy(source, tmp_path / "b", "raw", "qcow2", quiet, never)
+    assert (tmp_path / "b").stat().st_blocks * 512 <= need < 8 * MIB
+
+
+def test_space_is_refused_with_numbers(tmp_path: Path) -> None:
+    """Too little room is a refusal that carries what was needed and what there is."""
+    free = free_bytes(tmp_path)
+    ensure_space(tmp_path, 0, floor=0)
+    with pytest.raises(InsufficientSpace) as refusal:
+        ensure_space(tmp_path, free + MIB, floor=0)
+    assert refusal.value.status == 507
+    assert refusal.value.extra["needed_bytes"] == free + MIB
+
+
+def test_the_floor_is_kept(tmp_path: Path) -> None:
+    """What would fit but leave less than the floor is refused."""
+    with pytest.raises(InsufficientSpace):
+        ensure_space(tmp_path, free_bytes(tmp_path) - 10 * MIB)
+
+
+def test_needs_on_one_file_system_add_up(tmp_path: Path) -> None:
+    """Two disks that fit singly and not together are refused."""
+    half = free_bytes(tmp_path) * 6 // 10
+    ensure_space_for([(tmp_path, half)], floor=0)
+    with pytest.raises(InsufficientSpace):
+        ensure_space_for([(tmp_path, half), (tmp_path, half)], floor=0)

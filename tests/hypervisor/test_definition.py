@@ -1,0 +1,260 @@
+"""Reading definitions and making the definition of a clone, without libvirt."""
+
+import re
+from pathlib import Path
+
+import pytest
+from lxml import etree
+
+from shared.hypervisor.definition import DomainDefinition
+from shared.hypervisor.duplicate import clone_definition, own_path, random_mac
+from shared.hypervisor.errors import DefinitionInvalid, DiskNotCopyable, DomainWithoutDisks
+
+WINDOWS = (Path(__file__).parent / "data" / "windows.xml").read_text()
+CLONE_UUID = "99999999-aaaa-4bbb-8ccc-dddddddddddd"
+DISKS = {"vda": "/srv/vms/qa-1-vda.qcow2", "vdb": "/srv/vms/qa-1-vdb.raw"}
+
+
+def with_disk(disk: str) -> DomainDefinition:
+    """A small domain with this one `<disk>`."""
+    return DomainDefinition.parse(
+        f"<domain type='qemu'><name>web1</name><memory>1024</memory><devices>{disk}</devices>"
+        "</domain>"
+    )
+
+
+def clone(**changes: object) -> etree._Element:
+    """The clone of the Windows server as XML, with these arguments changed."""
+    arguments = {"name": "qa-1", "uuid": CLONE_UUID, "disk_paths": DISKS, **changes}
+    return etree.fromstring(clone_definition(WINDOWS, **arguments).xml)
+
+
+class TestReading:
+    def test_size_and_disks(self) -> None:
+        """Name, size and disks are read in bytes and with their formats and paths."""
+        found = DomainDefinition.parse(WINDOWS)
+        assert (found.name, found.vcpus, found.memory_bytes) == ("win1", 8, 8 << 30)
+        assert found.nvram_path == "/var/lib/libvirt/qemu/nvram/win1_VARS.fd"
+        assert [(d.target, d.kind, d.format, d.path) for d in found.disks] == [
+            ("vda", "file", "qcow2", "/srv/vms/win1.qcow2"),
+            ("vdb", "block", "raw", "/dev/vg0/win1-data"),
+            ("sda", "file", "raw", "/srv/iso/virtio-win.iso"),
+            ("vdc", "file", "raw", "/srv/vms/cluster.img"),
+        ]
+        assert not any(disk.has_backing for disk in found.disks)
+
+    def test_left_out_with_reasons(self) -> None:
+        """CD-ROM, shared disk and TPM are left out, each with its reason; the rest is copied."""
+        copied, left_out = DomainDefinition.parse(WINDOWS).split_disks()
+        assert [disk.target for disk in copied] == ["vda", "vdb"]
+        assert {item.target: item.reason for item in left_out} == {
+            "sda": "a CD-ROM is not copied",
+            "vdc": "the disk is shared with other guests",
+            "tpm": "the state of the virtual TPM is not copied",
+        }
+
+    @pytest.mark.parametrize(
+        "disk",
+        [
+            "<disk type='network'><source protocol='rbd' name='p/v'/><target dev='vda'/></disk>",
+            "<disk type='volume'><source pool='p' volume='v'/><target dev='vda'/></disk>",
+            "<disk type='block' device='lun'><source dev='/dev/sdb'/><target dev='sda'/></disk>",
+            "<disk type='file'><target dev='vda'/></disk>",
+            "<disk type='file'><source file='/a'/><target dev='vda'/><transient/></disk>",
+        ],
+    )
+    def test_writable_disk_that_cannot_be_copied_refuses_the_copy(self, disk: str) -> None:
+        """A copy without a writable disk would look whole and not be, so it is refused."""
+        with pytest.raises(DiskNotCopyable) as refusal:
+            with_disk(disk).split_disks()
+        assert refusal.value.status == 422
+
+    def test_without_writable_disks(self) -> None:
+        """A server with nothing but a CD-ROM has nothing to copy."""
+        with pytest.raises(DomainWithoutDisks):
+            with_disk("<disk device='cdrom'><target dev='sda'/></disk>").split_disks()
+
+    def test_raw_unless_said_otherwise(self) -> None:
+        """A disk without a driver type is raw: formats are never guessed from contents."""
+        found = with_disk("<disk type='file'><source file='/a'/><target dev='vda'/></disk>")
+        assert found.disks[0].format == "raw"
+
+    def test_backing_chain_is_seen(self) -> None:
+        """A live definition with a chain under a disk says so."""
+        found = with_disk(
+            "<disk type='file'><source file='/a'/><backingStore type='file'><format type='raw'/>"
+            "<source file='/b'/></backingStore><target dev='vda'/></disk>"
+        )
+        assert found.disks[0].has_backing
+
+    @pytest.mark.parametrize("xml", ["", "<domain/>", "<network><name>x</name></network>", "<a"])
+    def test_not_a_domain(self, xml: str) -> None:
+        """What is no domain definition is refused as such."""
+        with pytest.raises(DefinitionInvalid):
+            DomainDefinition.parse(xml)
+
+    def test_entities_are_not_resolved(self) -> None:
+        """A definition cannot pull in files of the host."""
+        xml = (
+            "<!DOCTYPE d [<!ENTITY x SYSTEM 'file:///etc/hostname'>]>"
+            "<domain><name>web&x;1</name></domain>"
+        )
+        assert DomainDefinition.parse(xml).name == "web"
+
+    def test_other_disk_paths(self) -> None:
+        """Disks are pointed at new files with their new format; what stays, stays."""
+        xml = DomainDefinition.parse(WINDOWS).with_disk_paths(DISKS, {"vdb": "qcow2"})
+        root = etree.fromstring(xml)
+        disks = {d.find("target").get("dev"): d for d in root.iterfind("devices/disk")}
+        assert disks["vda"].find("source").get("file") == DISKS["vda"]
+        assert disks["vda"].findtext("serial") == "WIN1-SYSTEM"
+        assert disks["vdb"].get("type") == "file"
+        assert disks["vdb"].find("driver").get("type") == "qcow2"
+        assert disks["vdb"].find("driver").get("io") == "native"
+        assert disks["vdc"].find("source").get("file") == "/srv/vms/cluster.img"
+        assert not root.findall("devices/disk/source/seclabel")
+
+    def test_unknown_disk_is_refused(self) -> None:
+        """A path for a disk that is not there is an error, not a silence."""
+        with pytest.raises(DefinitionInvalid):
+            DomainDefinition.parse(WINDOWS).with_disk_paths({"vdz": "/x"})
+
+
+class TestClone:
+    def test_identity(self) -> None:
+        """Name, UUID, SMBIOS UUID and generation id are the clone's own; metadata stays."""
+        root = clone()
+        assert root.get("id") is None
+        assert (root.findtext("name"), root.findtext("uuid")) == ("qa-1", CLONE_UUID)
+        assert root.findtext("sysinfo/system/entry[@name='uuid']") == CLONE_UUID
+        assert root.findtext("genid") != "aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee"
+        assert root.find("metadata")[0] is not None
+
+    def test_nothing_names_the_source(self) -> None:
+        """No path of the clone's definition leads to a file or socket of its source."""
+        text = etree.tostring(clone(nvram_path="/srv/vms/qa-1_VARS.fd"), encoding="unicode")
+        for line in text.splitlines():
+            assert "win1" not in line or "WIN1-SYSTEM" in line, line
+
+    def test_interfaces(self) -> None:
+        """Every NIC gets a fresh MAC and loses its host-side names and fixed addresses."""
+        made = clone_definition(WINDOWS, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
+        root = etree.fromstring(made.xml)
+        nics = root.findall("devices/interface")
+        macs = [nic.find("mac").get("address") for nic in nics]
+        assert len(nics) == 2
+        assert list(made.macs) == ["52:54:00:aa:bb:01", "52:54:00:aa:bb:02"]
+        assert list(made.macs.values()) == macs
+        assert all(re.fullmatch(r"52:54:00(:[0-9a-f]{2}){3}", mac) for mac in macs)
+        assert not set(macs) & set(made.macs)
+        assert not root.findall("devices/interface/target")
+        assert root.find(".//virtualport/parameters").get("interfaceid") is None
+        parameters = root.findall(".//filterref/parameter")
+        assert [p.get("name") for p in parameters] == ["CTRL_IP_LEARNING"]
+
+    def test_macs_are_kept_on_request(self) -> None:
+        """A clone with memory keeps the MACs that its RAM knows."""
+        nics = clone(keep_macs=True).findall("devices/interface/mac")
+        assert [nic.get("address") for nic in nics] == ["52:54:00:aa:bb:01", "52:54:00:aa:bb:02"]
+
+    def test_disks(self) -> None:
+        """Copied disks are the clone's files, the CD-ROM drive is empty, shared disks go."""
+        root = clone()
+        disks = {d.find("target").get("dev"): d for d in root.iterfind("devices/disk")}
+        assert sorted(disks) == ["sda", "vda", "vdb"]
+        assert disks["sda"].find("source") is None
+        assert disks["vda"].find("source").attrib == {"file": DISKS["vda"]}
+        assert disks["vdb"].get("type") == "file"
+        assert not root.findall("devices/disk/backingStore")
+
+    def test_shared_disk_is_kept_on_request(self) -> None:
+        """A shared disk stays attached only when it is named."""
+        root = clone(keep_left_out=["vdc"])
+        assert "/srv/vms/cluster.img" in [
+            source.get("file") for source in root.iterfind("devices/disk/source")
+        ]
+
+    def test_what_belongs_to_one_guest_is_left_out_and_named(self) -> None:
+        """Host devices, shared disks and outside serial ends go, and the result names them."""
+        made = clone_definition(WINDOWS, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
+        root = etree.fromstring(made.xml)
+        assert [item.target for item in made.left_out] == [
+            "hostdev pci",
+            "interface hostdev",
+            "vdc",
+            "serial pty",
+        ]
+        for path in ("hostdev", "lease"):
+            assert not root.findall(f"devices/{path}")
+        assert not root.findall("seclabel")
+
+    def test_ports_and_sockets(self) -> None:
+        """Displays get automatic ports, sockets and logs paths of the clone's own."""
+        root = clone()
+        spice, vnc = root.findall("devices/graphics")
+        assert (spice.get("port"), spice.get("autoport"), spice.get("tlsPort")) == (
+            "-1",
+            "yes",
+            None,
+        )
+        assert (vnc.get("port"), vnc.get("websocket"), vnc.get("passwd")) == ("-1", "-1", "x")
+        first, second = root.findall("devices/serial")
+        assert first.find("source").get("path") == "/run/consoles/qa-1.sock"
+        assert first.find("log").get("file") == "/var/log/consoles/qa-1.log"
+        assert second.get("type") == "pty"
+        assert second.find("protocol") is None
+        assert root.find("devices/channel[@type='unix']/source").get("path") is None
+        assert root.find("devices/vsock/cid").attrib == {"auto": "yes"}
+
+    def test_nvram(self) -> None:
+        """UEFI variables are at the given path, or at one libvirt makes; the template stays."""
+        assert clone(nvram_path="/srv/n.fd").findtext("os/nvram") == "/srv/n.fd"
+        fresh = clone().find("os/nvram")
+        assert not (fresh.text or "").strip()
+        assert fresh.get("template") == "/usr/share/OVMF/OVMF_VARS_4M.ms.fd"
+
+    def test_same_size_by_default(self) -> None:
+        """A clone has its source's vCPUs, memory and topology unless asked otherwise."""
+        root = clone()
+        assert root.findtext("vcpu") == "8"
+        assert root.findtext("memory") == "8"
+        assert root.find("cpu/topology").attrib["sockets"] == "2"
+
+    @pytest.mark.parametrize(
+        ("vcpus", "sockets", "cores", "threads"), [(4, "2", "1", "2"), (3, "1", "3", "1")]
+    )
+    def test_other_vcpus(self, vcpus: int, sockets: str, cores: str, threads: str) -> None:
+        """Topology, NUMA cells and pins agree with another number of vCPUs."""
+        root = clone(vcpus=vcpus)
+        topology = root.find("cpu/topology")
+        assert root.findtext("vcpu") == str(vcpus)
+        assert (topology.get("sockets"), topology.get("cores"), topology.get("threads")) == (
+            sockets,
+            cores,
+            threads,
+        )
+        assert [pin.get("vcpu") for pin in root.iterfind("cputune/vcpupin")] == ["0"]
+        assert root.find("cpu/numa/cell[@id='0']").get("cpus") == "0-1"
+
+    def test_other_memory(self) -> None:
+        """NUMA cells add up to another memory size."""
+        root = clone(memory_bytes=3 << 30)
+        assert root.findtext("memory") == root.findtext("currentMemory") == str(3 << 20)
+        cells = [int(cell.get("memory")) for cell in root.iterfind("cpu/numa/cell")]
+        assert sum(cells) == 3 << 20
+
+    def test_source_is_left_alone(self) -> None:
+        """The source's text is not changed by cloning it."""
+        before = WINDOWS
+        clone()
+        assert before == WINDOWS
+
+    @pytest.mark.parametrize("prefix", ["", "zz:00", "53:54:00", "52:54:00:1:2:3", "152:0"])
+    def test_bad_mac_prefix(self, prefix: str) -> None:
+        """A prefix that is none, or names a multicast address, is refused."""
+        with pytest.raises(DefinitionInvalid):
+            random_mac(prefix)
+
+    def test_own_path_never_equals_the_source(self) -> None:
+        """A path without the source's name in it gets the clone's put before it."""
+        assert own_path("/run/serial.sock", "win1", "qa-1") == "/run/qa-1-serial.sock"
