@@ -6,7 +6,7 @@ Why each setting is as it is: docs/explanation/queues.md.
 from functools import cache
 
 from celery import Celery
-from kombu import Queue
+from kombu.entity import Queue
 
 from shared.settings import settings
 

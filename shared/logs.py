@@ -3,13 +3,14 @@
 import logging
 
 import structlog
+from structlog.typing import Processor
 
 from shared.settings import settings
 
 
 def configure() -> None:
     """Send structlog's and the standard library's records to stderr as JSON."""
-    shared = [
+    shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

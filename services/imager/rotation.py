@@ -36,5 +36,5 @@ def _wanted(session: Session, server_id: str) -> set[str]:
     wanted: set[str] = set()
     for operation in session.scalars(waiting):
         source = operation.command.get("source") or {}
-        wanted |= {operation.command.get("image"), source.get("id")} - {None}
+        wanted |= {str(id_) for id_ in (operation.command.get("image"), source.get("id")) if id_}
     return wanted
