@@ -143,10 +143,11 @@ def _put(session: Session, reference: str, kind: Kind, body: Plan) -> tuple[shap
 def _refuse_too_many(both: dict[str, Schedule], kind: Kind, keep: int) -> None:
     for other in both.values():
         if other.kind != kind and other.keep + keep > KEPT_TOGETHER:
+            left = KEPT_TOGETHER - other.keep
+            room = f"this one may keep up to {left}" if left else "lower that first"
             message = (
                 f"daily and weekly together keep at most {KEPT_TOGETHER} images; the {other.kind} "
-                f"schedule keeps {other.keep}, so this one may keep up to "
-                f"{KEPT_TOGETHER - other.keep}"
+                f"schedule keeps {other.keep}, so {room}"
             )
             raise invalid([FieldError(field="keep", message=message)])
 

@@ -1,5 +1,6 @@
 """The API on a real SQLite file, with no broker and no workers."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ import pytest
 from api_world import TOKEN, Refused, World
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from sqlmodel import SQLModel
 
 from services.api.app import create_app
 from shared import broker, database
@@ -19,24 +19,52 @@ from shared.settings import settings
 CACHED = (settings, database.engine, broker.redis_client, publisher)
 
 
+def _forget_caches() -> None:
+    for each in CACHED:
+        each.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database file with the schema of the migrations, to copy."""
+    file = tmp_path_factory.mktemp("api") / "empty.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIPTYCH_DATABASE_URL", f"sqlite:///{file}")
+        _forget_caches()
+        database.migrate()
+        database.engine().dispose()
+    _forget_caches()
+    return file
+
+
 @pytest.fixture(autouse=True)
 def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Settings of this test alone; the broker's port is one where nothing listens."""
     monkeypatch.setenv("TRIPTYCH_TOKEN", TOKEN)
     monkeypatch.setenv("TRIPTYCH_DATABASE_URL", f"sqlite:///{tmp_path}/triptych.db")
     monkeypatch.setenv("TRIPTYCH_BROKER_URL", "redis://127.0.0.1:1/0")
-    for each in CACHED:
-        each.cache_clear()
+    _forget_caches()
     yield
     database.engine().dispose()
-    for each in CACHED:
-        each.cache_clear()
+    _forget_caches()
+
+
+@pytest.fixture(scope="session")
+def built() -> FastAPI:
+    """One application for all tests: it keeps nothing but its token."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIPTYCH_TOKEN", TOKEN)
+        _forget_caches()
+        made = create_app()
+    _forget_caches()
+    return made
 
 
 @pytest.fixture
-def app(configured: None) -> FastAPI:
-    SQLModel.metadata.create_all(database.engine())
-    return create_app()
+def app(built: FastAPI, configured: None, migrated: Path, tmp_path: Path) -> FastAPI:
+    """The application on an empty database of this test's own."""
+    shutil.copy(migrated, tmp_path / "triptych.db")
+    return built
 
 
 @pytest.fixture
