@@ -3,6 +3,7 @@
 `python -m services.api`, or `uvicorn --factory services.api.app:create_app`.
 """
 
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -65,6 +66,7 @@ def create_app() -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     app.state.relay = Relay()
+    app.state.stopping = threading.Event()
     app.add_middleware(auth.Gate, token=token)
     problems.install(app)
     v1 = APIRouter(prefix="/v1", dependencies=[Security(auth.bearer)])

@@ -83,7 +83,8 @@ async def show(
     found = await run_in_threadpool(_look, operation)
     while found.state not in ENDED:
         waited = time.monotonic() - began
-        if waited >= wait or await request.is_disconnected():
+        stopping = request.app.state.stopping.is_set()
+        if waited >= wait or stopping or await request.is_disconnected():
             break
         if waited > EAGER:
             step = min(step * 1.5, LAST_STEP)

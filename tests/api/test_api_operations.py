@@ -131,6 +131,18 @@ def test_waiting_holds_no_thread(api: TestClient, world: World, server: Server) 
         assert not any(each.is_alive() for each in waiting)
 
 
+def test_waiting_ends_with_the_api(api: TestClient, world: World, server: Server) -> None:
+    """An API that is told to stop answers those who wait with how things stand."""
+    operation = world.operation(server, state="running")
+    app = create_app()
+    threading.Timer(0.3, app.state.stopping.set).start()
+    began = time.monotonic()
+    path = f"/v1/operations/{operation.id}?wait=30"
+    response = TestClient(app, headers=api.headers).get(path)
+    assert (response.status_code, response.json()["state"]) == (200, "running")
+    assert time.monotonic() - began < 3
+
+
 @pytest.mark.parametrize("wait", [-1, 61, "long"])
 def test_bad_wait(
     api: TestClient, world: World, server: Server, refused: Refused, wait: Any
