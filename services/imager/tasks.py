@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from services.imager import images  # noqa: F401  registers the handlers
+from services.imager import images, verification  # noqa: F401  registers the handlers
 from shared import commands
 from shared.entry import receive
 from shared.worker import service_app
@@ -23,6 +23,11 @@ def restore(self: Any, operation_id: str | None = None, **fields: Any) -> None:
 @app.task(name="imager.delete", bind=True)
 def delete(self: Any, operation_id: str | None = None, **fields: Any) -> None:
     receive(self, commands.DeleteImage, operation_id, fields)
+
+
+@app.task(name="imager.verify", bind=True)
+def verify(self: Any, operation_id: str | None = None, **fields: Any) -> None:
+    receive(self, commands.VerifyImage, operation_id, fields)
 
 
 @app.task(name="imager.promote", bind=True)

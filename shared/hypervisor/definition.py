@@ -11,7 +11,8 @@ from typing import Literal, cast, get_args
 
 from lxml import etree
 
-from shared.hypervisor.errors import DefinitionInvalid, DiskNotCopyable, DomainWithoutDisks
+from shared.errors import DomainWithoutDisks
+from shared.hypervisor.errors import DefinitionInvalid, DiskNotCopyable
 
 Kind = Literal["file", "block", "network", "volume", "other"]
 

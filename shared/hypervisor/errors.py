@@ -48,13 +48,6 @@ class DefinitionInvalid(HypervisorError):
     status = 422
 
 
-class DomainWithoutDisks(HypervisorError):
-    """The domain has no disk to copy"""
-
-    code = "domain_without_disks"
-    status = 422
-
-
 class DiskNotCopyable(HypervisorError):
     """A writable disk of the domain cannot be copied"""
 

@@ -83,8 +83,8 @@ class Clone(SQLModel, table=True):
             "host",
             "name",
             unique=True,
-            sqlite_where=text("state IN ('queued', 'making', 'ready')"),
-            postgresql_where=text("state IN ('queued', 'making', 'ready')"),
+            sqlite_where=text("state IN ('queued', 'making')"),
+            postgresql_where=text("state IN ('queued', 'making')"),
         ),
     )
 

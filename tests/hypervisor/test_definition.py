@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from lxml import etree
 
+from shared.errors import DomainWithoutDisks
 from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.duplicate import clone_definition, own_path, random_mac
-from shared.hypervisor.errors import DefinitionInvalid, DiskNotCopyable, DomainWithoutDisks
+from shared.hypervisor.errors import DefinitionInvalid, DiskNotCopyable
 
 WINDOWS = (Path(__file__).parent / "data" / "windows.xml").read_text()
 CLONE_UUID = "99999999-aaaa-4bbb-8ccc-dddddddddddd"

@@ -124,8 +124,8 @@ def upgrade() -> None:
             "clone_name_taken",
             ["host", "name"],
             unique=True,
-            sqlite_where=sa.text("state IN ('queued', 'making', 'ready')"),
-            postgresql_where=sa.text("state IN ('queued', 'making', 'ready')"),
+            sqlite_where=sa.text("state IN ('queued', 'making')"),
+            postgresql_where=sa.text("state IN ('queued', 'making')"),
         )
         batch_op.create_index(batch_op.f("ix_clone_name"), ["name"], unique=False)
         batch_op.create_index(batch_op.f("ix_clone_operation_id"), ["operation_id"], unique=False)
@@ -344,8 +344,8 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_clone_name"))
         batch_op.drop_index(
             "clone_name_taken",
-            sqlite_where=sa.text("state IN ('queued', 'making', 'ready')"),
-            postgresql_where=sa.text("state IN ('queued', 'making', 'ready')"),
+            sqlite_where=sa.text("state IN ('queued', 'making')"),
+            postgresql_where=sa.text("state IN ('queued', 'making')"),
         )
 
     op.drop_table("clone")

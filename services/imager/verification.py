@@ -1,0 +1,70 @@
+"""Verifying an image (I8, without the boot proof): is it, byte for byte, what it was?"""
+
+from pathlib import Path
+from typing import Any
+
+from sqlmodel import Session
+
+from shared import events, lookups
+from shared.commands import VerifyImage
+from shared.copying import vault
+from shared.database import now, reading
+from shared.disks import images as disk_images
+from shared.disks.digest import digest
+from shared.disks.errors import DiskError
+from shared.models import Image
+from shared.operations.context import Context, Outcome
+from shared.operations.runner import handles
+from shared.vault import VaultError, read_manifest, write_manifest
+
+
+@handles(VerifyImage)
+def verify(context: Context, command: VerifyImage) -> Outcome:
+    """Check each disk's size, structure and digest against the manifest.
+
+    The first verification of an image writes the digests that later ones are held against.
+    What is wrong is named in the result, and a damaged image is no longer restored from.
+    """
+    context.phase("verifying")
+    with reading() as session:
+        image = lookups.image(session, command.image)
+    folder = vault().folder("image", image.server_id, image.id)
+    faults = _faults(context, folder)
+    result = "damaged" if faults else "passed"
+
+    def apply(session: Session) -> None:
+        row = session.get_one(Image, image.id)
+        row.verified_at, row.verified_result = now(), result
+        row.state = "damaged" if faults else "complete"
+        session.add(row)
+        events.emit(session, "image.verified", row.server_id, image=row.id, result=result)
+
+    return Outcome({"image": image.id, "verified": result, "faults": faults}, apply)
+
+
+def _faults(context: Context, folder: Path) -> list[dict[str, Any]]:
+    try:
+        manifest = read_manifest(folder)
+    except VaultError as error:
+        return [{"file": "manifest.json", "fault": error.detail}]
+    total = sum(disk.virtual_bytes for disk in manifest.disks)
+    faults, checked, before = [], [], 0
+    for disk in manifest.disks:
+        try:
+            found = _digest(context, folder / disk.file, disk.format, before, total)
+        except (DiskError, OSError) as error:
+            faults.append({"file": disk.file, "fault": str(error)})
+            continue
+        before += disk.virtual_bytes
+        if disk.digest not in (None, found):
+            fault = f"its BLAKE3 is {found}, the manifest says {disk.digest}"
+            faults.append({"file": disk.file, "fault": fault})
+        checked.append(disk.model_copy(update={"digest": found}))
+    if not faults and checked != manifest.disks:
+        write_manifest(folder, manifest.model_copy(update={"disks": checked}))
+    return faults
+
+
+def _digest(context: Context, path: Path, image_format: str, before: int, total: int) -> str:
+    disk_images.check(path, image_format)
+    return digest(path, lambda at: context.progress(before + at, total), context.stopping)
