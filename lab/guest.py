@@ -232,7 +232,7 @@ class Guest:
 
     def agent(self, command: str, timeout: int = 10, **arguments: Any) -> Any:
         """Send `command` to its agent and return the answer."""
-        request = {"execute": command}
+        request: dict[str, Any] = {"execute": command}
         if arguments:
             request["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
         answer = libvirt_qemu.qemuAgentCommand(self.domain, json.dumps(request), timeout, 0)
