@@ -98,11 +98,13 @@ class _Job:
 
     def wait(self, progress: Progress, cancelled: Callable[[], bool]) -> None:
         lost_at, next_poll = 0.0, time.monotonic() + POLL_S
-        while not self._done.wait(_CANCEL_POLL_S):
+        while True:
             if cancelled():
                 raise Cancelled(
                     f"The copy of {self.domain.name} was cancelled. Nothing of it was kept."
                 )
+            if self._done.wait(_CANCEL_POLL_S):
+                break
             if time.monotonic() < next_poll:
                 continue
             next_poll = time.monotonic() + POLL_S

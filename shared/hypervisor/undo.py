@@ -7,13 +7,16 @@ that the caller tries again later.
 """
 
 import contextlib
+import time
 
 import libvirt
 
 from shared.hypervisor.agent import FREEZE_TIMEOUT_S
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, define, find
-from shared.hypervisor.errors import DomainMissing, LibvirtFailed
+from shared.hypervisor.errors import DomainMissing, LibvirtBusy, LibvirtFailed
+
+_ABORT_PATIENCE_S = 60.0
 
 
 def resume_domain(uri: str, uuid: str) -> bool:
@@ -45,16 +48,30 @@ def thaw_domain(uri: str, uuid: str) -> bool:
 
 
 def abort_backup(uri: str, uuid: str) -> bool:
-    """End a backup job that still runs. Jobs of other kinds are left alone."""
+    """End a backup job that still runs, and wait until QEMU has let go of its files.
+
+    Jobs of other kinds are left alone. Raises LibvirtBusy if it does not end.
+    """
     domain = _find(uri, uuid)
-    if domain is None or not domain.is_active:
+    if domain is None or not _copying(domain):
         return False
-    stats = domain.call("Following the jobs of", lambda handle: handle.jobStats())
-    if stats.get("operation") != libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:
+    deadline = time.monotonic() + _ABORT_PATIENCE_S
+    while _copying(domain):
+        if time.monotonic() > deadline:
+            raise LibvirtBusy(f"The copy job of {domain.name} does not end; try again later.")
+        with contextlib.suppress(LibvirtFailed):  # it ended in between
+            domain.call("Ending the copy of", lambda handle: handle.abortJob())
+        time.sleep(0.5)
+    return True
+
+
+def _copying(domain: Domain) -> bool:
+    if not domain.is_active:
         return False
-    with contextlib.suppress(LibvirtFailed):  # it ended in between
-        domain.call("Ending the copy of", lambda handle: handle.abortJob())
-        return True
+    with contextlib.suppress(LibvirtFailed):  # it went down in between
+        stats = domain.call("Following the jobs of", lambda handle: handle.jobStats())
+        ours = stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
+        return bool(ours and stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE))
     return False
 
 

@@ -1,0 +1,142 @@
+"""Freezing a real guest's file systems."""
+
+import threading
+import time
+
+import pytest
+
+from lab.guest import Guest
+from shared.hypervisor import agent, undo
+from shared.hypervisor.agent import agent_ready, frozen
+from shared.hypervisor.domains import Domain
+from shared.hypervisor.errors import LibvirtFailed, QuiesceFailed
+from shared.hypervisor.watchdog import Watchdog
+from tests.hypervisor.test_pause import wait_until, worker
+
+pytestmark = pytest.mark.vm
+
+
+def is_frozen(guest: Guest) -> bool:
+    return bool(guest.agent("guest-fsfreeze-status") == "frozen")
+
+
+def test_frozen_inside_thawed_after(guest: Guest, domain: Domain, watchdog: Watchdog) -> None:
+    """The guest's file systems are frozen in the block and thawed after it."""
+    assert agent_ready(domain)
+    with frozen(domain, watchdog, "require") as consistency:
+        assert is_frozen(guest)
+    assert not is_frozen(guest)
+    assert consistency.level == "file-system"
+    guest.write("/data/after", "written")
+
+
+def test_an_error_inside_thaws(guest: Guest, domain: Domain, watchdog: Watchdog) -> None:
+    """Whatever goes wrong while frozen, the guest is thawed."""
+    with pytest.raises(ZeroDivisionError), frozen(domain, watchdog):
+        raise ZeroDivisionError
+    assert not is_frozen(guest)
+
+
+def test_never_does_not_freeze(guest: Guest, domain: Domain, watchdog: Watchdog) -> None:
+    """`never` takes the guest as it is and says so."""
+    with frozen(domain, watchdog, "never") as consistency:
+        assert not is_frozen(guest)
+    assert (consistency.level, consistency.reason) == ("crash", "quiesce was not asked for")
+
+
+def test_a_freeze_that_fails(
+    guest: Guest, domain: Domain, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` goes on as crash consistent with the reason; `require` refuses."""
+    guest.agent("guest-fsfreeze-freeze")  # a second freeze is an error
+    with frozen(domain, watchdog, "auto") as consistency:
+        pass
+    assert consistency.level == "crash"
+    assert "could not be frozen" in consistency.reason
+    assert not is_frozen(guest)
+    monkeypatch.setattr(agent, "agent_ready", lambda _domain: False)
+    with pytest.raises(QuiesceFailed), frozen(domain, watchdog, "require"):
+        pass
+    with frozen(domain, watchdog, "auto") as consistency:
+        assert not is_frozen(guest)
+    assert consistency.reason == "no guest agent answers in the guest"
+
+
+def test_a_freeze_that_hangs_is_not_waited_for(
+    guest: Guest, domain: Domain, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A freeze held up in libvirt ends in time, and is thawed when it comes through late."""
+    real, go_on = domain.call, threading.Event()
+
+    def slow(doing: str, function: object) -> object:
+        if doing == "Freezing":
+            go_on.wait(10)
+        return real(doing, function)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(domain, "call", slow)
+    monkeypatch.setattr(agent, "_GRACE_S", -0.5)
+    started = time.monotonic()
+    with frozen(domain, watchdog, "auto", timeout_s=1) as consistency:
+        assert time.monotonic() - started < 3
+    assert consistency.level == "crash"
+    go_on.set()
+    time.sleep(0.3)
+    wait_until(lambda: not is_frozen(guest), 5)
+
+
+def test_thaw_is_tried_again(
+    guest: Guest, domain: Domain, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thaw that fails at first is repeated."""
+    real, failures = domain.call, [1, 2]
+
+    def stubborn(doing: str, function: object) -> object:
+        if doing == "Thawing" and failures:
+            failures.pop()
+            raise LibvirtFailed("not now")
+        return real(doing, function)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(domain, "call", stubborn)
+    with frozen(domain, watchdog, "require"):
+        pass
+    assert not is_frozen(guest)
+
+
+def test_a_killed_workers_guest_is_thawed_within_two_seconds(guest: Guest) -> None:
+    """SIGKILL between freeze and thaw: the helper thaws."""
+    process = worker(
+        guest,
+        """
+        from shared.hypervisor.agent import frozen
+        with frozen(domain, watchdog, "require"):
+            print("frozen", flush=True)
+            time.sleep(60)
+        """,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "frozen\n"
+    assert is_frozen(guest)
+    process.kill()
+    process.wait()
+    assert wait_until(lambda: not is_frozen(guest), 2) < 2
+
+
+def test_undo_thaws_and_may_be_called_for_nothing(guest: Guest, domain: Domain) -> None:
+    """Crash recovery thaws a frozen guest; on one that is not it does nothing."""
+    guest.agent("guest-fsfreeze-freeze")
+    assert undo.thaw_domain(domain.uri, domain.uuid)
+    assert not is_frozen(guest)
+    assert not undo.thaw_domain(domain.uri, domain.uuid)
+
+
+def test_a_paused_guest_is_not_frozen(domain: Domain, watchdog: Watchdog) -> None:
+    """A guest its owner paused cannot freeze: `auto` says so, `require` refuses."""
+    domain.suspend()
+    try:
+        with frozen(domain, watchdog, "auto") as consistency:
+            pass
+        assert consistency.reason == "the guest was paused by its owner"
+        with pytest.raises(QuiesceFailed), frozen(domain, watchdog, "require"):
+            pass
+    finally:
+        domain.resume()

@@ -1,0 +1,168 @@
+"""QEMU's own full copy of a running guest's disks."""
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.guest import Guest
+from lab.libvirtd import Hypervisor
+from shared.disks import images
+from shared.errors import Cancelled
+from shared.hypervisor import backup, undo
+from shared.hypervisor.backup import push_backup
+from shared.hypervisor.connection import connect
+from shared.hypervisor.domains import Domain, find_by_name
+from shared.hypervisor.errors import BackupFailed, HypervisorError
+
+pytestmark = pytest.mark.vm
+
+
+def quiet(_done: int, _total: int) -> None:
+    """Nobody watches."""
+
+
+@pytest.fixture
+def folder(xfs: Path, request: pytest.FixtureRequest) -> Path:
+    """A vault folder in the making: QEMU's user may walk in, not list."""
+    path = xfs / "vault" / request.node.name
+    path.mkdir(parents=True)
+    for directory in (path.parent, path):
+        directory.chmod(0o711)
+    return path
+
+
+def test_both_disks_in_one_job(guest: Guest, domain: Domain, folder: Path) -> None:
+    """The copies are whole, private, and hold what the guest had written."""
+    guest.write("/data/word", "before the copy")
+    targets = {"vda": (folder / "vda.qcow2", "qcow2"), "vdb": (folder / "vdb.raw", "raw")}
+    told: list[tuple[int, int]] = []
+    push_backup(domain, targets, lambda *p: told.append(p), lambda: False)
+    images.check(folder / "vda.qcow2", "qcow2")
+    for path in folder.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.stat().st_uid == 0
+    assert b"before the copy" in (folder / "vdb.raw").read_bytes()
+    assert told[-1][0] == told[-1][1] > 0
+    assert not images.info(folder / "vda.qcow2", "qcow2").depends_on
+    subprocess.run(["qemu-img", "check", "-q", str(folder / "vda.qcow2")], check=True)
+
+
+def test_one_disk_alone(domain: Domain, folder: Path) -> None:
+    """A disk that is not asked for is not copied."""
+    push_backup(domain, {"vdb": (folder / "vdb.raw", "raw")}, quiet, lambda: False)
+    assert [path.name for path in folder.iterdir()] == ["vdb.raw"]
+
+
+@pytest.fixture
+def big(hypervisor: Hypervisor, xfs: Path) -> Iterator[Domain]:
+    """A running machine with a disk that takes a while to copy."""
+    disk = xfs / "big.raw"
+    with disk.open("wb") as file:
+        for _ in range(300):
+            file.write(os.urandom(1 << 20))
+    with Guest.create(hypervisor, xfs / "big", disks=[str(disk)]) as made:
+        made.start(wait=False)
+        yield find_by_name(connect(hypervisor.uri), made.name)
+        assert made.state() == "running"
+
+
+def test_cancel_ends_the_job_and_leaves_nothing(big: Domain, folder: Path) -> None:
+    """A cancelled copy leaves no file and no job, soon; the next one works."""
+    target = folder / "vda.raw"
+    asked: list[float] = []
+
+    def soon() -> bool:
+        asked.append(time.monotonic())
+        return len(asked) > 1 and target.stat().st_blocks > 0
+
+    with pytest.raises(Cancelled):
+        push_backup(big, {"vda": (target, "raw")}, quiet, soon)
+    assert time.monotonic() - asked[-1] < 5
+    assert list(folder.iterdir()) == []
+    assert not undo.abort_backup(big.uri, big.uuid)
+    push_backup(big, {"vda": (target, "raw")}, quiet, lambda: False)
+
+
+def test_undo_ends_what_a_dead_worker_left(big: Domain, folder: Path) -> None:
+    """Crash recovery ends a running copy job, once."""
+    target = folder / "vda.raw"
+    xml = backup._job_xml(big, {"vda": (target, "raw")})
+    big.call("Copying", lambda handle: handle.backupBegin(xml, None, 0))
+    assert undo.abort_backup(big.uri, big.uuid)
+    assert not undo.abort_backup(big.uri, big.uuid)
+
+
+def test_a_failure_is_told_and_leaves_nothing(domain: Domain, folder: Path) -> None:
+    """Where QEMU cannot write there is an error that says so, and no file."""
+    folder.chmod(0o700)
+    with pytest.raises(HypervisorError):
+        push_backup(domain, {"vda": (folder / "vda.qcow2", "qcow2")}, quiet, lambda: False)
+    assert list(folder.iterdir()) == []
+
+
+def test_an_unknown_disk_is_refused(domain: Domain, folder: Path) -> None:
+    """A disk that the guest has no more is not silently left out."""
+    with pytest.raises(BackupFailed):
+        push_backup(domain, {"vdz": (folder / "z", "raw")}, quiet, lambda: False)
+
+
+def test_no_job_is_not_taken_for_success(
+    domain: Domain, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the job's own word that it succeeded, the copy failed."""
+    monkeypatch.setattr(backup._Job, "_on_completed", lambda *_: None)
+    monkeypatch.setattr(backup._Job, "_completed", lambda _self: {})
+    with pytest.raises(BackupFailed):
+        push_backup(domain, {"vdb": (folder / "vdb.raw", "raw")}, quiet, lambda: False)
+    assert list(folder.iterdir()) == []
+
+
+def test_the_outcome_is_found_without_the_event(
+    domain: Domain, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event lost with libvirtd's restart is made up for by asking."""
+    monkeypatch.setattr(backup._Job, "_on_completed", lambda *_: None)
+    push_backup(domain, {"vdb": (folder / "vdb.raw", "raw")}, quiet, lambda: False)
+    assert (folder / "vdb.raw").exists()
+
+
+def test_a_job_that_runs_is_somebody_elses(domain: Domain, folder: Path) -> None:
+    """A second copy at the same time is refused and the first one is not disturbed."""
+    outcome: list[BaseException | None] = []
+    started, go_on = threading.Event(), threading.Event()
+
+    def hold() -> bool:
+        started.set()
+        go_on.wait(30)
+        return False
+
+    def first() -> None:
+        try:
+            push_backup(domain, {"vda": (folder / "a.qcow2", "qcow2")}, quiet, hold)
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    started.wait(30)
+    try:
+        push_backup(domain, {"vdb": (folder / "b.raw", "raw")}, quiet, lambda: False)
+        refused = False
+    except HypervisorError:
+        refused = True
+    go_on.set()
+    thread.join()
+    assert outcome == [None]
+    assert (folder / "a.qcow2").exists()
+    assert (folder / "b.raw").exists() != refused
+
+
+def test_undo_of_no_backup_does_nothing(domain: Domain) -> None:
+    """Crash recovery where no copy job runs leaves everything alone."""
+    assert not undo.abort_backup(domain.uri, domain.uuid)

@@ -1,0 +1,254 @@
+"""Domains, the connection, the inventory and crash recovery on a real libvirtd."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.guest import Guest
+from lab.libvirtd import Hypervisor, libvirtd
+from shared.hypervisor import undo
+from shared.hypervisor.connection import connect, forget
+from shared.hypervisor.definition import DomainDefinition
+from shared.hypervisor.domains import Domain, define, find, find_by_name
+from shared.hypervisor.duplicate import clone_definition
+from shared.hypervisor.errors import DomainMissing, LibvirtFailed, LibvirtUnavailable
+from shared.hypervisor.inventory import scan, watch
+from shared.hypervisor.pause import paused
+from shared.hypervisor.watchdog import Watchdog
+from tests.hypervisor.test_pause import wait_until
+
+pytestmark = pytest.mark.vm
+NOBODY = "99999999-aaaa-4bbb-8ccc-dddddddddddd"
+
+
+@pytest.fixture
+def box(hypervisor: Hypervisor, workspace: Path) -> Iterator[Domain]:
+    """A small defined domain that is off; nothing waits for it to boot."""
+    with Guest.create(hypervisor, workspace, nic=True, graphics=True) as made:
+        yield find_by_name(connect(hypervisor.uri), made.name)
+
+
+def test_one_connection_per_process(hypervisor: Hypervisor) -> None:
+    """Asking again gives the same live connection."""
+    assert connect(hypervisor.uri) is connect(hypervisor.uri)
+
+
+def test_no_libvirt_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    """A libvirt that does not answer is its own error, and nothing is printed."""
+    with pytest.raises(LibvirtUnavailable) as error:
+        connect("qemu+unix:///system?socket=/nonexistent")
+    assert error.value.code == "libvirt_unavailable"
+    assert capfd.readouterr().err == ""
+
+
+def test_unknown_domains_are_said(hypervisor: Hypervisor) -> None:
+    """Neither by UUID nor by name is an unknown domain found."""
+    with pytest.raises(DomainMissing):
+        find(connect(hypervisor.uri), NOBODY)
+    with pytest.raises(DomainMissing):
+        find_by_name(connect(hypervisor.uri), "no-such-domain")
+
+
+def test_a_life(box: Domain) -> None:
+    """Start, pause, resume and destroy do what they say, and repeating them is harmless."""
+    assert box.state == "stopped"
+    box.start()
+    box.start()
+    assert box.state == "running"
+    box.suspend()
+    assert box.paused_by_user
+    box.resume()
+    assert box.state == "running"
+    box.destroy()
+    box.destroy()
+    assert box.state == "stopped"
+    assert not box.was_shut_down
+    box.start(paused=True)
+    assert box.state == "paused"
+    box.destroy()
+
+
+def test_undefine_takes_what_libvirt_keeps_with_it(box: Domain) -> None:
+    """A domain with a managed save is undefined all the same; twice is fine; disks stay."""
+    xml = box.definition()
+    box.start()
+    box.call("Saving", lambda handle: handle.managedSave())
+    assert box.has_managed_save
+    box.undefine()
+    box.undefine()
+    with pytest.raises(DomainMissing):
+        find(connect(box.uri), box.uuid)
+    again = define(connect(box.uri), xml)
+    assert again.uuid == box.uuid
+    assert all(Path(d.path or "").exists() for d in DomainDefinition.parse(xml).disks)
+
+
+def test_a_start_can_discard_the_saved_state(box: Domain) -> None:
+    """After its disks were replaced a server must boot afresh, not wake up."""
+    box.start()
+    box.call("Saving", lambda handle: handle.managedSave())
+    box.start(discard_saved_state=True)
+    assert not box.has_managed_save
+    box.destroy()
+
+
+def test_a_bad_definition_is_refused(hypervisor: Hypervisor) -> None:
+    """libvirt's refusal comes through as ours."""
+    with pytest.raises(LibvirtFailed):
+        define(connect(hypervisor.uri), "<domain type='qemu'><name>x</name></domain>")
+
+
+def test_a_clone_runs_beside_its_source(box: Domain, workspace: Path) -> None:
+    """libvirt takes the definition of a clone, and both run at once."""
+    source = DomainDefinition.parse(box.definition())
+    disk = workspace / "clone.qcow2"
+    disk.write_bytes(Path(source.disks[0].path or "").read_bytes())
+    made = clone_definition(
+        source.xml,
+        name=f"{box.name}-clone",
+        uuid=NOBODY,
+        disk_paths={"vda": str(disk)},
+        vcpus=2,
+        memory_bytes=224 << 20,
+    )
+    clone = define(connect(box.uri), made.xml)
+    try:
+        box.start()
+        clone.start()
+        assert (box.state, clone.state) == ("running", "running")
+        defined = DomainDefinition.parse(clone.live_definition())
+        assert (defined.vcpus, defined.memory_bytes) == (2, 224 << 20)
+    finally:
+        assert undo.undefine_domain(box.uri, NOBODY)
+        assert not undo.undefine_domain(box.uri, NOBODY)
+    assert disk.exists()
+
+
+def test_undo_of_power(box: Domain) -> None:
+    """Crash recovery starts and stops, and says when there was nothing to do."""
+    assert undo.start_domain(box.uri, box.uuid)
+    assert not undo.start_domain(box.uri, box.uuid)
+    assert undo.stop_domain(box.uri, box.uuid)
+    assert not undo.stop_domain(box.uri, box.uuid)
+    assert not undo.stop_domain(box.uri, NOBODY)
+    xml = box.definition()
+    box.undefine()
+    assert undo.define_domain(box.uri, xml)
+    assert undo.define_domain(box.uri, xml)
+
+
+def test_the_inventory_shows_every_domain(box: Domain, hypervisor: Hypervisor) -> None:
+    """Name, state, size and disks as they are; capacity is what the guest sees."""
+    found = {facts.uuid: facts for facts in scan(connect(hypervisor.uri))}[box.uuid]
+    assert (found.name, found.state, found.vcpus) == (box.name, "stopped", 1)
+    assert found.memory_bytes == 192 << 20
+    (disk,) = found.disks
+    assert (disk.target, disk.format, disk.writable) == ("vda", "qcow2", True)
+    assert disk.capacity_bytes
+    assert disk.capacity_bytes > Path(disk.path or "").stat().st_size
+
+
+def test_a_sick_domain_does_not_hide_the_others(box: Domain, hypervisor: Hypervisor) -> None:
+    """A domain whose disk is gone is still listed, without a capacity."""
+    disk = Path(DomainDefinition.parse(box.definition()).disks[0].path or "")
+    away = disk.rename(disk.with_suffix(".away"))
+    found = {facts.uuid: facts for facts in scan(connect(hypervisor.uri))}[box.uuid]
+    assert found.disks[0].capacity_bytes is None
+    away.rename(disk)
+
+
+def test_changes_are_told_soon_and_in_one(box: Domain) -> None:
+    """A start is told within a second, and a burst of events makes few calls."""
+    calls: list[float] = []
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=watch, args=(box.uri, lambda: calls.append(time.monotonic()), stop)
+    )
+    thread.start()
+    try:
+        wait_until(lambda: len(calls) == 1, 3)
+        box.start(paused=True)
+        began = time.monotonic()
+        wait_until(lambda: len(calls) > 1, 2)
+        assert calls[-1] - began < 1
+        seen = len(calls)
+        for _ in range(10):
+            box.resume()
+            box.suspend()
+        time.sleep(0.5)
+        assert 1 <= len(calls) - seen < 15
+    finally:
+        stop.set()
+        thread.join(5)
+        box.destroy()
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def own(workspace: Path) -> Iterator[Hypervisor]:
+    """A libvirtd that may be killed."""
+    with libvirtd(workspace / "own", own=True) as hypervisor:
+        yield hypervisor
+        forget(hypervisor.uri)
+
+
+def test_libvirtd_may_be_restarted_at_any_time(own: Hypervisor, workspace: Path) -> None:
+    """A watch notices and comes back; a held domain works on; a paused guest is resumed."""
+    changes: list[float] = []
+    losses: list[str] = []
+    stop = threading.Event()
+    with Guest.create(own, workspace / "g") as made:
+        made.start(wait=False)
+        domain = find_by_name(connect(own.uri), made.name)
+        thread = threading.Thread(
+            target=watch,
+            args=(own.uri, lambda: changes.append(1.0), stop),
+            kwargs={"on_lost": losses.append},
+        )
+        thread.start()
+        watchdog = Watchdog(own.uri)
+        try:
+            wait_until(lambda: bool(changes), 3)
+            with paused(domain, watchdog):
+                own.stop(kill=True)
+                own.start()
+            assert domain.state == "running"
+            own.stop(kill=True)
+            wait_until(lambda: bool(losses), 10)
+            seen = len(changes)
+            own.start()
+            wait_until(lambda: len(changes) > seen, 15)
+            assert len(losses) <= 2
+        finally:
+            stop.set()
+            thread.join(5)
+            watchdog.close()
+
+
+def test_a_guest_paused_when_worker_and_libvirtd_die_is_resumed_later(
+    own: Hypervisor, workspace: Path
+) -> None:
+    """The helper outlives its worker until libvirtd is back, and then resumes."""
+    from tests.hypervisor.test_pause import worker
+
+    with Guest.create(own, workspace / "g") as made:
+        made.start(wait=False)
+        process = worker(
+            made,
+            """
+            with paused(domain, watchdog):
+                print("paused", flush=True)
+                time.sleep(60)
+            """,
+        )
+        assert process.stdout
+        assert process.stdout.readline() == "paused\n"
+        own.stop(kill=True)
+        process.kill()
+        process.wait()
+        time.sleep(1)
+        own.start()
+        assert wait_until(lambda: made.state() == "running", 5) < 3

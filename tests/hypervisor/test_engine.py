@@ -1,0 +1,309 @@
+"""The copy engine on real guests: one instant, nothing lost, nothing left behind."""
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.guest import Guest
+from lab.libvirtd import Hypervisor
+from shared.disks import engine, images
+from shared.disks.copy import stream_copy
+from shared.disks.engine import capture
+from shared.disks.errors import CopyFailed, InsufficientSpace
+from shared.disks.materialise import materialise
+from shared.disks.planning import plan
+from shared.errors import Cancelled
+from shared.hypervisor.connection import connect
+from shared.hypervisor.definition import DomainDefinition
+from shared.hypervisor.domains import Domain, find_by_name
+from shared.hypervisor.errors import DiskNotCopyable
+from shared.hypervisor.watchdog import Watchdog
+from shared.vault import Manifest, ManifestDisk, ManifestServer, Vault, read_manifest
+
+pytestmark = pytest.mark.vm
+
+
+@pytest.fixture
+def folder(xfs: Path, request: pytest.FixtureRequest) -> Path:
+    """A vault folder in the making, on the guest's file system."""
+    path = xfs / "copies" / request.node.name.replace("/", "_")
+    path.mkdir(parents=True)
+    for directory in (path.parent, path):
+        directory.chmod(0o711)
+    return path
+
+
+@pytest.fixture
+def elsewhere(workspace: Path) -> Path:
+    """A vault folder on another file system, to which no extents can be shared."""
+    path = workspace / "copies"
+    path.mkdir()
+    path.chmod(0o711)
+    return path
+
+
+@pytest.fixture
+def stopped(hypervisor: Hypervisor, xfs: Path) -> Iterator[Domain]:
+    """A server that is off."""
+    with Guest.create(hypervisor, xfs / "off", disks=["qcow2"]) as made:
+        yield find_by_name(connect(hypervisor.uri), made.name)
+
+
+@contextlib.contextmanager
+def busy(guest: Guest, command: str) -> Iterator[None]:
+    """Have the guest repeat `command` until the block is left."""
+    loop = f"rm -f /tmp/stop; while [ ! -e /tmp/stop ]; do {command}; done"
+    started = guest.agent("guest-exec", path="/bin/sh", arg=["-c", loop])
+    time.sleep(0.5)
+    try:
+        yield
+    finally:
+        guest.run("touch /tmp/stop")
+        while not guest.agent("guest-exec-status", pid=started["pid"])["exited"]:
+            time.sleep(0.05)
+
+
+def fsck(raw_disk: Path) -> int:
+    """e2fsck's exit status for a file system on a raw disk, after replaying its journal."""
+    subprocess.run(["e2fsck", "-p", str(raw_disk)], capture_output=True)
+    return subprocess.run(["e2fsck", "-fn", str(raw_disk)], capture_output=True).returncode
+
+
+def test_reflink_under_a_writer(
+    guest: Guest, domain: Domain, watchdog: Watchdog, folder: Path
+) -> None:
+    """A copy of a busy guest is whole and clean, and it paused for a moment only."""
+    steps: list[str] = []
+    with busy(guest, "dd if=/dev/urandom of=/data/w bs=64k count=64 2>/dev/null; sync"):
+        taken = capture(domain, folder, watchdog=watchdog, quiesce="never", before=steps.append)
+    assert (taken.way, taken.consistency) == ("reflink", "crash")
+    assert 0 < taken.pause_ms < 1000
+    print(f"paused {taken.pause_ms:.1f} ms")
+    assert steps == ["pause"]
+    assert [(f.target, f.format, f.path.name) for f in taken.files] == [
+        ("vda", "qcow2", "vda.qcow2"),
+        ("vdb", "raw", "vdb.raw"),
+    ]
+    assert fsck(folder / "vdb.raw") == 0
+    assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o600}
+
+
+def test_a_quiesced_copy_holds_all_that_was_written(
+    guest: Guest, domain: Domain, watchdog: Watchdog, folder: Path
+) -> None:
+    """With the agent the copy is file-system consistent: no journal is left to replay."""
+    guest.run("echo unsynced > /data/last")
+    taken = capture(domain, folder, watchdog=watchdog, quiesce="require")
+    assert taken.consistency == "file-system"
+    assert b"unsynced" in (folder / "vdb.raw").read_bytes()
+    assert guest.agent("guest-fsfreeze-status") == "thawed"
+
+
+def test_both_disks_are_one_instant(
+    guest: Guest, domain: Domain, watchdog: Watchdog, folder: Path
+) -> None:
+    """A counter written first to one disk and then to the other never runs ahead."""
+    count = (
+        "i=$((i+1)); for disk in vda vdb; do printf %08d $i | "
+        "dd of=/dev/$disk bs=8 seek=1 conv=notrunc,fsync 2>/dev/null; done"
+    )
+    seen = []
+    with busy(guest, count):
+        for number in range(5):
+            place = folder / str(number)
+            place.mkdir()
+            capture(domain, place, watchdog=watchdog, quiesce="never")
+            stream_copy(
+                place / "vda.qcow2", place / "vda.raw", "qcow2", "raw", lambda *_: None, bool
+            )
+            first, second = (
+                int((place / name).read_bytes()[8:16]) for name in ("vda.raw", "vdb.raw")
+            )
+            assert 0 <= first - second <= 1
+            seen.append(first)
+    assert seen == sorted(set(seen))
+
+
+def test_stream_copies_a_running_guest(
+    guest: Guest, domain: Domain, watchdog: Watchdog, elsewhere: Path
+) -> None:
+    """Where no extents can be shared QEMU copies, without pausing the guest."""
+    guest.write("/data/stream", "streamed")
+    steps: list[str] = []
+    taken = capture(domain, elsewhere, watchdog=watchdog, before=steps.append)
+    assert (taken.way, taken.consistency, taken.pause_ms) == ("stream", "file-system", 0.0)
+    assert steps == ["backup"]
+    assert b"streamed" in (elsewhere / "vdb.raw").read_bytes()
+    assert fsck(elsewhere / "vdb.raw") == 0
+
+
+@pytest.mark.parametrize("way", ["reflink", "stream"])
+def test_a_stopped_server(
+    stopped: Domain, watchdog: Watchdog, folder: Path, way: engine.Choice
+) -> None:
+    """A stopped server is copied without being started, byte for byte the same disk."""
+    taken = capture(stopped, folder, watchdog=watchdog, way=way)
+    assert (taken.way, taken.pause_ms) == (way, 0.0)
+    source = DomainDefinition.parse(stopped.definition()).disks[0].path
+    command = ["qemu-img", "compare", "-q", str(source), str(folder / "vda.qcow2")]
+    assert subprocess.run(command).returncode == 0
+    assert stopped.state == "stopped"
+
+
+@pytest.mark.parametrize("way", ["reflink", "stream"])
+def test_an_owners_pause_is_copied_and_kept(
+    guest: Guest, domain: Domain, watchdog: Watchdog, folder: Path, way: engine.Choice
+) -> None:
+    """A guest that its owner paused is copied as it is and stays paused."""
+    domain.suspend()
+    try:
+        taken = capture(domain, folder, watchdog=watchdog, way=way)
+        assert taken.consistency_reason == "the guest was paused by its owner"
+        assert domain.state == "paused"
+    finally:
+        domain.resume()
+
+
+def test_a_server_that_starts_meanwhile_is_not_copied(
+    stopped: Domain, watchdog: Watchdog, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of a server that was started in the middle is thrown away."""
+    real = engine.clone_into_fd
+
+    def start_in_between(source: int, target: int) -> None:
+        real(source, target)
+        stopped.start()
+
+    monkeypatch.setattr(engine, "clone_into_fd", start_in_between)
+    try:
+        with pytest.raises(CopyFailed):
+            capture(stopped, folder, watchdog=watchdog)
+        assert list(folder.iterdir()) == []
+    finally:
+        stopped.destroy()
+
+
+def test_a_chain_is_flattened_by_stream(stopped: Domain, watchdog: Watchdog, folder: Path) -> None:
+    """A disk that stands on another file is never reflinked alone."""
+    disk = Path(DomainDefinition.parse(stopped.definition()).disks[0].path or "")
+    base = disk.rename(disk.with_suffix(".base.qcow2"))
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "qcow2"]
+    subprocess.run([*command, str(disk)], check=True)
+    taken = capture(stopped, folder, watchdog=watchdog)
+    assert taken.way == "stream"
+    assert "stands on another file" in taken.way_reason
+    assert images.info(folder / "vda.qcow2", "qcow2").depends_on is None
+    with pytest.raises(DiskNotCopyable):
+        plan(stopped, folder, way="reflink")
+
+
+def test_a_failing_ioctl_leaves_the_guest_running_and_no_file(
+    guest: Guest, domain: Domain, watchdog: Watchdog, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails inside the pause, the guest runs on and nothing is left."""
+
+    def fail(_source: int, _target: int) -> None:
+        assert guest.state() == "paused"
+        raise CopyFailed("the disk broke")
+
+    monkeypatch.setattr(engine, "clone_into_fd", fail)
+    with pytest.raises(CopyFailed):
+        capture(domain, folder, watchdog=watchdog)
+    assert list(folder.iterdir()) == []
+    assert guest.agent("guest-fsfreeze-status") == "thawed"
+
+
+def test_too_little_room_is_refused_before_anything_happens(
+    domain: Domain, watchdog: Watchdog, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without room the guest is neither paused nor frozen."""
+    status = os.statvfs(folder)
+    full = os.statvfs_result((*status[:4], 10, *status[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda _path: full)
+    steps: list[str] = []
+    with pytest.raises(InsufficientSpace):
+        capture(domain, folder, watchdog=watchdog, before=steps.append)
+    assert steps == []
+
+
+def test_cancelled_before_the_pause(domain: Domain, watchdog: Watchdog, folder: Path) -> None:
+    """A cancel before the pause leaves the guest alone."""
+    steps: list[str] = []
+    with pytest.raises(Cancelled):
+        capture(domain, folder, watchdog=watchdog, cancelled=lambda: True, before=steps.append)
+    assert (steps, list(folder.iterdir())) == ([], [])
+
+
+def test_fragmented_disks_are_streamed(
+    domain: Domain, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the pause budget the guest is not paused; a stopped one would be reflinked."""
+    monkeypatch.setattr("shared.disks.planning.extent_count", lambda _path: 10**6)
+    chosen = plan(domain, folder)
+    assert chosen.way == "stream"
+    assert "fragmented" in chosen.reason
+
+
+def test_through_the_vault_and_out_again(
+    guest: Guest, domain: Domain, watchdog: Watchdog, xfs: Path, workspace: Path
+) -> None:
+    """A published copy is materialised by reflink and by stream, equal to the stored one."""
+    vault = Vault(xfs / "vault-root")
+    with vault.begin("snapshot", "srv1", "snap1") as partial:
+        taken = capture(domain, partial.path, watchdog=watchdog)
+        final = partial.publish(
+            Manifest(
+                kind="snapshot",
+                id="snap1",
+                server=ManifestServer(id="srv1", name=domain.name, uuid=domain.uuid),
+                taken_at=taken.taken_at,
+                way=taken.way,
+                consistency=taken.consistency,
+                disks=[
+                    ManifestDisk(
+                        target=f.target,
+                        file=f.path.name,
+                        format=f.format,
+                        virtual_bytes=f.virtual_bytes,
+                        bytes=f.bytes,
+                    )
+                    for f in taken.files
+                ],
+            ),
+            taken.definition,
+        )
+    stored = [
+        engine.CopiedDisk(d.target, final / d.file, d.format, d.virtual_bytes, d.bytes)
+        for d in read_manifest(final).disks
+    ]
+    for place, way in ((xfs / "out", "reflink"), (workspace / "out", "stream")):
+        place.mkdir()
+        destinations = {d.target: place / d.path.name for d in stored}
+        assert materialise(stored, destinations) == way
+        for disk in stored:
+            pair = [str(disk.path), str(destinations[disk.target])]
+            assert subprocess.run(["qemu-img", "compare", "-q", *pair]).returncode == 0
+        with pytest.raises(FileExistsError):
+            materialise(stored, destinations)
+    assert {p.stat().st_mode & 0o777 for p in final.iterdir()} == {0o400}
+
+
+def test_many_copies_under_load_all_pass(
+    guest: Guest, domain: Domain, watchdog: Watchdog, folder: Path
+) -> None:
+    """Ten copies in a row of a busy guest: every one clean, every pause short."""
+    pauses = []
+    with busy(guest, "dd if=/dev/urandom of=/data/w bs=64k count=32 2>/dev/null"):
+        for number in range(10):
+            place = folder / str(number)
+            place.mkdir()
+            taken = capture(domain, place, watchdog=watchdog, quiesce="never")
+            pauses.append(taken.pause_ms)
+            assert fsck(place / "vdb.raw") == 0
+    print("pauses", [round(pause, 1) for pause in pauses])
+    assert max(pauses) < 1000

@@ -1,0 +1,264 @@
+"""Holding a real guest still, and giving it back whatever happens to the worker."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lab.guest import Guest
+from shared.hypervisor import undo
+from shared.hypervisor.domains import Domain
+from shared.hypervisor.errors import LibvirtFailed, PauseFailed, WatchdogUnavailable
+from shared.hypervisor.pause import paused
+from shared.hypervisor.watchdog import Watchdog
+
+pytestmark = pytest.mark.vm
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> float:
+    """Seconds until `condition` held; fails after `seconds`."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, "it never happened"
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def worker(guest: Guest, body: str) -> "subprocess.Popen[str]":
+    """A worker process that runs `body` with `domain` and `watchdog` at hand."""
+    program = f"""
+        import os, sys, time
+        from shared.hypervisor.connection import connect
+        from shared.hypervisor.domains import find
+        from shared.hypervisor.pause import paused
+        from shared.hypervisor.watchdog import Watchdog
+        domain = find(connect({guest.hypervisor.uri!r}), {guest.domain.UUIDString()!r})
+        watchdog = Watchdog({guest.hypervisor.uri!r})
+    """
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program) + textwrap.dedent(body)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_paused_inside_running_after(domain: Domain, watchdog: Watchdog) -> None:
+    """The guest does not run inside the block, runs after it, and the pause is measured."""
+    with paused(domain, watchdog) as pause:
+        assert domain.state == "paused"
+        time.sleep(0.05)
+    assert domain.state == "running"
+    assert pause.was_running
+    assert 50 < pause.ms < 2000
+
+
+def test_an_error_inside_resumes(domain: Domain, watchdog: Watchdog) -> None:
+    """The error comes through and the guest runs."""
+    with pytest.raises(ZeroDivisionError), paused(domain, watchdog):
+        raise ZeroDivisionError
+    assert domain.state == "running"
+
+
+def test_an_owners_pause_is_kept(domain: Domain, watchdog: Watchdog) -> None:
+    """A guest that its owner paused is still paused afterwards."""
+    domain.suspend()
+    try:
+        with paused(domain, watchdog) as pause:
+            pass
+        assert not pause.was_running
+        assert domain.state == "paused"
+    finally:
+        domain.resume()
+
+
+def test_resumed_by_somebody_else_is_an_error(domain: Domain, watchdog: Watchdog) -> None:
+    """What was copied while an owner resumed the guest is no picture of one instant."""
+    with pytest.raises(PauseFailed), paused(domain, watchdog):
+        domain.resume()
+    assert domain.state == "running"
+
+
+def test_resume_is_tried_again(
+    domain: Domain, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume that libvirt refuses at first is repeated until the guest runs."""
+    real, tries = domain.resume, []
+
+    def stubborn() -> None:
+        tries.append(1)
+        if len(tries) < 4:
+            raise LibvirtFailed("not now")
+        real()
+
+    monkeypatch.setattr(domain, "resume", stubborn)
+    with paused(domain, watchdog):
+        pass
+    assert len(tries) == 4
+    assert domain.state == "running"
+
+
+def test_what_we_cannot_resume_the_watchdog_does(
+    domain: Domain, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When our own tries are used up the helper takes over."""
+
+    def never() -> None:
+        raise LibvirtFailed("not now")
+
+    monkeypatch.setattr(domain, "resume", never)
+    monkeypatch.setattr("shared.hypervisor.pause.RESUME_PATIENCE_S", 0.1)
+    with pytest.raises(PauseFailed), paused(domain, watchdog):
+        pass
+    wait_until(lambda: domain.state == "running", 3)
+
+
+def test_a_killed_workers_guest_runs_within_two_seconds(guest: Guest) -> None:
+    """SIGKILL between suspend and resume: the helper resumes, then goes."""
+    process = worker(
+        guest,
+        """
+        with paused(domain, watchdog):
+            print(watchdog.pid, flush=True)
+            time.sleep(60)
+        """,
+    )
+    assert process.stdout
+    helper = int(process.stdout.readline())
+    assert guest.state() == "paused"
+    process.kill()
+    process.wait()
+    assert wait_until(lambda: guest.state() == "running", 2) < 2
+    wait_until(lambda: not Path(f"/proc/{helper}/cmdline").read_bytes()
+               if Path(f"/proc/{helper}").exists() else True, 5)  # fmt: skip
+
+
+def test_a_killed_worker_leaves_an_owners_pause(guest: Guest) -> None:
+    """A helper with nothing armed leaves a paused guest alone and ends with its worker."""
+    process = worker(
+        guest,
+        """
+        watchdog.start()
+        domain.suspend()
+        print(watchdog.pid, flush=True)
+        time.sleep(60)
+        """,
+    )
+    assert process.stdout
+    helper = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    try:
+        wait_until(lambda: not Path(f"/proc/{helper}").exists(), 5)
+        assert guest.state() == "paused"
+    finally:
+        guest.domain.resume()
+
+
+def test_a_forked_child_does_not_keep_the_guest_paused(guest: Guest) -> None:
+    """A process forked off the worker holds the pipe open; its death is seen all the same."""
+    process = worker(
+        guest,
+        """
+        with paused(domain, watchdog):
+            child = os.fork()
+            if not child:
+                time.sleep(8)
+                os._exit(0)
+            print(child, flush=True)
+            time.sleep(60)
+        """,
+    )
+    assert process.stdout
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    try:
+        assert wait_until(lambda: guest.state() == "running", 2) < 2
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_hung_workers_guest_is_resumed_at_the_deadline(
+    domain: Domain, watchdog: Watchdog
+) -> None:
+    """A worker that lives but hangs loses its hold, and learns that its copy is void."""
+    with pytest.raises(PauseFailed), paused(domain, watchdog, deadline_s=0.3):
+        wait_until(lambda: domain.state == "running", 3)
+    assert domain.state == "running"
+
+
+def test_arming_costs_less_than_a_millisecond(domain: Domain, watchdog: Watchdog) -> None:
+    """The helper's confirmation is not what a pause waits for."""
+    times = []
+    for _ in range(200):
+        started = time.perf_counter()
+        arm = watchdog.arm(domain.uuid)
+        times.append(time.perf_counter() - started)
+        watchdog.disarm(arm)
+    assert sorted(times)[100] < 0.001
+
+
+def test_no_helper_no_pause(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the helper cannot be started the guest is not paused at all."""
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    suspended: list[int] = []
+    monkeypatch.setattr(domain, "suspend", lambda: suspended.append(1))
+    with pytest.raises(WatchdogUnavailable), paused(domain, Watchdog(domain.uri)):
+        pass
+    assert suspended == []
+
+
+def test_a_dead_helper_is_replaced_with_what_was_armed(guest: Guest, domain: Domain) -> None:
+    """A helper that was killed comes back with what it had been told."""
+    watchdog = Watchdog(guest.hypervisor.uri)
+    try:
+        first = watchdog.arm(domain.uuid)
+        assert watchdog.pid
+        os.kill(watchdog.pid, signal.SIGKILL)
+        wait_until(lambda: watchdog.pid is None, 2)
+        second = watchdog.arm(domain.uuid, "resume", 60)
+        domain.suspend()
+        watchdog.fire(first)
+        wait_until(lambda: domain.state == "running", 3)
+        watchdog.disarm(second)
+    finally:
+        watchdog.close()
+
+
+def test_threads_share_one_watchdog(domain: Domain, watchdog: Watchdog) -> None:
+    """Answers never get mixed up between threads."""
+    failures: list[BaseException] = []
+
+    def use() -> None:
+        try:
+            for _ in range(100):
+                with watchdog.armed(domain.uuid) as arm:
+                    pass
+                assert not arm.fired
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_undo_resumes_once_and_only_what_is_paused(domain: Domain) -> None:
+    """Crash recovery resumes a paused guest; on a running or unknown one it does nothing."""
+    domain.suspend()
+    assert undo.resume_domain(domain.uri, domain.uuid)
+    assert not undo.resume_domain(domain.uri, domain.uuid)
+    assert not undo.resume_domain(domain.uri, "99999999-aaaa-4bbb-8ccc-dddddddddddd")
+    assert domain.state == "running"
