@@ -1,0 +1,112 @@
+"""The whole product on real file systems: one stack after the other, guests of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live_site import Machine, Site
+
+from lab import filesystems
+from lab.libvirtd import Hypervisor, scratch
+
+FILE_SYSTEMS = {"xfs": "reflink", "btrfs": "reflink", "ext4": "stream"}
+DISKS = {"qcow2": ["qcow2"], "raw": ["raw"], "qcow2+raw": ["qcow2", "raw"]}
+SIZE = 12 * filesystems.GIB
+
+OpenSite = Callable[..., contextlib.AbstractContextManager[Site]]
+
+
+@contextlib.contextmanager
+def open_site(
+    hypervisor: Hypervisor, kind: str, *, size: int = SIZE, host: str = "", **settings: str
+) -> Iterator[Site]:
+    """A running stack on a new file system of that kind; all of it is gone afterwards."""
+    with contextlib.ExitStack() as opened:
+        folder = opened.enter_context(getattr(filesystems, kind)(size))
+        state = opened.enter_context(scratch())
+        site = Site(host or kind, folder, state, hypervisor, FILE_SYSTEMS[kind], settings)
+        opened.callback(_remove_domains, site)
+        opened.callback(site.stop)
+        site.start()
+        yield site
+
+
+def _remove_domains(site: Site) -> None:
+    from lab.guest import attach
+
+    for domain in site.hypervisor_connection().listAllDomains():
+        if str(site.folder) in domain.XMLDesc():
+            attach(site.hypervisor, domain.name()).remove()
+
+
+@pytest.fixture(scope="session", params=FILE_SYSTEMS)
+def site(request: pytest.FixtureRequest, hypervisor: Hypervisor) -> Iterator[Site]:
+    """A stack with its vault and its guests' disks on XFS, btrfs or ext4."""
+    if not filesystems.can_mount():
+        pytest.skip("needs the right to mount loop devices")
+    with open_site(hypervisor, request.param) as made:
+        yield made
+
+
+@pytest.fixture(
+    scope="module",
+    params=itertools.product(DISKS, ("running", "stopped")),
+    ids=lambda each: f"{each[0]}-{each[1]}",
+)
+def machine(request: pytest.FixtureRequest, site: Site) -> Iterator[Machine]:
+    """One server per kind of disks and power state, shared by the tests of it."""
+    disks, power = request.param
+    made = site.machine(DISKS[disks], power)
+    yield made
+    site.remove(made)
+
+
+@pytest.fixture
+def stopped(site: Site) -> Iterator[Machine]:
+    """A stopped server with one small raw disk, of this test alone."""
+    made = site.machine(["raw"], "stopped")
+    yield made
+    if made.state() != "missing":
+        site.remove(made)
+
+
+@pytest.fixture(scope="module")
+def running(site: Site) -> Iterator[Machine]:
+    """A running server with a qcow2 disk, for the tests of one module and file system."""
+    made = site.machine(["qcow2"], "running")
+    yield made
+    site.remove(made)
+
+
+@pytest.fixture(autouse=True)
+def tidy(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test on a site: nothing half-made, nothing stray, nobody held."""
+    if "site" not in request.fixturenames:
+        yield
+        return
+    site: Site = request.getfixturevalue("site")
+    site.mark_logs()
+    yield
+    site.assert_tidy()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    funcargs: dict[str, Any] = getattr(item, "funcargs", {})
+    for site in funcargs.values():
+        if report.failed and isinstance(site, Site):
+            report.sections.append(("the stack's logs", site.logs()))
+    return report
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    return tmp_path

@@ -1,0 +1,299 @@
+"""A whole Triptych on one file system: stack, client, guests, and what must hold after each test."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import libvirt
+from triptych import Client
+
+from embedded.stack import SERVICES, Stack, free_port
+from lab import offline
+from lab.filesystems import MIB
+from lab.guest import Guest, make_disk
+from lab.libvirtd import Hypervisor
+
+FOLDERS = {"snapshot": "snapshots", "image": "images"}
+SMALL = 16 * MIB
+TICK = "1"
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout: float = 30) -> Any:
+    """What `condition` gives once that is true; AssertionError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {timeout:.0f} s"
+        time.sleep(0.02)
+    return found
+
+
+@dataclass
+class Site:
+    """One stack whose vault, and whose guests' disks, lie in `folder`."""
+
+    host: str
+    folder: Path
+    state: Path
+    hypervisor: Hypervisor
+    way: str
+    settings: dict[str, str] = field(default_factory=dict)
+    machines: list[Machine] = field(default_factory=list)
+    log_marks: dict[str, int] = field(default_factory=dict)
+
+    def start(self) -> None:
+        self.disks = self.folder / "disks"
+        self.disks.mkdir(mode=0o755)
+        self.stack = Stack(
+            self.state,
+            port=free_port(),
+            settings={
+                "TRIPTYCH_HOST": self.host,
+                "TRIPTYCH_LIBVIRT_URI": self.hypervisor.uri,
+                "TRIPTYCH_VAULT": str(self.vault),
+                "TRIPTYCH_TICK": TICK,
+                **self.settings,
+            },
+        )
+        self.stack.start()
+        self.client = Client(self.stack.url, self.stack.token)
+        self.connection = self.hypervisor_connection()
+
+    def stop(self) -> None:
+        self.client.close()
+        self.stack.stop()
+
+    @property
+    def vault(self) -> Path:
+        return self.folder / "vault"
+
+    def hypervisor_connection(self) -> libvirt.virConnect:
+        return libvirt.open(self.hypervisor.uri)
+
+    # Asking
+
+    def done(self, operation: Any, timeout: float = 60) -> dict[str, Any]:
+        """Wait for the operation and demand that it succeeded."""
+        return dict(self.client.wait(operation["id"], check=True, timeout=timeout))
+
+    def ended(self, operation: Any, timeout: float = 60) -> dict[str, Any]:
+        """Wait for the operation, however it ends."""
+        return dict(self.client.wait(operation["id"], timeout=timeout))
+
+    def refused(self, operation: Any, timeout: float = 60) -> str:
+        """Wait for the operation, demand that it failed, and give the code of its error."""
+        ended = self.ended(operation, timeout)
+        assert ended["state"] == "failed", ended
+        return str(ended["error"]["code"])
+
+    def wait_phase(self, operation: Any, phase: str, timeout: float = 30) -> None:
+        """Return as soon as the operation's row shows a phase that begins with `phase`."""
+
+        def reached() -> bool:
+            (row,) = self.rows("SELECT state, phase FROM operation WHERE id = ?", operation["id"])
+            assert row["state"] in ("queued", "running"), f"ended before {phase!r}: {dict(row)}"
+            return str(row["phase"]).startswith(phase)
+
+        wait_for(reached, f"phase {phase!r} of {operation['id']}", timeout)
+
+    def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
+        """What the database says, past the API."""
+        with sqlite3.connect(self.state / "triptych.db", timeout=30) as database:
+            database.row_factory = sqlite3.Row
+            found = database.execute(query, values).fetchall()
+        database.close()
+        return found
+
+    # Folders
+
+    def copy_folder(self, kind: str, copy: dict[str, Any]) -> Path:
+        return self.vault / FOLDERS[kind] / copy["server"] / copy["id"]
+
+    def copy_of(self, kind: str, machine: Machine) -> Path:
+        """The folder of the machine's snapshot or newest image."""
+        server = self.client.servers.get(machine.id)
+        copy_id = server["snapshot"] if kind == "snapshot" else server["newest_image"]
+        assert copy_id, f"{machine.name} has no {kind}"
+        return self.vault / FOLDERS[kind] / machine.id / copy_id
+
+    def used_bytes(self) -> int:
+        """What is taken up on the file system, shared extents counted once."""
+        subprocess.run(["sync", "-f", str(self.folder)], check=True)
+        status = os.statvfs(self.folder)
+        return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+    # Machines
+
+    def machine(self, formats: list[str], power: str, **options: Any) -> Machine:
+        """A registered guest: running ones boot, stopped ones have only small data disks."""
+        disks = list(formats)
+        if power == "stopped":
+            disks = [str(make_disk(self.disks, each, "data", SMALL)) for each in formats]
+        guest = Guest.create(self.hypervisor, self.disks, disks=disks, nic=True, **options)
+        if power == "running":
+            guest.start(wait=False)
+        return self.adopt(guest, power)
+
+    def adopt(self, guest: Guest, power: str) -> Machine:
+        server = self.client.servers.add(self.host, guest.name)
+        made = Machine(self, guest, power, server["id"])
+        self.machines.append(made)
+        return made
+
+    def remove(self, machine: Machine) -> None:
+        """End a machine with its definition and disks; its copies stay in the vault."""
+        machine.guest.remove()
+        if machine in self.machines:
+            self.machines.remove(machine)
+
+    # What must hold
+
+    def assert_tidy(self) -> None:
+        """Rows and folders agree, nothing half-made is left, no guest of ours is held."""
+        busy = self.rows("SELECT id, kind, state FROM operation WHERE finished_at IS NULL")
+        assert [dict(row) for row in busy] == [], "operations have not ended"
+        rows = {
+            f"{folder}/{row['server_id']}/{row['id']}"
+            for kind, folder in FOLDERS.items()
+            for row in self.rows(f"SELECT id, server_id FROM {kind} WHERE deleted_at IS NULL")  # noqa: S608
+        }
+        kinds = (*FOLDERS.values(), "farms")
+        folders = {
+            str(path.relative_to(self.vault))
+            for kind in kinds
+            for path in self.vault.glob(f"{kind}/*/*")
+        }
+        assert rows == folders, "rows and folders of the vault disagree"
+        undoable = {
+            f".triptych-{row['id']}"
+            for row in self.rows("SELECT id FROM operation WHERE undo != 'null'")
+        }
+        strays = {p.name for p in self.disks.iterdir() if p.name.startswith(".triptych")}
+        assert strays - undoable == set(), "strays beside the disks"
+        assert self.rows("SELECT * FROM journal") == [], "the journal is not empty"
+        assert self.paused() == [], "guests are held"
+
+    def paused(self) -> list[str]:
+        """Names of our domains that are paused though their owner did not pause them."""
+        if not self.connection.isAlive():
+            self.connection = self.hypervisor_connection()
+        ours = []
+        for domain in self.connection.listAllDomains():
+            try:
+                mine = str(self.folder) in domain.XMLDesc()
+                if mine and domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+                    ours.append(domain.name())
+            except libvirt.libvirtError:
+                continue  # it is gone by now
+        return ours
+
+    # Faults
+
+    def kill_worker(self, service: str) -> None:
+        """SIGKILL the service's main process and its children, as `kill -9 -PGID` does."""
+        self.stack.signal(service, signal.SIGKILL)
+        wait_for(lambda: not self.stack._alive(service), f"{service} is dead")
+
+    def child_of(self, operation: Any) -> int:
+        """The pid of the pool child that works on the operation: it holds its owner's file."""
+        (row,) = self.rows("SELECT owner FROM operation WHERE id = ?", operation["id"])
+        lock = str(self.vault / ".workers" / row["owner"].replace("/", "~"))
+        for entry in Path("/proc").glob("[0-9]*/fd/*"):
+            try:
+                if os.readlink(entry) == lock:
+                    return int(entry.parts[2])
+            except OSError:
+                continue
+        raise AssertionError(f"nobody holds {lock}")
+
+    def mark_logs(self) -> None:
+        self.log_marks = {
+            log.name: log.stat().st_size for log in (self.state / "log").glob("*.log")
+        }
+
+    def logs(self) -> str:
+        """What the stack wrote since `mark_logs`."""
+        parts = []
+        for log in sorted((self.state / "log").glob("*.log")):
+            with log.open("rb") as file:
+                file.seek(self.log_marks.get(log.name, 0))
+                text = file.read()[-12_000:].decode(errors="replace")
+            if text:
+                parts.append(f"--- {log.name}\n{text}")
+        return "\n".join(parts)
+
+    def wait_workers(self) -> None:
+        """Return once each of the workers answers the broker."""
+        for service in SERVICES:
+            assert self.stack._alive(service), service
+
+
+class Machine:
+    """A server whose data is read from inside (running) or from its disks (stopped)."""
+
+    def __init__(self, site: Site, guest: Guest, power: str, server_id: str) -> None:
+        self.site = site
+        self.guest = guest
+        self.power = power
+        self.id = server_id
+
+    @property
+    def name(self) -> str:
+        return self.guest.name
+
+    @property
+    def disks(self) -> list[Path]:
+        return self.guest.disks
+
+    @property
+    def places(self) -> list[str]:
+        return ["/root/word", "/data/word"][: len(self.disks)]
+
+    def write(self, text: str) -> None:
+        """Write `text` to every disk."""
+        if self.power == "running":
+            self.guest.wait_ready()
+            for place in self.places:
+                self.guest.write(place, text)
+        else:
+            for disk in self.disks:
+                offline.write_file(disk, "/word", text)
+
+    def read(self) -> set[str]:
+        """What stands on the disks: one word if all agree."""
+        if self.power == "running":
+            self.guest.wait_ready()
+            return {self.guest.read(place) for place in self.places}
+        return {offline.read_file(disk, "/word") for disk in self.disks}
+
+    def state(self) -> str:
+        return self.guest.state()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by name."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
+
+
+def modes(folder: Path) -> set[str]:
+    return {oct(path.stat().st_mode & 0o7777) for path in folder.iterdir()}
+
+
+def fill(folder: Path, leave: int) -> Path:
+    """Take up all room in `folder` but `leave` bytes; delete the file to give it back."""
+    path = folder / "ballast"
+    size = shutil.disk_usage(folder).free - leave
+    subprocess.run(["fallocate", "-l", str(size), str(path)], check=True)
+    return path
