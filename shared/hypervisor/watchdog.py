@@ -111,6 +111,9 @@ class Watchdog:
             self._armed.pop(arm.token, None)
             with contextlib.suppress(WatchdogUnavailable):
                 arm.fired = self._ask(f"disarm {arm.token}") == "fired"
+            if self._armed and self.pid is None:
+                with contextlib.suppress(WatchdogUnavailable):
+                    self._ensure()  # another thread's guest must not go unguarded
             return arm.fired
 
     def fire(self, arm: Arm) -> None:
