@@ -1,6 +1,7 @@
 """QEMU's own full copy of a running guest's disks."""
 
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -27,13 +28,14 @@ def quiet(_done: int, _total: int) -> None:
 
 
 @pytest.fixture
-def folder(xfs: Path, request: pytest.FixtureRequest) -> Path:
+def folder(xfs: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A vault folder in the making: QEMU's user may walk in, not list."""
     path = xfs / "vault" / request.node.name
     path.mkdir(parents=True)
     for directory in (path.parent, path):
         directory.chmod(0o711)
-    return path
+    yield path
+    shutil.rmtree(path)
 
 
 def test_both_disks_in_one_job(guest: Guest, domain: Domain, folder: Path) -> None:
@@ -50,6 +52,15 @@ def test_both_disks_in_one_job(guest: Guest, domain: Domain, folder: Path) -> No
     assert told[-1][0] == told[-1][1] > 0
     assert not images.info(folder / "vda.qcow2", "qcow2").depends_on
     subprocess.run(["qemu-img", "check", "-q", str(folder / "vda.qcow2")], check=True)
+
+
+def test_copies_are_whole_only_when_qemu_has_closed_them(domain: Domain, folder: Path) -> None:
+    """The job's success comes before the last metadata: every one of many copies is whole."""
+    for number in range(8):
+        target = folder / f"{number}.qcow2"
+        push_backup(domain, {"vda": (target, "qcow2")}, quiet, lambda: False)
+        assert not backup._is_open(target)
+        images.check(target, "qcow2")
 
 
 def test_one_disk_alone(domain: Domain, folder: Path) -> None:

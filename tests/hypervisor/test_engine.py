@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -29,13 +30,14 @@ pytestmark = pytest.mark.vm
 
 
 @pytest.fixture
-def folder(xfs: Path, request: pytest.FixtureRequest) -> Path:
+def folder(xfs: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A vault folder in the making, on the guest's file system."""
     path = xfs / "copies" / request.node.name.replace("/", "_")
     path.mkdir(parents=True)
     for directory in (path.parent, path):
         directory.chmod(0o711)
-    return path
+    yield path
+    shutil.rmtree(path)
 
 
 @pytest.fixture
