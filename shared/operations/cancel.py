@@ -30,16 +30,24 @@ def cancel(session: Session, operation_id: str) -> Operation:
             {"code": cancelled.code, "message": cancelled.detail},
         )
         return operation
+    # Conditional like the runner's commit, which looks for it: one of the two comes first.
+    session.execute(
+        update(Operation)
+        .where(
+            row.id == operation_id,
+            row.state == "running",
+            row.committed.is_(False),
+            row.cancel_requested_at.is_(None),
+        )
+        .values(cancel_requested_at=now())
+    )
     session.refresh(operation)
-    if operation.state == "cancelled" or operation.cancel_requested_at:
-        return operation
-    if operation.state != "running" or operation.committed:
+    accepted = operation.state == "running" and operation.cancel_requested_at
+    if operation.state != "cancelled" and not accepted:
         raise errors.NotCancellable(
             f"Operation {operation.id} has {operation.state if operation.finished_at else 'done'}"
             " its work already; nothing was changed. A revert or restore can be undone with "
             "`triptych operation undo`.",
             operation=operation.id,
         )
-    operation.cancel_requested_at = now()
-    session.add(operation)
     return operation

@@ -1,4 +1,9 @@
-"""Claiming by conditional update: one row changed, or somebody else has it."""
+"""Claiming by conditional update: one row changed, or somebody else has it.
+
+Whoever claimed an operation may lose it again. `held` is the fence: every later change to the
+operation, its journal or its outcome goes through it, so that a worker which was given up for
+dead and comes back changes nothing any more.
+"""
 
 from datetime import timedelta
 from typing import Any
@@ -8,11 +13,15 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
 from sqlmodel import Session
 
-from shared import lookups
+from shared import errors, lookups
 from shared.database import database_now, now, transaction
 from shared.models import Operation
 from shared.operations import presence
 from shared.settings import settings
+
+STALLED = 5
+"""A worker of this host that is silent but alive (the database is away, the disk is slow) keeps
+its operation for this many leases: two workers on one server's disks are the greater evil."""
 
 
 def claim(operation_id: str, owner: str) -> Operation | None:
@@ -38,18 +47,30 @@ def claim(operation_id: str, owner: str) -> Operation | None:
 
 
 def take_over(operation_id: str, owner: str) -> Operation | None:
-    """Take a running operation whose worker is gone (dead, or its lease expired), or None."""
+    """Take a running operation whose worker is gone (dead, or silent for too long), or None."""
     mine: Any = Operation
     with transaction() as session:
         current = lookups.operation(session, operation_id)
         if current.state != "running":
             return None
-        expired = or_(
-            mine.lease_expires_at.is_(None), mine.lease_expires_at < database_now(session)
-        )
-        if current.owner and presence.is_dead(current.owner):
-            expired = mine.owner == current.owner
-        return _take(session, operation_id, owner, and_(mine.state == "running", expired))
+        known = presence.of(current.owner) if current.owner else "unknown"
+        patience = timedelta(seconds=settings().lease * STALLED if known == "alive" else 0)
+        gone: Any = mine.lease_expires_at < database_now(session) - patience
+        if known == "dead":
+            gone = mine.owner == current.owner
+        return _take(session, operation_id, owner, and_(mine.state == "running", gone))
+
+
+def held(session: Session, operation_id: str, owner: str) -> Operation:
+    """The operation, locked for this transaction; raises LeaseLost unless it is still `owner`'s."""
+    row: Any = Operation
+    query = select(Operation).where(
+        row.id == operation_id, row.owner == owner, row.state == "running"
+    )
+    found = session.scalars(query.with_for_update()).one_or_none()
+    if found is None:
+        raise errors.LeaseLost(f"Operation {operation_id} was taken over by another worker.")
+    return found
 
 
 def _take(session: Session, operation_id: str, owner: str, condition: Any) -> Operation | None:

@@ -5,6 +5,7 @@ error, cancellation or crash is undone from the journal.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from sqlalchemy import update
 from sqlmodel import Session
 
 from shared import errors
-from shared.database import database_now, now, transaction
+from shared.database import database_now, transaction
 from shared.models import Operation
 from shared.operations import journal
+from shared.operations.claim import STALLED, held
 from shared.settings import settings
 
 log = structlog.get_logger()
@@ -47,6 +49,8 @@ class Context:
         self._lost = threading.Event()
         self._changed = threading.Event()
         self._progress: dict[str, Any] = {}
+        self.leftovers: list[int] = []
+        """Undo entries of units that could not be undone; what is left to do once committed."""
 
     # What handlers call
 
@@ -72,27 +76,44 @@ class Context:
 
     def check(self) -> None:
         """Raises Cancelled or LeaseLost when the work must stop."""
-        if self._lost.is_set():
-            raise errors.LeaseLost(f"Operation {self.id} was taken over by another worker.")
+        self.check_lease()
         if self._cancel.is_set():
             raise errors.Cancelled("Cancelled on request; everything is as it was before.")
 
+    def check_lease(self) -> None:
+        """Raises LeaseLost when the operation is another's, whatever else went wrong."""
+        if self._lost.is_set():
+            raise errors.LeaseLost(f"Operation {self.id} was taken over by another worker.")
+
     @contextmanager
     def unit(self) -> Iterator[None]:
-        """A part that can fail on its own: on an error its steps, and no others, are undone."""
+        """A part that can fail on its own: on an error its steps, and no others, are undone.
+
+        Where that fails too, the error that began it is raised, and the steps are undone when
+        the operation ends, well or not.
+        """
         mark = journal.last(self.id)
         try:
             yield
         except errors.LeaseLost:
             raise
         except Exception:
-            journal.play(self.id, "undo", after=mark)
+            self.check_lease()
+            try:
+                journal.play(self.id, self.owner, "undo", after=mark)
+            except errors.LeaseLost:
+                raise
+            except Exception:
+                log.exception("unit.not_cleared_up", operation=self.id)
+                left = journal.pending(self.id, "undo", after=mark)
+                self.leftovers += [entry.seq for entry in left if entry.seq is not None]
             raise
 
     def undo(self, action: str, /, **arguments: Any) -> None:
         """Write down, before a step, what undoes it."""
         self.check()
         with transaction() as session:
+            held(session, self.id, self.owner)
             journal.write(session, self.id, "undo", action, **arguments)
 
     # The heartbeat
@@ -108,25 +129,30 @@ class Context:
         self._thread.join()
 
     def _beat(self) -> None:
-        last_renewal = now()
+        last_renewal = time.monotonic()
         while not self._stop.is_set():
             self._changed.wait(0.5)
             self._changed.clear()
             try:
                 if self._renew():
-                    last_renewal = now()
+                    last_renewal = time.monotonic()
                 else:
                     self._lost.set()
                     return
             except Exception as error:
                 log.warning("heartbeat.failed", operation=self.id, reason=str(error))
-                if now() - last_renewal > timedelta(seconds=settings().lease):
+                # Nobody else takes it before: `claim.take_over` waits a lease longer.
+                if time.monotonic() - last_renewal > settings().lease * STALLED:
                     self._lost.set()
+                    return
             self._stop.wait(0.25)
+
+    def latest(self) -> dict[str, Any]:
+        """Phase and progress, by column."""
+        return dict(self._progress)
 
     def _renew(self) -> bool:
         """Renew the lease, write progress, read the cancel flag. False when it is lost."""
-        progress = dict(self._progress)
         with transaction() as session:
             lease = database_now(session) + timedelta(seconds=settings().lease)
             renewed = session.execute(
@@ -136,7 +162,7 @@ class Context:
                     Operation.state == "running",  # type: ignore[arg-type]
                     Operation.owner == self.owner,  # type: ignore[arg-type]
                 )
-                .values(lease_expires_at=lease, **progress)
+                .values(lease_expires_at=lease, **self.latest())
                 .returning(Operation.cancel_requested_at)  # type: ignore[call-overload]
             ).first()
         if renewed is None:

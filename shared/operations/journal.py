@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import structlog
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, select, update
 from sqlmodel import Session
 
 from shared.database import reading, transaction
 from shared.models import JournalEntry
+from shared.operations.claim import held
 
 log = structlog.get_logger()
 
@@ -32,9 +33,7 @@ def action(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def write(
-    session: Session, operation_id: str, side: Side, name: str, /, **arguments: Any
-) -> None:
+def write(session: Session, operation_id: str, side: Side, name: str, /, **arguments: Any) -> None:
     if name not in _ACTIONS:
         raise KeyError(f"no journal action {name!r}")
     session.add(
@@ -51,6 +50,18 @@ def clear(session: Session, operation_id: str, side: Side) -> None:
     )
 
 
+def leave(session: Session, operation_id: str, entries: list[int]) -> None:
+    """Make undo entries that could not be carried out a part of what is left to do."""
+    session.execute(
+        update(JournalEntry)
+        .where(
+            JournalEntry.operation_id == operation_id,  # type: ignore[arg-type]
+            JournalEntry.seq.in_(entries),  # type: ignore[union-attr]
+        )
+        .values(side="redo")
+    )
+
+
 def last(operation_id: str) -> int:
     """The newest undo entry's number, 0 when there is none."""
     with reading() as session:
@@ -60,11 +71,8 @@ def last(operation_id: str) -> int:
         return session.scalar(query) or 0
 
 
-def play(operation_id: str, side: Side, after: int = 0) -> None:
-    """Carry out the entries of one side and strike each off: undo backwards, redo forwards.
-
-    Raises what an action raises; the entries not yet struck off remain for the next try.
-    """
+def pending(operation_id: str, side: Side, after: int = 0) -> list[JournalEntry]:
+    """The entries of one side in the order to play them: undo backwards, redo forwards."""
     with reading() as session:
         order = JournalEntry.seq.desc() if side == "undo" else JournalEntry.seq  # type: ignore[union-attr]
         query = select(JournalEntry).where(
@@ -72,8 +80,18 @@ def play(operation_id: str, side: Side, after: int = 0) -> None:
             JournalEntry.side == side,  # type: ignore[arg-type]
             JournalEntry.seq > after,  # type: ignore[arg-type,operator]
         )
-        entries = list(session.scalars(query.order_by(order)))  # type: ignore[arg-type]
-    for entry in entries:
+        return list(session.scalars(query.order_by(order)))  # type: ignore[arg-type]
+
+
+def play(operation_id: str, owner: str, side: Side, after: int = 0) -> None:
+    """Carry out the entries of one side and strike each off.
+
+    Raises LeaseLost, before the next action, when the operation is no longer `owner`'s, and
+    what an action raises; the entries not yet struck off remain for the next try.
+    """
+    for entry in pending(operation_id, side, after):
+        with transaction() as session:
+            held(session, operation_id, owner)
         log.info("journal.play", operation=operation_id, side=side, action=entry.action)
         _ACTIONS[entry.action](**entry.arguments)
         with transaction() as session:

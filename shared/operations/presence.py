@@ -1,57 +1,56 @@
-"""Is the process that owns an operation still alive? The kernel knows.
+"""Is the attempt that owns an operation still going on? The kernel knows.
 
-Each worker process holds a lock on a file in the vault for as long as it lives. SIGKILL
-releases it, whatever container the process was in, so a successor on the same host need
-not wait for the lease to run out.
+Each attempt holds a lock on a file in the vault for as long as it lasts. Its end releases the
+lock, and so does SIGKILL, whatever container the process was in: a successor on the same host
+need not wait for the lease to run out, and never takes a slow worker for a dead one.
 """
 
 import fcntl
 import os
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 from uuid import uuid4
 
 from shared.settings import settings
 
 
-def _folder() -> Path:
+def _file(owner: str) -> Path:
     folder = settings().vault / ".workers"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
+    return folder / owner.replace("/", "~")
 
 
-@cache
-def _hold(pid: int, service: str) -> tuple[str, int]:
+@contextmanager
+def attempt(service: str) -> Iterator[str]:
+    """The name, as an owner, of what this block does."""
     owner = f"{settings().host}/{service}/{uuid4().hex}"
-    lock = os.open(_folder() / _file_name(owner), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return owner, lock
+    path = _file(owner)
+    lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield owner
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(lock)
 
 
-def _file_name(owner: str) -> str:
-    return owner.replace("/", "~")
-
-
-def owner_name(service: str) -> str:
-    """This process's name as an owner; the lock is taken at the first call."""
-    return _hold(os.getpid(), service)[0]
-
-
-def is_dead(owner: str) -> bool:
-    """True only for a process of this host that is known to be gone."""
+def of(owner: str) -> Literal["alive", "dead", "unknown"]:
+    """What is known of an owner; `unknown` for those of other hosts."""
     if owner.split("/")[0] != settings().host:
-        return False
-    path = _folder() / _file_name(owner)
+        return "unknown"
+    path = _file(owner)
     try:
         lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        return True
+        return "dead"
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        return "alive"
     else:
         path.unlink(missing_ok=True)
-        return True
+        return "dead"
     finally:
         os.close(lock)

@@ -56,7 +56,7 @@ def adopt_orphans(service: str) -> int:
         orphans = [
             operation
             for operation in session.scalars(running)
-            if operation.owner is None or presence.is_dead(operation.owner)
+            if operation.owner is None or presence.of(operation.owner) == "dead"
         ]
         for operation in orphans:
             log.warning("operation.orphaned", operation=operation.id, kind=operation.kind)

@@ -13,9 +13,10 @@ import structlog
 
 from shared import errors, lookups
 from shared.commands import Command, parse
-from shared.database import database_now, transaction
+from shared.database import database_now, reading, transaction
 from shared.models import Operation
 from shared.operations import claim, journal, presence
+from shared.operations.claim import held
 from shared.operations.context import Context, Outcome
 from shared.operations.finish import finish
 from shared.operations.outbox import flush_if_possible
@@ -26,6 +27,9 @@ log = structlog.get_logger()
 Handler = Callable[[Context, Any], Outcome]
 _HANDLERS: dict[str, Handler] = {}
 RECOVERY_RETRY = timedelta(seconds=15)
+NOT_CLEARED_UP = "not_cleared_up"
+"""The code of an error that says why clearing up after a lost worker must be tried again; any
+other error on a row that is still running is the verdict that it ends with once cleared up."""
 
 
 def handles(command: type[Command]) -> Callable[[Handler], Handler]:
@@ -39,16 +43,27 @@ def handles(command: type[Command]) -> Callable[[Handler], Handler]:
 
 
 def run(operation_id: str) -> None:
-    """Do, resume or clear up the operation, if it is this worker's turn; else nothing."""
-    with transaction() as session:
-        service = lookups.operation(session, operation_id).service
-    owner = presence.owner_name(service)
-    with structlog.contextvars.bound_contextvars(operation=operation_id):
-        if operation := claim.claim(operation_id, owner):
-            _attempt(operation, owner)
-        elif operation := claim.take_over(operation_id, owner):
-            log.warning("operation.taken_over", committed=operation.committed)
-            _recover(operation, owner)
+    """Do, resume or clear up the operation, if it is this worker's turn; else nothing.
+
+    Raises OperationNotFound.
+    """
+    with reading() as session:
+        asked = lookups.operation(session, operation_id)
+    if asked.kind not in _HANDLERS or asked.host != settings().host:
+        log.error("operation.misdirected", operation=operation_id, kind=asked.kind, to=asked.host)
+        return
+    with (
+        structlog.contextvars.bound_contextvars(operation=operation_id),
+        presence.attempt(asked.service) as owner,
+    ):
+        try:
+            if operation := claim.claim(operation_id, owner):
+                _attempt(operation, owner)
+            elif operation := claim.take_over(operation_id, owner):
+                log.warning("operation.taken_over", committed=operation.committed)
+                _recover(operation, owner)
+        except errors.LeaseLost:
+            log.warning("operation.lease_lost")
     flush_if_possible()
 
 
@@ -56,30 +71,37 @@ def _recover(operation: Operation, owner: str) -> None:
     """Go on where a dead worker stopped."""
     with Context(operation, owner):
         if operation.committed:
-            _complete(operation)
+            _complete(operation, owner)
             return
-        if not _undone(operation):
+        if not _undone(operation, owner):
             return
-        if operation.cancel_requested_at:
-            _end(operation, "cancelled", errors.Cancelled("Cancelled on request."))
-            return
-        if operation.attempt >= settings().max_attempts:
-            lost = {
-                "code": "worker_lost",
-                "message": f"The worker died in each of {operation.attempt} attempts. "
-                "Everything was put back as it was before. Look into the worker's log, "
-                "then ask again.",
-            }
-            with transaction() as session:
-                finish(session, session.merge(operation), "failed", lost)
+        if verdict := _verdict(operation):
+            _end(operation, owner, verdict)
             return
     _attempt(operation, owner)
 
 
+def _verdict(operation: Operation) -> dict[str, Any] | None:
+    """How an operation that a worker left behind ends; None when it is tried again."""
+    if operation.error and operation.error["code"] != NOT_CLEARED_UP:
+        return operation.error
+    if operation.cancel_requested_at:
+        return describe(errors.Cancelled("Cancelled on request."))
+    if operation.attempt >= settings().max_attempts:
+        return {
+            "code": "worker_lost",
+            "message": f"The worker died in each of {operation.attempt} attempts. "
+            "Everything was put back as it was before. Look into the worker's log, "
+            "then ask again.",
+        }
+    return None
+
+
 def _attempt(operation: Operation, owner: str) -> None:
     with transaction() as session:
-        operation = session.merge(operation)
+        operation = held(session, operation.id, owner)
         operation.attempt += 1
+        operation.error = None
     log.info("operation.started", kind=operation.kind, attempt=operation.attempt)
     with Context(operation, owner) as context:
         try:
@@ -87,61 +109,73 @@ def _attempt(operation: Operation, owner: str) -> None:
             handler = _HANDLERS[operation.kind]
             outcome = handler(context, parse(operation.kind, operation.command))
             context.check()
-            operation = _commit(operation, owner, outcome)
+            operation = _commit(context, outcome)
         except errors.LeaseLost:
-            log.warning("operation.lease_lost")
-            return
+            raise
         except Exception as error:
-            _fail(operation, error)
+            context.check_lease()  # the error may only tell how the work was stopped
+            _fail(operation, owner, error)
             return
-        _complete(operation)
+        _complete(operation, owner)
 
 
-def _commit(operation: Operation, owner: str, outcome: Outcome) -> Operation:
+def _commit(context: Context, outcome: Outcome) -> Operation:
     """The point of no return: rows, result and what is left to do, in one transaction."""
     with transaction() as session:
-        current = lookups.operation(session, operation.id)
-        if current.owner != owner:
-            raise errors.LeaseLost(f"Operation {operation.id} was taken over.")
+        current = held(session, context.id, context.owner)
+        if current.cancel_requested_at:
+            raise errors.Cancelled("Cancelled on request; everything is as it was before.")
         left_to_do = outcome.apply(session) or []
+        for name, value in context.latest().items():
+            setattr(current, name, value)
         current.committed = True
         current.result = outcome.result
         current.undo, current.undo_until = outcome.undo, outcome.undo_until
+        journal.leave(session, current.id, context.leftovers)
         journal.clear(session, current.id, "undo")
         for name, arguments in left_to_do:
             journal.write(session, current.id, "redo", name, **arguments)
-        if not left_to_do:  # nothing is left to do: one transaction is enough
+        if not left_to_do and not context.leftovers:  # then one transaction is enough
             finish(session, current, "succeeded")
         return current
 
 
-def _complete(operation: Operation) -> None:
+def _complete(operation: Operation, owner: str) -> None:
     """Finish what was committed: done now, or again after the next tick."""
     if operation.state == "succeeded":
         return
     try:
-        journal.play(operation.id, "redo")
+        journal.play(operation.id, owner, "redo")
+    except errors.LeaseLost:
+        raise
     except Exception as error:
-        _try_again_later(operation, "finishing", error)
+        _try_again_later(operation, owner, "finishing", error)
         return
     with transaction() as session:
-        finish(session, session.merge(operation), "succeeded")
+        finish(session, held(session, operation.id, owner), "succeeded")
     log.info("operation.succeeded", result=operation.result)
 
 
-def _fail(operation: Operation, error: Exception) -> None:
+def _fail(operation: Operation, owner: str, error: Exception) -> None:
+    """Undo, then end with the error, which is written down first: undoing may fail or die."""
     if not isinstance(error, errors.TriptychError):
         log.exception("operation.crashed")
-    if _undone(operation):
-        state = "cancelled" if isinstance(error, errors.Cancelled) else "failed"
-        _end(operation, state, error)
-
-
-def _end(operation: Operation, state: str, error: Exception) -> None:
-    document = describe(error)
+    verdict = describe(error)
     with transaction() as session:
-        finish(session, lookups.operation(session, operation.id), state, document)
-    log.info(f"operation.{state}", **document)
+        current = held(session, operation.id, owner)
+        if not current.committed:
+            current.error = verdict
+    if current.committed:  # the error was the commit's answer getting lost
+        _complete(current, owner)
+    elif _undone(operation, owner):
+        _end(operation, owner, verdict)
+
+
+def _end(operation: Operation, owner: str, verdict: dict[str, Any]) -> None:
+    state = "cancelled" if verdict["code"] == errors.Cancelled.code else "failed"
+    with transaction() as session:
+        finish(session, held(session, operation.id, owner), state, verdict)
+    log.info(f"operation.{state}", **verdict)
 
 
 def describe(error: Exception) -> dict[str, Any]:
@@ -155,21 +189,26 @@ def describe(error: Exception) -> dict[str, Any]:
     }
 
 
-def _undone(operation: Operation) -> bool:
+def _undone(operation: Operation, owner: str) -> bool:
     """Undo what was journalled; False when that must be tried again later."""
     try:
-        journal.play(operation.id, "undo")
+        journal.play(operation.id, owner, "undo")
+    except errors.LeaseLost:
+        raise
     except Exception as error:
-        _try_again_later(operation, "recovering", error)
+        _try_again_later(operation, owner, "recovering", error)
         return False
     return True
 
 
-def _try_again_later(operation: Operation, phase: str, error: Exception) -> None:
+def _try_again_later(operation: Operation, owner: str, phase: str, error: Exception) -> None:
     """Keep the server locked and let the reaper come back: giving up would leave a mess."""
     log.exception("operation.not_cleared_up", phase=phase)
     with transaction() as session:
-        current = lookups.operation(session, operation.id)
-        current.phase, current.error = phase, describe(error)
+        current = held(session, operation.id, owner)
+        current.phase = phase
+        if current.error is None or current.error["code"] == NOT_CLEARED_UP:
+            reason = f"Clearing up is tried again: {type(error).__name__}: {error}"
+            current.error = {"code": NOT_CLEARED_UP, "message": reason}
         current.owner = None
         current.lease_expires_at = database_now(session) + RECOVERY_RETRY
