@@ -3,6 +3,7 @@
 from typing import Any
 
 import structlog
+from sqlalchemy.exc import OperationalError
 
 from shared import errors
 from shared.commands import Command
@@ -12,6 +13,9 @@ from shared.operations.submit import submit
 
 log = structlog.get_logger()
 
+DATABASE_RETRY = 15
+"""Seconds."""
+
 
 def receive(
     task: Any, command: type[Command], operation_id: str | None, fields: dict[str, Any]
@@ -19,7 +23,8 @@ def receive(
     """Run the operation; a command without one becomes an operation first.
 
     The Celery task id is the idempotency key, so a message delivered twice does its work
-    once (E4). A command that is refused is logged and ends the message.
+    once (E4). A command that is refused is logged and ends the message; while the database
+    is away it is sent again later, since nothing else remembers it.
     """
     if operation_id is None:
         try:
@@ -34,4 +39,12 @@ def receive(
             code = getattr(error, "code", errors.InvalidRequest.code)
             log.error("command.refused", kind=command.kind, code=code, reason=str(error))
             return
-    run(operation_id)
+        except OperationalError as error:
+            raise task.retry(exc=error, countdown=DATABASE_RETRY, max_retries=None) from error
+    if not isinstance(operation_id, str):
+        log.error("message.refused", kind=command.kind, reason="operation_id is no string")
+        return
+    try:
+        run(operation_id)
+    except errors.OperationNotFound as error:
+        log.error("message.refused", kind=command.kind, reason=error.detail)

@@ -4,6 +4,7 @@ import hashlib
 import json
 
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session
 
 from shared import errors
@@ -25,6 +26,17 @@ def submit(
     The same `idempotency_key` with the same command gives the operation it gave before
     (E4); with another command raises IdempotencyKeyReused. Raises what admission raises.
     """
+    try:
+        with session.begin_nested():
+            return _submit(session, command, requested_by, idempotency_key)
+    except IntegrityError:
+        # Another request with this key, or for a clone of this name, was first; now it is seen.
+        return _submit(session, command, requested_by, idempotency_key)
+
+
+def _submit(
+    session: Session, command: Command, requested_by: str, idempotency_key: str | None
+) -> Operation:
     request_hash = _hash(command)
     if idempotency_key is not None:
         query = select(Operation).where(Operation.idempotency_key == idempotency_key)  # type: ignore[arg-type]
