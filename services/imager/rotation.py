@@ -24,7 +24,9 @@ def due(session: Session, newest: Image) -> list[Image]:
         row.state == "complete",
         row.pinned.is_(False),
     )
-    by_age = list(session.scalars(counted.order_by(row.created_at.desc(), row.id.desc())))
+    # Locked, so that none is pinned between here and the commit.
+    newest_first = counted.order_by(row.created_at.desc(), row.id.desc()).with_for_update()
+    by_age = list(session.scalars(newest_first))
     in_use = _wanted(session, newest.server_id)
     return [image for image in reversed(by_age[schedule.keep :]) if image.id not in in_use]
 

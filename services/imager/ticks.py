@@ -12,6 +12,7 @@ from shared import errors, events
 from shared.commands import CreateImage
 from shared.database import now, transaction
 from shared.models import Schedule, ScheduleRun, Server
+from shared.operations.finish import fail_run
 from shared.operations.outbox import flush_if_possible
 from shared.operations.submit import submit
 from shared.slots import next_slot
@@ -31,7 +32,13 @@ def run_due(moment: datetime) -> int:
     with transaction() as session:
         due = select(Schedule).where(row.next_run_at <= moment).order_by(row.next_run_at)
         found = list(session.scalars(due))
-    return sum(_run(schedule, moment) for schedule in found)
+    started = 0
+    for schedule in found:
+        try:
+            started += _run(schedule, moment)
+        except Exception:  # one that cannot be run must not keep the others from running
+            log.exception("schedule.broken", schedule=schedule.id)
+    return started
 
 
 def _run(schedule: Schedule, moment: datetime) -> bool:
@@ -95,7 +102,7 @@ def _start(session: Session, schedule: Schedule, server: Server, slot: datetime)
             idempotency_key=f"slot:{schedule.id}:{slot.isoformat()}",
         )
     except errors.TriptychError as error:
-        run.state, run.reason = "failed", error.detail
+        fail_run(session, run, error.detail)
         log.error("schedule.refused", schedule=schedule.id, code=error.code)
         return False
     run.operation_id = operation.id

@@ -4,9 +4,9 @@ from typing import Any
 
 import structlog
 from celery import shared_task
-from sqlalchemy import select
+from sqlalchemy import select, update
 
-from shared import events
+from shared import errors, events
 from shared.commands import DeleteSnapshot
 from shared.database import now, transaction
 from shared.models import Operation, Snapshot
@@ -29,14 +29,18 @@ def warn_of_expiry() -> int:
     """Send `snapshot.expiring` once for each snapshot whose end is near; returns how many."""
     row: Any = Snapshot
     with transaction() as session:
-        near = select(Snapshot).where(
-            row.deleted_at.is_(None),
-            row.warned_at.is_(None),
-            row.expires_at <= now() + settings().snapshot_warning,
+        near = (
+            update(Snapshot)
+            .where(
+                row.deleted_at.is_(None),
+                row.warned_at.is_(None),
+                row.expires_at <= now() + settings().snapshot_warning,
+            )
+            .values(warned_at=now())
+            .returning(Snapshot)
         )
         warned = list(session.scalars(near))
         for snapshot in warned:
-            snapshot.warned_at = now()
             events.emit(
                 session,
                 "snapshot.expiring",
@@ -61,8 +65,12 @@ def submit_due() -> int:
             row.expires_at <= now(),
             row.server_id.not_in(being_deleted),
         )
-        for snapshot in session.scalars(due):
+        for snapshot in list(session.scalars(due)):
             command = DeleteSnapshot(server=snapshot.server_id, snapshot=snapshot.id, expired=True)
-            submit(session, command, requested_by="beat:expiry")
-            asked += 1
+            try:
+                submit(session, command, requested_by="beat:expiry")
+            except errors.TriptychError as error:  # the others expire all the same
+                log.error("expiry.refused", snapshot=snapshot.id, code=error.code)
+            else:
+                asked += 1
     return asked

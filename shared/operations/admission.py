@@ -92,7 +92,7 @@ def _(command: RevertSnapshot, session: Session) -> Admitted:
 
 @admit.register
 def _(command: DeleteSnapshot, session: Session) -> Admitted:
-    server = lookups.server(session, command.server)
+    server = lookups.server(session, command.server, forgotten=True)
     snapshot = lookups.snapshot(session, server)
     pinned = {"server": server.id, "snapshot": command.snapshot or snapshot.id}
     return Admitted(server, command.model_copy(update=pinned))

@@ -64,19 +64,23 @@ def _settle_run(session: Session, operation: Operation) -> None:
     run = session.scalars(query).one_or_none()
     if run is None:
         return
-    schedule = session.get_one(Schedule, run.schedule_id)
     if operation.state == "succeeded":
         run.state, run.image_id = "succeeded", (operation.result or {}).get("image")
-        schedule.failures_in_row = 0
+        session.get_one(Schedule, run.schedule_id).failures_in_row = 0
         return
-    run.state = "failed"
-    run.reason = operation.error["message"] if operation.error else operation.state
+    fail_run(session, run, operation.error["message"] if operation.error else operation.state)
+
+
+def fail_run(session: Session, run: ScheduleRun, reason: str) -> None:
+    """Record that a schedule's run failed, and say so loudly when that goes on (I6)."""
+    run.state, run.reason = "failed", reason
+    schedule = session.get_one(Schedule, run.schedule_id)
     schedule.failures_in_row += 1
     if schedule.failures_in_row == FAILURES_BEFORE_ALARM:
         events.emit(
             session,
             "schedule.failing",
-            operation.server_id,
+            schedule.server_id,
             schedule=schedule.kind,
             failures_in_row=schedule.failures_in_row,
             reason=run.reason,

@@ -2,15 +2,19 @@
 
 from typing import Any
 
+import structlog
 from celery import shared_task
 from sqlalchemy import select
 
+from shared import errors
 from shared.commands import Command, ForgetRestore, ForgetRevert, RestoreImage, RevertSnapshot
 from shared.database import now, transaction
 from shared.models import Operation
 from shared.operations import outbox
 from shared.operations.reconcile import reconcile as _reconcile
 from shared.operations.submit import submit
+
+log = structlog.get_logger()
 
 _FORGET: dict[str, type[Command]] = {
     RevertSnapshot.kind: ForgetRevert,
@@ -38,7 +42,10 @@ def forget_due() -> None:
             row.state.in_(("queued", "running")),
         )
         due = select(Operation).where(row.undo_until <= now(), row.server_id.not_in(underway))
-        for operation in session.scalars(due):
+        for operation in list(session.scalars(due)):
             forget = _FORGET[operation.kind].model_validate({"operation": operation.id})
-            submit(session, forget, requested_by="beat:undo")
+            try:
+                submit(session, forget, requested_by="beat:undo")
+            except errors.TriptychError as error:  # the others are forgotten all the same
+                log.error("forget.refused", operation=operation.id, code=error.code)
     outbox.flush_if_possible()
