@@ -42,11 +42,16 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+_NO_ENDLESS_WAIT = {"connect_timeout": 5, "keepalives_idle": 10, "tcp_user_timeout": 15_000}
+"""libpq's settings: a database that falls silent is an error soon, not after a quarter hour.
+Seconds, the last one milliseconds."""
+
+
 @cache
 def engine() -> Engine:
     url = make_url(settings().database_url.get_secret_value())
     if url.get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True)
+        return create_engine(url, pool_pre_ping=True, connect_args=_NO_ENDLESS_WAIT)
     if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     made = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
