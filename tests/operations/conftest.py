@@ -1,0 +1,13 @@
+"""Fixtures of the tests of operations; they stand in `spine`, for the schedules' tests too."""
+
+from operations.spine import (  # noqa: F401
+    any_database,
+    database_url,
+    environment,
+    postgres,
+    postgres_template,
+    redis_broker,
+    redis_server,
+    sqlite_template,
+    world,
+)

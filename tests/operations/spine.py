@@ -1,0 +1,366 @@
+"""What the tests of operations and schedules stand on: databases, a broker, rows, fake work.
+
+The databases and the broker are real and private. Only the handlers, and the actions of the
+journal, stand in for those that would touch a hypervisor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import pytest
+import redis
+from sqlalchemy import create_engine, select, text, update
+
+from shared import broker, database
+from shared.celery_app import publisher
+from shared.commands import Command, TakeSnapshot
+from shared.database import now, transaction
+from shared.models import Event, Host, JournalEntry, Operation, OutboxMessage, Server
+from shared.operations import journal, runner
+from shared.operations.context import Outcome
+from shared.operations.submit import submit
+from shared.settings import settings
+
+HOST = "kvm-1"
+NOBODY_LISTENS = "redis://127.0.0.1:1/0"
+CACHED = (settings, database.engine, broker.redis_client, publisher)
+Result = TypeVar("Result")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where a subprocess would only make the test slower."""
+
+
+def forget_caches() -> None:
+    for each in CACHED:
+        each.cache_clear()
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 15) -> Any:
+    """The first true value of `condition`; fails after that time."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.05)
+    return found
+
+
+def at_once(*calls: Callable[[], Result]) -> list[Result]:
+    """The results of the calls, made from a thread each."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [each.result() for each in [pool.submit(call) for call in calls]]
+
+
+# Databases
+
+
+class Postgres:
+    """A private cluster on a Unix socket, of an unprivileged user, in a directory of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._user: dict[str, Any] = {}
+        if os.geteuid() == 0:  # initdb refuses root; the package brings this user
+            account = pwd.getpwnam("postgres")
+            os.chown(directory, account.pw_uid, account.pw_gid)
+            self._user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+        options = ("--auth=trust", "--username=triptych", "--no-sync", "--encoding=UTF8")
+        self._run("initdb", *options, "--locale=C")
+        self.start()
+
+    def _run(self, program: str, *arguments: str) -> None:
+        found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{program}"))
+        path = str(found[-1]) if found else program
+        subprocess.run(
+            [path, "-D", str(self.directory / "data"), *arguments],
+            check=True,
+            cwd=self.directory,
+            stdout=subprocess.DEVNULL,
+            **self._user,
+        )
+
+    def start(self) -> None:
+        options = f"-F -c listen_addresses='' -c unix_socket_directories='{self.directory}'"
+        log = str(self.directory / "log")
+        self._run("pg_ctl", "--wait", f"--log={log}", f"--options={options}", "start")
+
+    def stop(self) -> None:
+        """As a crash does."""
+        self._run("pg_ctl", "--wait", "--mode=immediate", "stop")
+
+    def url(self, name: str) -> str:
+        return f"postgresql+psycopg://triptych@/{name}?host={self.directory}"
+
+    def create(self, name: str, template: str = "template0") -> str:
+        engine = create_engine(self.url("postgres"), isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
+        engine.dispose()
+        return self.url(name)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    directory = Path(tempfile.mkdtemp(prefix="triptych-pg-"))
+    try:
+        cluster = Postgres(directory)
+        try:
+            yield cluster
+        finally:
+            cluster.stop()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def migrated(url: str) -> None:
+    """Give the database the schema of the migrations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIPTYCH_DATABASE_URL", url)
+        forget_caches()
+        database.migrate()
+        database.engine().dispose()
+    forget_caches()
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("template") / "empty.db"
+    migrated(f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres: Postgres) -> str:
+    migrated(postgres.create("empty"))
+    return "empty"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def any_database(request: pytest.FixtureRequest) -> str:
+    """For `world`: the test runs on each of the two."""
+    return str(request.param)
+
+
+@pytest.fixture
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A migrated, empty database of this test's own: SQLite unless `any_database` asks."""
+    wanted = "sqlite"
+    if "any_database" in request.fixturenames:
+        wanted = request.getfixturevalue("any_database")
+    if wanted == "postgresql":
+        template = request.getfixturevalue("postgres_template")
+        cluster: Postgres = request.getfixturevalue("postgres")
+        return cluster.create(f"t{uuid4().hex}", template)
+    shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "triptych.db")
+    return f"sqlite:///{tmp_path}/triptych.db"
+
+
+# The broker
+
+
+class Broker:
+    """A Redis server of the tests' own, that can be taken away and brought back."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = int(free.getsockname()[1])
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.client = redis.Redis(port=self.port)
+        self.start()
+
+    def start(self) -> None:
+        arguments = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "")
+        self._process = subprocess.Popen(
+            ["redis-server", *arguments, "--dir", str(self.directory)], stdout=subprocess.DEVNULL
+        )
+        wait_for(self._answers)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(redis.ConnectionError):
+            return bool(self.client.ping())
+        return False
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def queued(self, queue: str) -> int:
+        length: Any = self.client.llen(f"triptych:{queue}")
+        return int(length)
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    server = Broker(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def redis_broker(redis_server: Broker) -> Broker:
+    """An empty broker; without this fixture nothing listens at the broker's address."""
+    redis_server.client.flushall()
+    return redis_server
+
+
+# The world
+
+
+@dataclass
+class Played:
+    """One action of the journal that was carried out."""
+
+    action: str
+    step: str
+
+
+class World:
+    """Rows, and work that is only pretended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+        self.played: list[str] = []
+        self.action("note", lambda step: None)
+        with transaction() as session:
+            session.add(Host(name=HOST))
+            session.add(Host(name="kvm-2"))
+
+    def server(self, name: str = "web", **fields: Any) -> Server:
+        server = Server(name=name, host=HOST, domain_uuid=str(uuid4()), **fields)
+        with transaction() as session:
+            session.add(server)
+        return server
+
+    def submit(self, command: Command, key: str | None = None) -> str:
+        with transaction() as session:
+            return submit(session, command, requested_by="test", idempotency_key=key).id
+
+    def snapshot_of(self, server: Server) -> str:
+        """An operation that takes a snapshot."""
+        return self.submit(TakeSnapshot(server=server.id))
+
+    def action(self, name: str, function: Callable[[str], None]) -> None:
+        """An action of the journal, with the argument `step`; what is played is recorded."""
+
+        def play(step: str) -> None:
+            self.played.append(step)
+            function(step)
+
+        self._patch.setitem(journal._ACTIONS, name, play)
+
+    def handler(self, function: runner.Handler, kind: str = TakeSnapshot.kind) -> None:
+        self._patch.setitem(runner._HANDLERS, kind, function)
+
+    def row(self, operation_id: str) -> Operation:
+        with transaction() as session:
+            query = select(Operation).where(Operation.id == operation_id)  # type: ignore[arg-type]
+            return session.scalars(query).one()
+
+    def change(self, operation_id: str, **values: Any) -> None:
+        row: Any = Operation
+        with transaction() as session:
+            session.execute(update(Operation).where(row.id == operation_id).values(**values))
+
+    def expire(self, operation_id: str, seconds: float = 1) -> None:
+        """Let the lease have run out that long ago."""
+        self.change(operation_id, lease_expires_at=now() - timedelta(seconds=seconds))
+
+    def journal(self, operation_id: str) -> list[tuple[str, str]]:
+        row: Any = JournalEntry
+        query = select(JournalEntry).where(row.operation_id == operation_id).order_by(row.seq)
+        with transaction() as session:
+            return [(each.side, each.arguments["step"]) for each in session.scalars(query)]
+
+    def woken(self) -> list[str]:
+        """The operations that have a wake-up in the outbox."""
+        row: Any = OutboxMessage
+        with transaction() as session:
+            messages = session.scalars(select(OutboxMessage).order_by(row.seq))
+            return [each.arguments["operation_id"] for each in messages]
+
+    def clear_outbox(self) -> None:
+        with transaction() as session:
+            for each in session.scalars(select(OutboxMessage)):
+                session.delete(each)
+
+    def events(self, type_: str) -> list[dict[str, Any]]:
+        row: Any = Event
+        query = select(Event).where(row.type == f"triptych.{type_}").order_by(row.seq)
+        with transaction() as session:
+            return [each.data for each in session.scalars(query)]
+
+    def add(self, *rows: Any) -> None:
+        with transaction() as session:
+            session.add_all(rows)
+
+
+def nothing(context: Any, command: Any) -> Outcome:
+    """A handler that succeeds at once."""
+    return Outcome({})
+
+
+@pytest.fixture
+def environment(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[str, str]]:
+    """The settings of this test alone, here and in the environment of subprocesses."""
+    url = request.getfixturevalue("database_url")
+    address = NOBODY_LISTENS
+    if "redis_broker" in request.fixturenames:
+        address = request.getfixturevalue("redis_broker").url
+    given = {
+        "TRIPTYCH_DATABASE_URL": url,
+        "TRIPTYCH_BROKER_URL": address,
+        "TRIPTYCH_HOST": HOST,
+        "TRIPTYCH_VAULT": str(tmp_path / "vault"),
+        "TRIPTYCH_LIBVIRT_URI": "test:///default",
+        "TRIPTYCH_LEASE": "2",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    forget_caches()
+    yield given
+    publisher().close()
+    database.engine().dispose()
+    forget_caches()
+
+
+@pytest.fixture
+def world(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+def python(code: str, *arguments: str) -> subprocess.Popen[str]:
+    """Another process of the project's, with this one's environment."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What each wrote, once all have ended well."""
+    found = [process.communicate(timeout=60) for process in processes]
+    for process, (_, problem) in zip(processes, found, strict=True):
+        assert process.returncode == 0, problem
+    return [written for written, _ in found]
