@@ -1,9 +1,10 @@
-"""A whole Triptych on one file system: stack, client, guests, and what must hold after each test."""
+"""A whole Triptych on one file system: stack, client, guests, what must hold after each test."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 import signal
 import sqlite3
@@ -133,21 +134,31 @@ class Site:
 
     # Machines
 
-    def machine(self, formats: list[str], power: str, **options: Any) -> Machine:
-        """A registered guest: running ones boot, stopped ones have only small data disks."""
+    def machine(self, formats: list[str], power: str, *, noise: int = 0) -> Machine:
+        """A registered guest: running ones boot, stopped ones have only small data disks.
+
+        `noise` adds a raw disk with that many bytes of it, which takes its time to copy.
+        """
         disks = list(formats)
         if power == "stopped":
             disks = [str(make_disk(self.disks, each, "data", SMALL)) for each in formats]
-        guest = Guest.create(self.hypervisor, self.disks, disks=disks, nic=True, **options)
+        if noise:
+            disks.append(str(self.noise(noise)))
+        guest = Guest.create(self.hypervisor, self.disks, disks=disks, nic=True)
         if power == "running":
             guest.start(wait=False)
-        return self.adopt(guest, power)
-
-    def adopt(self, guest: Guest, power: str) -> Machine:
         server = self.client.servers.add(self.host, guest.name)
-        made = Machine(self, guest, power, server["id"])
+        made = Machine(self, guest, power, server["id"], words=len(formats))
         self.machines.append(made)
         return made
+
+    def noise(self, size: int) -> Path:
+        path = self.disks / f"noise-{secrets.token_hex(4)}.raw"
+        chunk = secrets.token_bytes(16 * MIB)
+        with path.open("wb") as file:
+            for _ in range(size // len(chunk)):
+                file.write(chunk)
+        return path
 
     def remove(self, machine: Machine) -> None:
         """End a machine with its definition and disks; its copies stay in the vault."""
@@ -172,13 +183,13 @@ class Site:
             for kind in kinds
             for path in self.vault.glob(f"{kind}/*/*")
         }
-        assert rows == folders, "rows and folders of the vault disagree"
+        assert rows == folders, f"only in rows {rows - folders}, only in vault {folders - rows}"
         undoable = {
             f".triptych-{row['id']}"
             for row in self.rows("SELECT id FROM operation WHERE undo != 'null'")
         }
         strays = {p.name for p in self.disks.iterdir() if p.name.startswith(".triptych")}
-        assert strays - undoable == set(), "strays beside the disks"
+        assert strays - undoable == set(), f"strays beside the disks: {strays - undoable}"
         assert self.rows("SELECT * FROM journal") == [], "the journal is not empty"
         assert self.paused() == [], "guests are held"
 
@@ -209,7 +220,7 @@ class Site:
         lock = str(self.vault / ".workers" / row["owner"].replace("/", "~"))
         for entry in Path("/proc").glob("[0-9]*/fd/*"):
             try:
-                if os.readlink(entry) == lock:
+                if str(entry.readlink()) == lock:
                     return int(entry.parts[2])
             except OSError:
                 continue
@@ -240,11 +251,15 @@ class Site:
 class Machine:
     """A server whose data is read from inside (running) or from its disks (stopped)."""
 
-    def __init__(self, site: Site, guest: Guest, power: str, server_id: str) -> None:
+    def __init__(
+        self, site: Site, guest: Guest, power: str, server_id: str, words: int | None = None
+    ) -> None:
         self.site = site
         self.guest = guest
         self.power = power
         self.id = server_id
+        self.words = len(guest.disks) if words is None else words
+        """How many disks, from the first, hold a file system to write to."""
 
     @property
     def name(self) -> str:
@@ -256,7 +271,7 @@ class Machine:
 
     @property
     def places(self) -> list[str]:
-        return ["/root/word", "/data/word"][: len(self.disks)]
+        return ["/root/word", "/data/word"][: self.words]
 
     def write(self, text: str) -> None:
         """Write `text` to every disk."""
@@ -265,7 +280,7 @@ class Machine:
             for place in self.places:
                 self.guest.write(place, text)
         else:
-            for disk in self.disks:
+            for disk in self.disks[: self.words]:
                 offline.write_file(disk, "/word", text)
 
     def read(self) -> set[str]:
@@ -273,7 +288,7 @@ class Machine:
         if self.power == "running":
             self.guest.wait_ready()
             return {self.guest.read(place) for place in self.places}
-        return {offline.read_file(disk, "/word") for disk in self.disks}
+        return {offline.read_file(disk, "/word") for disk in self.disks[: self.words]}
 
     def state(self) -> str:
         return self.guest.state()

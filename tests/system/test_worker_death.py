@@ -1,0 +1,167 @@
+"""A worker killed in the middle: the server is as it was, and the work ends in truth (E2)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from live_site import Machine, Site, wait_for
+
+from lab.filesystems import MIB
+from lab.guest import attach
+
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.parametrize("site", ["ext4"], indirect=True),
+]
+RECOVERY_S = 60
+
+
+@pytest.fixture(scope="module", params=["running", "stopped"])
+def big(request: pytest.FixtureRequest, site: Site) -> Iterator[Machine]:
+    """A server with a second disk of noise, which takes a second or more to copy."""
+    made = site.machine(["qcow2"], request.param, noise=640 * MIB)
+    made.write("before")
+    yield made
+    site.remove(made)
+
+
+@dataclass
+class Work:
+    """One kind of operation: its service, the phase to kill in, how it is asked for."""
+
+    service: str
+    phase: str
+    ask: Callable[[Site, Machine], Any]
+    after: str
+    """What the server's disk reads once it has succeeded."""
+
+
+def _image(site: Site, machine: Machine) -> str:
+    return str(site.client.servers.get(machine.id)["newest_image"])
+
+
+def _clone(site: Site, machine: Machine) -> Any:
+    return site.client.clones.create(machine.id, name=f"{machine.name}-c", start=False)
+
+
+WORK = {
+    "take": Work(
+        "snapshotter",
+        "copying",
+        lambda site, m: site.client.snapshots.take(m.id, replace=True),
+        "changed",
+    ),
+    "create": Work("imager", "copying", lambda site, m: site.client.images.create(m.id), "changed"),
+    "revert": Work(
+        "snapshotter", "copying", lambda site, m: site.client.snapshots.revert(m.id), "before"
+    ),
+    "restore": Work(
+        "imager", "copying", lambda site, m: site.client.images.restore(_image(site, m)), "before"
+    ),
+    "clone-copying": Work("cloner", "copying", _clone, "changed"),
+    "clone-making": Work("cloner", "clone 1", _clone, "changed"),
+    "revert-swapping": Work(
+        "snapshotter", "swapping", lambda site, m: site.client.snapshots.revert(m.id), "before"
+    ),
+}
+
+
+def prepare(site: Site, machine: Machine, kind: str) -> None:
+    """A copy to go back to, where the operation needs one, and a change since."""
+    machine.write("before")
+    if kind.startswith("revert"):
+        site.done(site.client.snapshots.take(machine.id, replace=True))
+    if kind == "restore":
+        site.done(site.client.images.create(machine.id))
+    machine.write("changed")
+
+
+def assert_mended(site: Site, machine: Machine, kind: str, operation: Any) -> None:
+    """The operation ended truthfully and the server is as the operation says."""
+    ended = site.ended(operation, RECOVERY_S)
+    assert ended["state"] == "succeeded", ended
+    assert ended["attempt"] == 2
+    assert machine.state() == machine.power
+    assert machine.read() == {WORK[kind].after}
+    if kind.startswith("clone"):
+        (made,) = ended["result"]["clones"]
+        clone = Machine(site, attach(site.hypervisor, made["name"]), "stopped", made["server"], 0)
+        assert len(clone.disks) == len(machine.disks)
+        site.remove(clone)
+    site.assert_tidy()
+    # The server is not locked: the next piece of work on it is done.
+    if site.client.servers.get(machine.id)["snapshot"]:
+        site.done(site.client.snapshots.delete(machine.id))
+    for image in site.client.images.list(machine.id):
+        site.done(site.client.images.delete(image["id"]))
+
+
+@pytest.mark.parametrize(
+    ("big", "kind"),
+    [
+        ("running", "take"),
+        ("running", "create"),
+        ("running", "revert"),
+        ("running", "revert-swapping"),
+        ("running", "clone-copying"),
+        ("stopped", "take"),
+        ("stopped", "restore"),
+        ("stopped", "clone-making"),
+    ],
+    indirect=["big"],
+)
+def test_a_killed_worker_is_made_up_for(site: Site, big: Machine, kind: str) -> None:
+    """SIGKILL of the whole worker: its successor clears up and carries the work to its end."""
+    work = WORK[kind]
+    prepare(site, big, kind)
+    operation = work.ask(site, big)
+    site.wait_phase(operation, work.phase)
+
+    site.kill_worker(work.service)
+    site.stack.start_worker(work.service)
+
+    assert_mended(site, big, kind, operation)
+
+
+@pytest.mark.parametrize(
+    ("big", "kind"), [("running", "take"), ("stopped", "clone-making")], indirect=["big"]
+)
+def test_a_killed_pool_child_is_made_up_for(site: Site, big: Machine, kind: str) -> None:
+    """SIGKILL of the one process that works: the pool's next child clears up and goes on."""
+    work = WORK[kind]
+    prepare(site, big, kind)
+    operation = work.ask(site, big)
+    site.wait_phase(operation, work.phase)
+    child = site.child_of(operation)
+    assert child != site.stack.pid(work.service)
+
+    os.kill(child, signal.SIGKILL)
+
+    assert_mended(site, big, kind, operation)
+
+
+@pytest.mark.parametrize("big", ["stopped"], indirect=True)
+def test_a_worker_that_always_dies_gives_up(site: Site, big: Machine) -> None:
+    """After three attempts whose worker died the operation fails with worker_lost, all put back."""
+    big.write("changed")
+    operation = site.client.images.create(big.id)
+    for attempt in (1, 2, 3):
+        wait_for(
+            lambda attempt=attempt: site.rows(
+                "SELECT 1 FROM operation WHERE id = ? AND attempt = ? AND phase = 'copying'",
+                operation["id"],
+                attempt,
+            ),
+            f"attempt {attempt} copies",
+        )
+        os.kill(site.child_of(operation), signal.SIGKILL)
+
+    assert site.refused(operation, RECOVERY_S) == "worker_lost"
+    assert big.state() == "stopped"
+    assert big.read() == {"changed"}
+    assert site.client.servers.get(big.id)["newest_image"] is None
