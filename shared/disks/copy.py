@@ -149,9 +149,9 @@ def _direct(path: Path) -> bool:
     """Whether `path`, or a new file in that directory, can be opened past the page cache."""
     try:
         if path.is_dir():
-            with tempfile.TemporaryDirectory(dir=path, prefix=".triptych-probe-") as folder:
-                probe = Path(folder) / "probe"
-                os.close(os.open(probe, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600))
+            with tempfile.TemporaryFile(dir=path) as probe:  # no name to leave behind
+                own = f"/proc/self/fd/{probe.fileno()}"
+                os.close(os.open(own, os.O_RDWR | os.O_DIRECT))
         else:
             os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
     except OSError:

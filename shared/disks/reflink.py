@@ -63,11 +63,7 @@ def create_target(src_fd: int, dst: Path) -> int:
     target = os.open(dst, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.fchmod(target, 0o600)
-        source_flags, target_flags = _flags(src_fd), _flags(target)
-        if (source_flags ^ target_flags) & FS_NOCOW_FL:
-            with contextlib.suppress(OSError):  # then FICLONE says what is wrong
-                wanted = target_flags ^ FS_NOCOW_FL
-                fcntl.ioctl(target, FS_IOC_SETFLAGS, struct.pack("l", wanted))
+        _take_over_nocow(src_fd, target)
     except BaseException:
         os.close(target)
         dst.unlink(missing_ok=True)
@@ -139,15 +135,25 @@ def _flags(descriptor: int) -> int:
     return int(struct.unpack("l", answer)[0]) & 0xFFFFFFFF
 
 
+def _take_over_nocow(src_fd: int, dst_fd: int) -> None:
+    source_flags, target_flags = _flags(src_fd), _flags(dst_fd)
+    if (source_flags ^ target_flags) & FS_NOCOW_FL:
+        with contextlib.suppress(OSError):  # then FICLONE says what is wrong
+            wanted = target_flags ^ FS_NOCOW_FL
+            fcntl.ioctl(dst_fd, FS_IOC_SETFLAGS, struct.pack("l", wanted))
+
+
 def _probe(src_dir: Path, dst_dir: Path) -> bool:
+    """Try with files that have no name: nothing of them is left when we are killed."""
     try:
         with (
-            tempfile.NamedTemporaryFile(dir=src_dir, prefix=".triptych-probe-") as source,
-            tempfile.TemporaryDirectory(dir=dst_dir, prefix=".triptych-probe-") as folder,
+            tempfile.TemporaryFile(dir=src_dir) as source,
+            tempfile.TemporaryFile(dir=dst_dir) as target,
         ):
             source.write(b"\1" * 4096)
             source.flush()
-            reflink(Path(source.name), Path(folder) / "probe")
+            _take_over_nocow(source.fileno(), target.fileno())
+            clone_into_fd(source.fileno(), target.fileno())
     except (ReflinkRefused, CopyFailed, OSError):
         return False
     return True
