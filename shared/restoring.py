@@ -4,6 +4,7 @@ prepare new files ── stop ── swap names ── define ── start as it
       the old files stay beside the live ones for as long as this can be undone (E1)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from sqlmodel import Session
 
 from shared import errors, events, lookups
 from shared.copying import NVRAM, write_out
-from shared.database import reading
+from shared.database import now, reading
 from shared.disks import setaside
 from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
@@ -42,17 +43,23 @@ class Replaced:
     """Target (or `nvram`) to the file's path."""
     previous: str | None
     """The definition before; None when the domain was gone."""
+    set_aside: bool
+    """Whether there were files to set aside."""
     way: str
     state: State
 
-    def facts(self) -> dict[str, Any]:
-        return {"way": self.way, "state": self.state}
+    def outcome(self, made: dict[str, Any], apply: Callable[[Session], None]) -> Outcome:
+        """Undoable (E1), unless nothing was there that could be put back."""
+        result = {**made, "way": self.way, "state": self.state}
+        if self.set_aside:
+            record = {"live": self.live, "previous": self.previous}
+            return Outcome(result, apply, record, now() + settings().undo_retention)
 
-    def record(self) -> dict[str, Any] | None:
-        """What undoing needs, kept on the operation's row; None when nothing was there before."""
-        if self.previous is None:
-            return None
-        return {"live": self.live, "previous": self.previous}
+        def apply_and_clear(session: Session) -> list[Step]:
+            apply(session)
+            return [("discard_set_aside", {"live": self.live, "operation_id": self.operation_id})]
+
+        return Outcome(result, apply_and_clear)
 
 
 def put_back(
@@ -89,7 +96,8 @@ def put_back(
     setaside.swap(live, context.id)
     domain = _define(context, connection, server, previous, wanted)
     _start(context, domain, state)
-    return Replaced(context.id, journalled, previous, way, state)
+    set_aside = setaside.is_swapped(live, context.id)
+    return Replaced(context.id, journalled, previous, set_aside, way, state)
 
 
 def _find(connection: Any, server: Server) -> Domain | None:
@@ -179,7 +187,8 @@ def undo(context: Context, operation_id: str) -> Outcome:
     _stop(context, domain, state)
     context.undo("swap_again", live=record["live"], operation_id=operation_id)
     setaside.swap_back(live, operation_id)
-    domain = _define(context, connection, server, domain.definition(), record["previous"])
+    current = domain.definition()
+    domain = _define(context, connection, server, current, record["previous"] or current)
     _start(context, domain, state)
 
     def apply(session: Session) -> list[Step]:

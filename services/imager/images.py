@@ -22,7 +22,6 @@ from shared.models import Image, Schedule, ScheduleRun, Server
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import handles
-from shared.settings import settings
 
 
 @handles(CreateImage)
@@ -147,8 +146,7 @@ def restore(context: Context, command: RestoreImage) -> Outcome:
         session.merge(server).forgotten_at = None
         events.emit(session, "image.restored", server.id, image=image.id)
 
-    result = {"image": image.id, **replaced.facts()}
-    return Outcome(result, apply, replaced.record(), now() + settings().undo_retention)
+    return replaced.outcome({"image": image.id}, apply)
 
 
 @handles(UndoRestore)

@@ -1,7 +1,5 @@
 """The story of a snapshot: taken, reverted to (and undone), deleted."""
 
-from typing import Any
-
 from sqlmodel import Session
 
 from shared import errors, events, lookups, restoring
@@ -95,11 +93,7 @@ def revert(context: Context, command: RevertSnapshot) -> Outcome:
     def apply(session: Session) -> None:
         events.emit(session, "snapshot.reverted", server.id, snapshot=snapshot.id)
 
-    return _undoable({"snapshot": snapshot.id, **replaced.facts()}, replaced, apply)
-
-
-def _undoable(result: dict[str, Any], replaced: restoring.Replaced, apply: Any) -> Outcome:
-    return Outcome(result, apply, replaced.record(), now() + settings().undo_retention)
+    return replaced.outcome({"snapshot": snapshot.id}, apply)
 
 
 @handles(UndoRevert)
