@@ -27,7 +27,7 @@ def test_one_of_many_claims_wins(world: World) -> None:
     got = at_once(*[lambda n=n: claim.claim(operation, f"kvm-1/s/{n}") for n in range(8)])  # type: ignore[misc]
 
     winners = [each for each in got if each]
-    assert 1 == len(winners)
+    assert len(winners) == 1
     assert world.row(operation).owner == winners[0].owner
 
 
@@ -68,7 +68,7 @@ def test_claim_that_the_index_refuses_is_no_claim(world: World) -> None:
         [got] = at_once_later(lambda: claim.claim(first, "kvm-1/s/1"), session)
 
     assert got() is None
-    assert "queued" == world.row(first).state
+    assert world.row(first).state == "queued"
 
 
 def at_once_later(call: Any, session: Any) -> list[Any]:
@@ -121,7 +121,7 @@ def test_many_successors_one_takes_over(world: World) -> None:
     barrier = threading.Barrier(4)
     got = at_once(*[successor] * 4)
 
-    assert 1 == len([each for each in got if each])
+    assert len([each for each in got if each]) == 1
 
 
 def test_live_worker_with_a_late_heartbeat_keeps_its_operation(world: World) -> None:
@@ -216,9 +216,9 @@ def test_reaper_wakes_what_nobody_works_on(world: World, redis_broker: Any) -> N
     world.change(lost, woken_at=now() - timedelta(minutes=2))
     world.clear_outbox()
 
-    assert 2 == reconcile.reconcile()
-    assert 2 == redis_broker.queued("snapshots.kvm-1")
-    assert "queued" == world.row(waiting).state
+    assert reconcile.reconcile() == 2
+    assert redis_broker.queued("snapshots.kvm-1") == 2
+    assert world.row(waiting).state == "queued"
 
 
 def test_reaper_does_not_wake_who_waits_in_line(world: World, redis_broker: Any) -> None:
@@ -227,7 +227,7 @@ def test_reaper_does_not_wake_who_waits_in_line(world: World, redis_broker: Any)
     first, second = world.snapshot_of(server), world.snapshot_of(server)
     claim.claim(first, ELSEWHERE)
     world.change(second, woken_at=now() - timedelta(minutes=2))
-    assert 0 == reconcile.reconcile()
+    assert reconcile.reconcile() == 0
 
 
 def test_worker_adopts_its_hosts_orphans(world: World) -> None:
@@ -244,7 +244,7 @@ def test_worker_adopts_its_hosts_orphans(world: World) -> None:
     with presence.attempt("snapshotter") as owner:
         claim.claim(world.snapshot_of(alive), owner)
         world.clear_outbox()
-        assert 1 == reconcile.adopt_orphans("snapshotter")
+        assert reconcile.adopt_orphans("snapshotter") == 1
 
     assert ids[:1] == world.woken()
 

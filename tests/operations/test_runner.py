@@ -56,7 +56,7 @@ def die(world: World, operation: str) -> None:
     """Run the operation in a worker that does not survive it."""
     with pytest.raises(Killed):
         runner.run(operation)
-    assert "running" == world.row(operation).state
+    assert world.row(operation).state == "running"
 
 
 # Well, or not
@@ -71,9 +71,9 @@ def test_success_is_committed_and_not_undone(
     runner.run(operation)
 
     row = world.row(operation)
-    assert ("succeeded", "succeeded", 100) == (row.state, row.phase, row.progress)
-    assert ({"made": "it"}, None, 1) == (row.result, row.error, row.attempt)
-    assert ([], []) == (world.played, world.journal(operation))
+    assert (row.state, row.phase, row.progress) == ("succeeded", "succeeded", 100)
+    assert (row.result, row.error, row.attempt) == ({"made": "it"}, None, 1)
+    assert (world.played, world.journal(operation)) == ([], [])
     assert row.owner is row.lease_expires_at is None
 
 
@@ -84,10 +84,10 @@ def test_failure_is_undone_backwards(world: World, any_database: str, operation:
     runner.run(operation)
 
     row = world.row(operation)
-    assert ["three", "two", "one"] == world.played
-    assert "failed" == row.state
-    assert {"code": "insufficient_space", "message": "Too little space."} == row.error
-    assert [] == world.journal(operation)
+    assert world.played == ["three", "two", "one"]
+    assert row.state == "failed"
+    assert row.error == {"code": "insufficient_space", "message": "Too little space."}
+    assert world.journal(operation) == []
 
 
 def test_unexpected_error_fails_the_operation(world: World, operation: str) -> None:
@@ -96,9 +96,9 @@ def test_unexpected_error_fails_the_operation(world: World, operation: str) -> N
     runner.run(operation)
     error = world.row(operation).error
     assert error
-    assert "internal_error" == error["code"]
+    assert error["code"] == "internal_error"
     assert "ZeroDivisionError" in error["message"]
-    assert ["one"] == world.played
+    assert world.played == ["one"]
 
 
 def test_command_that_no_longer_parses_fails(world: World, operation: str) -> None:
@@ -106,7 +106,7 @@ def test_command_that_no_longer_parses_fails(world: World, operation: str) -> No
     world.handler(nothing)
     world.change(operation, command={"server": "x", "from_the_future": True})
     runner.run(operation)
-    assert "failed" == world.row(operation).state
+    assert world.row(operation).state == "failed"
 
 
 def test_commit_is_one_transaction(world: World, any_database: str, operation: str) -> None:
@@ -125,8 +125,8 @@ def test_commit_is_one_transaction(world: World, any_database: str, operation: s
     world.handler(handle)
     runner.run(operation)
 
-    assert ("failed", None) == (world.row(operation).state, world.row(operation).result)
-    assert ([], ["copy"]) == (world.events("snapshot.taken"), world.played)
+    assert (world.row(operation).state, world.row(operation).result) == ("failed", None)
+    assert (world.events("snapshot.taken"), world.played) == ([], ["copy"])
 
 
 def test_what_is_left_to_do_is_done_forwards(world: World, operation: str) -> None:
@@ -137,8 +137,8 @@ def test_what_is_left_to_do_is_done_forwards(world: World, operation: str) -> No
 
     runner.run(operation)
 
-    assert (["first", "second"], ["running"] * 2) == (world.played, states)
-    assert "succeeded" == world.row(operation).state
+    assert (world.played, states) == (["first", "second"], ["running"] * 2)
+    assert world.row(operation).state == "succeeded"
 
 
 def test_running_again_does_nothing(world: World, operation: str) -> None:
@@ -149,7 +149,7 @@ def test_running_again_does_nothing(world: World, operation: str) -> None:
     runner.run(operation)
     row = world.row(operation)
     assert (1, finished) == (row.attempt, row.finished_at)
-    assert 1 == len(world.events("operation.succeeded"))
+    assert len(world.events("operation.succeeded")) == 1
 
 
 def test_progress_of_short_work_reaches_the_row(world: World, operation: str) -> None:
@@ -162,7 +162,7 @@ def test_progress_of_short_work_reaches_the_row(world: World, operation: str) ->
     world.handler(handle)
     runner.run(operation)
     row = world.row(operation)
-    assert (1000, 1000) == (row.bytes_done, row.bytes_total)
+    assert (row.bytes_done, row.bytes_total) == (1000, 1000)
 
 
 def test_progress_is_seen_meanwhile(world: World, operation: str) -> None:
@@ -180,7 +180,7 @@ def test_progress_is_seen_meanwhile(world: World, operation: str) -> None:
 
     world.handler(handle)
     runner.run(operation)
-    assert ["copying", 25, 100, True] == seen
+    assert seen == ["copying", 25, 100, True]
 
 
 # The next in line
@@ -200,7 +200,7 @@ def test_end_wakes_the_next_in_line(world: World, end: Exception | None) -> None
     world.handler(nothing)
     runner.run(second)
     assert [second, third] == world.woken()
-    assert "succeeded" == world.row(second).state
+    assert world.row(second).state == "succeeded"
 
 
 def test_next_in_line_may_be_another_services(world: World) -> None:
@@ -223,7 +223,7 @@ def test_misdirected_operation_is_left_alone(world: World) -> None:
         image = world.submit(CreateImage(server=world.server("image").id))
         for operation in (foreign, image):
             runner.run(operation)
-    assert ["queued"] * 2 == [world.row(each).state for each in (foreign, image)]
+    assert [world.row(each).state for each in (foreign, image)] == ["queued"] * 2
 
 
 # Errors while undoing
@@ -246,8 +246,8 @@ def test_error_inside_undo_keeps_the_server_locked(world: World, any_database: s
     runner.run(operation)
 
     row = world.row(operation)
-    assert ("running", "recovering", None) == (row.state, row.phase, row.owner)
-    assert [("undo", "one")] == world.journal(operation)
+    assert (row.state, row.phase, row.owner) == ("running", "recovering", None)
+    assert world.journal(operation) == [("undo", "one")]
     assert claim.claim(following, OTHER) is None
     assert claim.take_over(operation, OTHER) is None, "it is not tried again at once"
 
@@ -255,9 +255,9 @@ def test_error_inside_undo_keeps_the_server_locked(world: World, any_database: s
     runner.run(operation)
 
     row = world.row(operation)
-    assert {"code": "insufficient_space", "message": "Too little space."} == row.error
-    assert ("failed", 1) == (row.state, row.attempt)
-    assert ["two", "one", "one"] == world.played
+    assert row.error == {"code": "insufficient_space", "message": "Too little space."}
+    assert (row.state, row.attempt) == ("failed", 1)
+    assert world.played == ["two", "one", "one"]
     assert claim.claim(following, OTHER)
 
 
@@ -274,14 +274,14 @@ def test_undo_that_fails_again_and_again_keeps_the_first_error(
     for _ in range(3):
         runner.run(operation)
         world.expire(operation)
-    assert "recovering" == world.row(operation).phase
+    assert world.row(operation).phase == "recovering"
     world.action("note", lambda step: None)
 
     runner.run(operation)
 
     row = world.row(operation)
     assert row.error
-    assert ("failed", "insufficient_space") == (row.state, row.error["code"])
+    assert (row.state, row.error["code"]) == ("failed", "insufficient_space")
 
 
 def test_worker_that_dies_in_undo_leaves_the_verdict(world: World, operation: str) -> None:
@@ -299,8 +299,8 @@ def test_worker_that_dies_in_undo_leaves_the_verdict(world: World, operation: st
 
     row = world.row(operation)
     assert row.error
-    assert ("failed", "insufficient_space", 1) == (row.state, row.error["code"], row.attempt)
-    assert ["two", "two", "one"] == world.played
+    assert (row.state, row.error["code"], row.attempt) == ("failed", "insufficient_space", 1)
+    assert world.played == ["two", "two", "one"]
 
 
 def test_why_clearing_up_waits_is_told(world: World, operation: str) -> None:
@@ -315,7 +315,7 @@ def test_why_clearing_up_waits_is_told(world: World, operation: str) -> None:
     runner.run(operation)
     row = world.row(operation)
     assert row.error
-    assert ("running", "recovering") == (row.state, row.phase)
+    assert (row.state, row.phase) == ("running", "recovering")
     assert "libvirt is away" in row.error["message"]
 
     world.action("note", lambda step: None)
@@ -323,7 +323,7 @@ def test_why_clearing_up_waits_is_told(world: World, operation: str) -> None:
     world.expire(operation)
     runner.run(operation)
     row = world.row(operation)
-    assert ("succeeded", None, 2) == (row.state, row.error, row.attempt)
+    assert (row.state, row.error, row.attempt) == ("succeeded", None, 2)
 
 
 # Workers that die
@@ -333,14 +333,14 @@ def test_worker_that_dies_is_succeeded(world: World, any_database: str, operatio
     """The next worker undoes what the dead one began, and does the work."""
     world.handler(steps("half", then=Killed()))
     die(world, operation)
-    assert [("undo", "half")] == world.journal(operation)
+    assert world.journal(operation) == [("undo", "half")]
     world.handler(steps("whole"))
 
     runner.run(operation)
 
     row = world.row(operation)
-    assert ("succeeded", 2) == (row.state, row.attempt)
-    assert ["half"] == world.played
+    assert (row.state, row.attempt) == ("succeeded", 2)
+    assert world.played == ["half"]
 
 
 def test_three_deaths_are_enough(world: World, operation: str) -> None:
@@ -354,8 +354,8 @@ def test_three_deaths_are_enough(world: World, operation: str) -> None:
 
     row = world.row(operation)
     assert row.error
-    assert ("failed", "worker_lost", 3) == (row.state, row.error["code"], row.attempt)
-    assert (["one"] * 3, []) == (world.played, world.journal(operation))
+    assert (row.state, row.error["code"], row.attempt) == ("failed", "worker_lost", 3)
+    assert (world.played, world.journal(operation)) == (["one"] * 3, [])
 
 
 def test_death_after_the_commit_is_completed(world: World, operation: str) -> None:
@@ -372,8 +372,8 @@ def test_death_after_the_commit_is_completed(world: World, operation: str) -> No
 
     runner.run(operation)
 
-    assert ["first", "second", "second"] == world.played
-    assert ("succeeded", 1) == (world.row(operation).state, world.row(operation).attempt)
+    assert world.played == ["first", "second", "second"]
+    assert (world.row(operation).state, world.row(operation).attempt) == ("succeeded", 1)
 
 
 def test_error_after_the_commit_is_tried_again(world: World, operation: str) -> None:
@@ -389,13 +389,13 @@ def test_error_after_the_commit_is_tried_again(world: World, operation: str) -> 
     runner.run(operation)
     row = world.row(operation)
     assert row.error
-    assert ("running", "finishing", True) == (row.state, row.phase, row.committed)
+    assert (row.state, row.phase, row.committed) == ("running", "finishing", True)
     assert "busy" in row.error["message"]
 
     world.expire(operation)
     runner.run(operation)
     row = world.row(operation)
-    assert ("succeeded", None) == (row.state, row.error)
+    assert (row.state, row.error) == ("succeeded", None)
 
 
 def test_commit_whose_answer_is_lost_is_still_a_commit(
@@ -419,8 +419,8 @@ def test_commit_whose_answer_is_lost_is_still_a_commit(
     monkeypatch.setattr(runner, "transaction", breaking)
     runner.run(operation)
 
-    assert [] == pending
-    assert (["rest"], "succeeded") == (world.played, world.row(operation).state)
+    assert pending == []
+    assert (world.played, world.row(operation).state) == (["rest"], "succeeded")
 
 
 def test_cancel_of_an_orphan_ends_it(world: World, operation: str) -> None:
@@ -429,7 +429,7 @@ def test_cancel_of_an_orphan_ends_it(world: World, operation: str) -> None:
     die(world, operation)
     world.change(operation, cancel_requested_at=now())
     runner.run(operation)
-    assert ("cancelled", ["one"]) == (world.row(operation).state, world.played)
+    assert (world.row(operation).state, world.played) == ("cancelled", ["one"])
 
 
 # Workers that are taken for dead
@@ -441,8 +441,8 @@ def stolen(world: World, operation: str) -> None:
 
 def still_the_others(world: World, operation: str) -> None:
     row = world.row(operation)
-    assert ("running", OTHER, None) == (row.state, row.owner, row.error)
-    assert [] == world.events("operation.failed") + world.events("operation.succeeded")
+    assert (row.state, row.owner, row.error) == ("running", OTHER, None)
+    assert world.events("operation.failed") + world.events("operation.succeeded") == []
 
 
 @pytest.mark.parametrize("end", [None, NoSpace("Too little space."), errors.Cancelled("No.")])
@@ -462,8 +462,8 @@ def test_who_lost_the_lease_undoes_and_commits_nothing(
     runner.run(operation)
 
     still_the_others(world, operation)
-    assert ([], []) == (world.played, world.events("snapshot.taken"))
-    assert [("undo", "mine")] == world.journal(operation)
+    assert (world.played, world.events("snapshot.taken")) == ([], [])
+    assert world.journal(operation) == [("undo", "mine")]
 
 
 def test_who_lost_the_lease_takes_no_further_step(
@@ -479,7 +479,7 @@ def test_who_lost_the_lease_takes_no_further_step(
     world.handler(handle)
     runner.run(operation)
     still_the_others(world, operation)
-    assert [] == world.journal(operation)
+    assert world.journal(operation) == []
 
 
 def test_lease_lost_in_the_middle_of_undo(world: World, operation: str) -> None:
@@ -487,10 +487,10 @@ def test_lease_lost_in_the_middle_of_undo(world: World, operation: str) -> None:
     world.handler(steps("one", "two", then=NoSpace("Too little space.")))
     world.action("note", lambda step: stolen(world, operation))
     runner.run(operation)
-    assert ["two"] == world.played
+    assert world.played == ["two"]
     row = world.row(operation)
-    assert ("running", OTHER) == (row.state, row.owner)
-    assert [("undo", "one")] == world.journal(operation)
+    assert (row.state, row.owner) == ("running", OTHER)
+    assert world.journal(operation) == [("undo", "one")]
 
 
 def test_lease_lost_in_a_unit(world: World, operation: str) -> None:
@@ -506,7 +506,7 @@ def test_lease_lost_in_a_unit(world: World, operation: str) -> None:
     world.handler(handle)
     runner.run(operation)
     still_the_others(world, operation)
-    assert [] == world.played
+    assert world.played == []
 
 
 def test_lease_lost_while_finishing(world: World, operation: str) -> None:
@@ -528,7 +528,7 @@ def test_heartbeat_notices_the_loss(world: World, operation: str) -> None:
 
     world.handler(handle)
     runner.run(operation)
-    assert [True] == noticed
+    assert noticed == [True]
     still_the_others(world, operation)
 
 
@@ -567,7 +567,7 @@ def test_database_that_is_away_costs_no_work(
 
     world.handler(handle)
     runner.run(operation)
-    assert ("succeeded", 1) == (world.row(operation).state, world.row(operation).attempt)
+    assert (world.row(operation).state, world.row(operation).attempt) == ("succeeded", 1)
 
 
 def test_database_that_stays_away_ends_the_work(
@@ -589,7 +589,7 @@ def test_database_that_stays_away_ends_the_work(
     world.handler(handle)
     runner.run(operation)
     row = world.row(operation)
-    assert ("running", None, []) == (row.state, row.error, world.played)
+    assert (row.state, row.error, world.played) == ("running", None, [])
     assert presence.of(row.owner or "") == "dead", "a successor need not wait"
 
 
@@ -613,7 +613,7 @@ def test_unit_is_undone_alone(world: World, operation: str) -> None:
 
     world.handler(handle)
     runner.run(operation)
-    assert (["b"], "succeeded") == (world.played, world.row(operation).state)
+    assert (world.played, world.row(operation).state) == (["b"], "succeeded")
 
 
 def test_unit_that_cannot_be_undone_is_not_forgotten(world: World, operation: str) -> None:
@@ -636,7 +636,7 @@ def test_unit_that_cannot_be_undone_is_not_forgotten(world: World, operation: st
     world.action("note", sometimes)
     world.handler(handle)
     runner.run(operation)
-    assert (["b", "b"], "succeeded") == (world.played, world.row(operation).state)
+    assert (world.played, world.row(operation).state) == (["b", "b"], "succeeded")
 
 
 # Presence
@@ -649,19 +649,19 @@ def test_presence_leaves_no_files(world: World, operation: str) -> None:
     world.handler(nothing)
     runner.run(operation)
     folder = settings().vault / ".workers"
-    assert [] == list(folder.iterdir())
+    assert list(folder.iterdir()) == []
 
     (folder / "kvm-1~snapshotter~killed").touch()
-    assert "dead" == presence.of("kvm-1/snapshotter/killed")
-    assert [] == list(folder.iterdir())
+    assert presence.of("kvm-1/snapshotter/killed") == "dead"
+    assert list(folder.iterdir()) == []
 
 
 def test_presence_of_others(world: World) -> None:
     """Alive while it lasts, dead when it is over, unknown on other hosts."""
     with presence.attempt("snapshotter") as owner:
-        assert "alive" == presence.of(owner)
-    assert "dead" == presence.of(owner)
-    assert "unknown" == presence.of("kvm-9/snapshotter/x")
+        assert presence.of(owner) == "alive"
+    assert presence.of(owner) == "dead"
+    assert presence.of("kvm-9/snapshotter/x") == "unknown"
 
 
 def test_journal_takes_registered_actions_only(world: World, operation: str) -> None:

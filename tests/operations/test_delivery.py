@@ -1,0 +1,190 @@
+"""Real Celery workers on a real Redis: messages twice, nonsense, and workers that are killed."""
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from operations.spine import Broker, World, wait_for
+from sqlalchemy import select
+
+from shared.celery_app import publisher
+from shared.commands import TakeSnapshot
+from shared.database import transaction
+from shared.models import Operation
+from shared.operations import outbox, reconcile
+from shared.settings import settings
+
+QUEUE = "snapshots.kvm-1"
+ROOT = Path(__file__).resolve().parents[2]
+ENDED = ("succeeded", "failed", "cancelled")
+
+
+class Worker:
+    """The fake service's worker, in a process group of its own."""
+
+    def __init__(self, vault: Path) -> None:
+        self.vault = vault
+        self.log = vault / "worker.log"
+        self.start()
+
+    def start(self) -> None:
+        path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "celery", "-A", "operations.fake_service", "worker"],
+                env={**os.environ, "PYTHONPATH": path},
+                cwd=self.vault,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        """All of it at once, as the kernel does when memory runs out."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def did(self) -> list[str]:
+        file = self.vault / "log"
+        return file.read_text().splitlines() if file.exists() else []
+
+
+@pytest.fixture
+def worker(redis_broker: Broker, world: World) -> Iterator[Worker]:
+    settings().vault.mkdir(parents=True)
+    worker = Worker(settings().vault)
+    try:
+        yield worker
+    except BaseException:
+        print(worker.log.read_text())
+        raise
+    finally:
+        worker.kill()
+
+
+def ask(world: World, name: str, what: str = "work") -> str:
+    """An operation on a server of its own, and its message."""
+    server = world.server(name)
+    operation = world.submit(TakeSnapshot(server=server.id, description=what))
+    outbox.flush()
+    return operation
+
+
+def ended(world: World, operation: str) -> Operation:
+    """The row, once the operation has ended."""
+    wait_for(lambda: world.row(operation).state in ENDED, 30)
+    return world.row(operation)
+
+
+def test_each_message_is_done_once_whatever_else_comes(worker: Worker, world: World) -> None:
+    """Duplicates, unknown operations and tasks, nonsense and refused commands: the work of
+    each operation is done once, and the worker goes on (E4)."""
+    operation = ask(world, "one")
+    for _ in range(4):
+        publisher().send_task("snapshotter.take", [], {"operation_id": operation}, queue=QUEUE)
+    for arguments in ({"operation_id": "op_none"}, {"operation_id": [1]}, {"server": "none"}, {}):
+        publisher().send_task("snapshotter.take", [], arguments, queue=QUEUE)
+    publisher().send_task("snapshotter.no_such_task", queue=QUEUE)
+    publisher().send_task("snapshotter.take", ["too", "many", "arguments"], queue=QUEUE)
+    direct, message_id = world.server("direct"), str(uuid4())
+    for _ in range(3):
+        publisher().send_task(
+            "snapshotter.take", [], {"server": direct.name}, queue=QUEUE, task_id=message_id
+        )
+
+    last = ask(world, "last", "fail")
+
+    assert ended(world, operation).state == "succeeded"
+    assert ended(world, last).state == "failed"
+    wait_for(lambda: len(worker.did()) >= 4)  # three runs, one of them undone
+    with transaction() as session:
+        rows = list(session.scalars(select(Operation)))
+    runs = [line.split()[1] for line in worker.did() if line.startswith("run")]
+    assert {row.id for row in rows} == set(runs)
+    assert 3 == len(rows) == len(runs)
+
+
+def test_killed_child_is_succeeded(worker: Worker, world: World) -> None:
+    """The pool replaces a child that was killed; the operation is undone, and done, by the new
+    one, without waiting for beat or for the lease."""
+    operation = ask(world, "one", "die")
+
+    row = ended(world, operation)
+
+    assert (row.state, row.attempt) == ("succeeded", 2)
+    first, undone, second = worker.did()
+    assert undone == "undo attempt 1"
+    assert first.split()[2] != second.split()[2], "another process"
+
+
+def test_killed_worker_is_succeeded(worker: Worker, world: World, redis_broker: Broker) -> None:
+    """The whole worker killed, its messages gone, and started again at once."""
+    operation = ask(world, "one", "slow")
+    wait_for(worker.did, 30)
+    worker.kill()
+    redis_broker.client.flushall()
+    (worker.vault / "go").touch()
+    worker.start()
+
+    row = ended(world, operation)
+
+    assert (row.state, row.attempt) == ("succeeded", 2)
+    assert len([line for line in worker.did() if line.startswith("undo")]) == 1
+    wait_for(lambda: not list((worker.vault / ".workers").iterdir()))
+
+
+def test_broker_that_restarts_without_its_memory(
+    worker: Worker, world: World, redis_broker: Broker
+) -> None:
+    """Work under way ends, the worker reads its queue again, and what waited is sent anew."""
+    under_way = ask(world, "one", "slow")
+    wait_for(worker.did, 30)
+    redis_broker.stop()
+    waiting = world.snapshot_of(world.server("two"))
+    (worker.vault / "go").touch()
+    assert ended(world, under_way).state == "succeeded"
+
+    redis_broker.start()
+    world.change(waiting, woken_at=world.row(waiting).created_at - 2 * reconcile.WAKE_AGAIN_AFTER)
+    reconcile.reconcile()
+
+    assert ended(world, waiting).state == "succeeded"
+
+
+def test_line_of_a_server_is_walked_by_wake_ups_alone(worker: Worker, world: World) -> None:
+    """Each end wakes the next one, on several processes, without beat (E3)."""
+    server = world.server("one")
+    line = [
+        world.submit(TakeSnapshot(server=server.id, description=what))
+        for what in ("work", "fail", "die", "work", "work")
+    ]
+    outbox.flush()
+
+    states = [ended(world, each).state for each in line]
+
+    assert ["succeeded", "failed", *["succeeded"] * 3] == states
+    times = [(world.row(each).started_at, world.row(each).finished_at) for each in line]
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(times))  # type: ignore[operator]
+
+
+def test_raw_junk_in_the_queue(worker: Worker, world: World, redis_broker: Broker) -> None:
+    """Celery ends a worker that reads what is no message at all: it still does the work it has
+    begun, and the one that its supervisor then starts goes on with the rest."""
+    under_way = ask(world, "before", "slow")
+    wait_for(worker.did, 30)
+    redis_broker.client.lpush(f"triptych:{QUEUE}", b"junk")
+    (worker.vault / "go").touch()
+    worker.process.wait(30)
+    worker.start()
+
+    assert ended(world, ask(world, "after")).state == "succeeded"
+    row = world.row(under_way)
+    assert (row.state, row.attempt) == ("succeeded", 1)

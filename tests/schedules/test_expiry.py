@@ -1,0 +1,204 @@
+"""Snapshots' expiry and the end of undo, by beat's ticks (S2, E1)."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from operations.spine import World, at_once
+from sqlalchemy import select
+
+from services.snapshotter import expiry, snapshots
+from shared.commands import DeleteSnapshot, TakeSnapshot
+from shared.database import now, transaction
+from shared.models import Operation, Server, Snapshot
+from shared.operations import runner
+from shared.operations.tasks import forget_due
+from shared.settings import settings
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.fixture(autouse=True)
+def real_deletion(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snapshotter's own handler; what it removes is a folder in the test's vault."""
+    from shared import recovery  # noqa: F401  registers the journal's actions
+
+    world.handler(snapshots.delete, DeleteSnapshot.kind)
+
+
+def snapshot(world: World, server: Server, left: timedelta) -> Snapshot:
+    """A snapshot of the server with so much time left."""
+    made = Snapshot(
+        server_id=server.id,
+        taken_at=now() - 48 * HOUR + left,
+        expires_at=now() + left,
+        consistency="crash",
+        way="reflink",
+        bytes=1,
+    )
+    world.add(made)
+    folder = settings().vault / "snapshots" / server.id / made.id
+    folder.mkdir(parents=True)
+    return made
+
+
+def deletions() -> list[Operation]:
+    row: Any = Operation
+    query = select(Operation).where(row.kind == DeleteSnapshot.kind).order_by(row.seq)
+    with transaction() as session:
+        return list(session.scalars(query))
+
+
+def is_gone(made: Snapshot) -> bool:
+    with transaction() as session:
+        return session.get_one(Snapshot, made.id).deleted_at is not None
+
+
+def test_warned_once(world: World, any_database: str) -> None:
+    """Six hours ahead, however many ticks run at once or later."""
+    near, far = (world.server(name) for name in ("near", "far"))
+    made = snapshot(world, near, 5 * HOUR)
+    snapshot(world, far, 7 * HOUR)
+
+    at_once(*[expiry.warn_of_expiry] * 6)
+    expiry.warn_of_expiry()
+
+    assert [each["snapshot"] for each in world.events("snapshot.expiring")] == [made.id]
+
+
+def test_expired_snapshot_is_deleted_once(world: World, any_database: str) -> None:
+    """Past its time it is deleted and told once, however many ticks run."""
+    made = snapshot(world, world.server("due"), -timedelta(seconds=1))
+    fresh = snapshot(world, world.server("fresh"), HOUR)
+
+    at_once(*[expiry.submit_due] * 4)
+    for operation in deletions():
+        runner.run(operation.id)
+    assert expiry.submit_due() == 0
+
+    assert (is_gone(made), is_gone(fresh)) == (True, False)
+    assert [each["snapshot"] for each in world.events("snapshot.expired")] == [made.id]
+    assert {each.state for each in deletions()} == {"succeeded"}
+
+
+def test_one_deletion_is_asked_for_at_a_time(world: World) -> None:
+    """While it waits behind other work of its server, no second one is queued."""
+    server = world.server()
+    snapshot(world, server, -HOUR)
+    assert [expiry.submit_due(), expiry.submit_due(), expiry.submit_due()] == [1, 0, 0]
+
+
+def test_deletion_that_failed_is_asked_for_again(world: World) -> None:
+    """A snapshot past its time does not stay because one attempt went wrong."""
+    snapshot(world, world.server(), -HOUR)
+    expiry.submit_due()
+    world.change(deletions()[0].id, state="failed")
+    assert expiry.submit_due() == 1
+
+
+def test_late_deletion_spares_the_replacement(world: World) -> None:
+    """Expired and queued behind a take with `replace`: the new snapshot is not deleted, and
+    nothing is told of it."""
+    server = world.server()
+    old = snapshot(world, server, -HOUR)
+    expiry.submit_due()
+    with transaction() as session:
+        session.get_one(Snapshot, old.id).deleted_at = now()
+    new = snapshot(world, server, 48 * HOUR)
+
+    [operation] = deletions()
+    runner.run(operation.id)
+
+    assert world.row(operation.id).state == "succeeded"
+    assert not is_gone(new)
+    assert world.events("snapshot.expired") == []
+
+
+def test_persons_deletion_means_what_they_saw(world: World) -> None:
+    """A delete names, at admission, the snapshot that there is; a later one is not meant."""
+    server = world.server()
+    seen = snapshot(world, server, HOUR)
+    operation = world.submit(DeleteSnapshot(server=server.name))
+    with transaction() as session:
+        session.get_one(Snapshot, seen.id).deleted_at = now()
+    later = snapshot(world, server, 48 * HOUR)
+    runner.run(operation)
+    assert not is_gone(later)
+
+
+def test_forgotten_server_does_not_stop_expiry(world: World) -> None:
+    """Its snapshot goes like any other, and so do those of the other servers."""
+    forgotten = snapshot(world, world.server("forgotten", forgotten_at=now()), -HOUR)
+    other = snapshot(world, world.server("other"), -HOUR)
+    assert expiry.submit_due() == 2
+    for operation in deletions():
+        runner.run(operation.id)
+    assert is_gone(forgotten)
+    assert is_gone(other)
+
+
+def test_refused_deletion_does_not_stop_expiry(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever one deletion is refused for, the others are asked for."""
+    from shared import errors
+
+    real = expiry.submit
+
+    def refuse_first(session: Any, command: Any, **options: Any) -> Any:
+        if command.server == broken.id:
+            raise errors.ServerNotFound("No such server.")
+        return real(session, command, **options)
+
+    broken = world.server("broken")
+    snapshot(world, broken, -2 * HOUR)
+    snapshot(world, world.server("whole"), -HOUR)
+    monkeypatch.setattr(expiry, "submit", refuse_first)
+    assert expiry.submit_due() == 1
+
+
+# The end of undo
+
+
+def reverted(world: World, server: Server, until: timedelta) -> str:
+    """A revert that succeeded, and can be undone for so long."""
+    operation = world.submit(TakeSnapshot(server=server.id))
+    world.change(
+        operation,
+        kind="snapshot.revert",
+        state="succeeded",
+        undo={"live": {}, "previous": "<domain/>"},
+        undo_until=now() + until,
+    )
+    return operation
+
+
+def forgets() -> list[str]:
+    row: Any = Operation
+    query = select(Operation).where(row.kind == "snapshot.revert.forget")
+    with transaction() as session:
+        return [each.command["operation"] for each in session.scalars(query)]
+
+
+def test_what_was_set_aside_is_forgotten_when_due(world: World) -> None:
+    """After its time, once, and not before."""
+    due = reverted(world, world.server("due"), -HOUR)
+    reverted(world, world.server("fresh"), HOUR)
+    forget_due()
+    forget_due()
+    assert forgets() == [due]
+
+
+def test_forgotten_set_aside_is_done_with(world: World) -> None:
+    """Once forgotten it can no longer be undone, and is not asked for again."""
+    due = reverted(world, world.server("due"), -HOUR)
+    world.handler(snapshots.forget, "snapshot.revert.forget")
+    forget_due()
+    with transaction() as session:
+        row: Any = Operation
+        query = select(Operation).where(row.kind == "snapshot.revert.forget")
+        operation = session.scalars(query).one().id
+    runner.run(operation)
+    forget_due()
+    assert (world.row(due).undo, world.row(due).undo_until) == (None, None)
+    assert forgets() == [due]

@@ -1,0 +1,267 @@
+"""Beat's tick of the schedules: one run per slot, late ones within their window (I5, I6)."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from operations.spine import World, at_once, nothing
+from sqlalchemy import select
+
+from services.api.schedules import Plan, _put
+from services.imager import ticks
+from shared import errors
+from shared.commands import CreateImage
+from shared.database import transaction
+from shared.models import Operation, Schedule, ScheduleRun, Server
+from shared.operations import runner
+from shared.operations.cancel import cancel
+from shared.operations.context import Context, Outcome
+
+SLOT = datetime(2026, 3, 10, 3, 0, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+
+
+def scheduled(world: World, server: Server, **fields: Any) -> Schedule:
+    """A daily schedule at 03:00 UTC whose next slot is SLOT."""
+    given = {
+        "kind": "daily",
+        "at": "03:00",
+        "timezone": "UTC",
+        "keep": 7,
+        "catch_up_s": 6 * 3600,
+        "next_run_at": SLOT,
+        **fields,
+    }
+    schedule = Schedule(server_id=server.id, **given)
+    world.add(schedule)
+    return schedule
+
+
+@pytest.fixture
+def schedule(world: World) -> Schedule:
+    return scheduled(world, world.server())
+
+
+def runs(schedule: Schedule) -> list[ScheduleRun]:
+    row: Any = ScheduleRun
+    query = select(ScheduleRun).where(row.schedule_id == schedule.id).order_by(row.slot)
+    with transaction() as session:
+        return list(session.scalars(query))
+
+
+def now_of(schedule: Schedule) -> Schedule:
+    with transaction() as session:
+        return session.get_one(Schedule, schedule.id)
+
+
+def operations() -> list[Operation]:
+    row: Any = Operation
+    with transaction() as session:
+        return list(session.scalars(select(Operation).order_by(row.seq)))
+
+
+def test_slot_runs_once_however_many_ticks(world: World, any_database: str) -> None:
+    """Eight beats at the same instant: one run, one operation, one wake-up per schedule."""
+    schedules = [scheduled(world, world.server(name)) for name in "abc"]
+
+    started = at_once(*[lambda: ticks.run_due(SLOT)] * 8)
+
+    assert sum(started) == 3
+    assert [len(runs(each)) for each in schedules] == [1, 1, 1]
+    assert len(operations()) == len(world.woken()) == 3
+
+
+def test_tick_between_slots_does_nothing(world: World, schedule: Schedule) -> None:
+    """Before the slot, and after it has been claimed, nothing is due."""
+    moments = (SLOT - timedelta(microseconds=1), SLOT, SLOT + timedelta(seconds=30), SLOT + HOUR)
+    assert [ticks.run_due(moment) for moment in moments] == [0, 1, 0, 0]
+    assert now_of(schedule).next_run_at == SLOT + 24 * HOUR
+
+
+def test_run_is_an_ordinary_operation(world: World, schedule: Schedule) -> None:
+    """It creates an image, says who asked, and carries the slot as its key."""
+    ticks.run_due(SLOT)
+    [operation] = operations()
+    [run] = runs(schedule)
+    assert (operation.kind, operation.requested_by) == ("image.create", "schedule:daily")
+    assert (run.slot, run.state, run.operation_id) == (SLOT, "running", operation.id)
+    assert operation.idempotency_key == f"slot:{schedule.id}:{SLOT.isoformat()}"
+
+
+@pytest.mark.parametrize("late", [timedelta(0), HOUR, 6 * HOUR])
+def test_missed_slot_runs_within_its_window(
+    world: World, schedule: Schedule, late: timedelta
+) -> None:
+    """Triptych was down at the slot, and is back before the window ends."""
+    assert ticks.run_due(SLOT + late) == 1
+    assert [each.state for each in runs(schedule)] == ["running"]
+
+
+def test_missed_slot_past_its_window_is_skipped(world: World, schedule: Schedule) -> None:
+    """It is recorded with the reason and told as an event; the next slot runs."""
+    assert ticks.run_due(SLOT + 6 * HOUR + timedelta(seconds=1)) == 0
+
+    [run] = runs(schedule)
+    assert (run.state, run.operation_id) == ("skipped", None)
+    assert run.reason == "21601 s late, past the window of 21600 s"
+    assert [each["slot"] for each in world.events("image.missed")] == [SLOT.isoformat()]
+    assert now_of(schedule).failures_in_row == 0
+
+    assert ticks.run_due(SLOT + 24 * HOUR) == 1
+
+
+def test_of_many_missed_slots_the_newest_runs(
+    world: World, schedule: Schedule, any_database: str
+) -> None:
+    """Down for three days: the newest slot runs once, each older one is recorded as skipped."""
+    back = SLOT + 72 * HOUR + HOUR
+    assert sum(at_once(*[lambda: ticks.run_due(back)] * 4)) == 1
+    states = [(each.slot, each.state) for each in runs(schedule)]
+    missed = [(SLOT + n * 24 * HOUR, "skipped") for n in range(3)]
+    assert states == [*missed, (SLOT + 72 * HOUR, "running")]
+    assert all(each.reason for each in runs(schedule)[:3])
+    assert now_of(schedule).next_run_at == SLOT + 96 * HOUR
+
+
+def test_weekly_slots_are_weekly(world: World) -> None:
+    """After Tuesday's slot comes the next Tuesday's."""
+    schedule = scheduled(world, world.server(), kind="weekly", weekday="tue")
+    assert ticks.run_due(SLOT) == 1
+    assert now_of(schedule).next_run_at == SLOT + 7 * 24 * HOUR
+
+
+def test_repeated_hour_runs_once(world: World) -> None:
+    """02:30 comes twice when Berlin's clocks go back; ticks all through the night start one."""
+    first = datetime(2026, 10, 25, 0, 30, tzinfo=UTC)
+    zone = {"at": "02:30", "timezone": "Europe/Berlin"}
+    schedule = scheduled(world, world.server(), next_run_at=first, **zone)
+    started = [ticks.run_due(first + n * timedelta(minutes=10)) for n in range(20)]
+    assert sum(started) == len(runs(schedule)) == 1
+
+
+# What is set by the API
+
+
+def set_plan(server: Server, **fields: Any) -> None:
+    with transaction() as session:
+        _put(session, server.id, "daily", Plan(at="03:00", timezone="UTC", **fields))
+
+
+def test_disabled_schedule_never_runs(world: World) -> None:
+    """Disabled before its slot, it does not run, and records no miss; enabled again, it goes on
+    with the slot after that."""
+    server = world.server()
+    set_plan(server, keep=3)
+    set_plan(server, keep=3, enabled=False)
+    far = datetime(2100, 1, 1, tzinfo=UTC)
+    assert (ticks.run_due(far), operations()) == (0, [])
+
+    set_plan(server, keep=3)
+    with transaction() as session:
+        schedule = session.scalars(select(Schedule)).one()
+    assert runs(schedule) == []
+    assert schedule.next_run_at
+    assert schedule.next_run_at > datetime.now(UTC)
+
+
+def test_schedule_disabled_while_a_tick_reads_it(
+    world: World, schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the tick's look and its claim the owner wins."""
+    real = ticks._run
+
+    def disable_first(each: Schedule, moment: datetime) -> bool:
+        with transaction() as session:
+            current = session.get_one(Schedule, schedule.id)
+            current.enabled, current.next_run_at = False, None
+        return real(each, moment)
+
+    monkeypatch.setattr(ticks, "_run", disable_first)
+    assert (ticks.run_due(SLOT), runs(schedule)) == (0, [])
+
+
+def test_schedule_deleted_while_its_run_goes_on(world: World, schedule: Schedule) -> None:
+    """The image is made and stays; there is only no run to record it in."""
+    ticks.run_due(SLOT)
+    with transaction() as session:
+        session.delete(session.get_one(Schedule, schedule.id))
+    world.handler(nothing, CreateImage.kind)
+    [operation] = operations()
+    runner.run(operation.id)
+    assert world.row(operation.id).state == "succeeded"
+
+
+# When a run ends
+
+
+def end(world: World, schedule: Schedule, number: int, error: Exception | None) -> None:
+    """Let the run of the slot of that number end so."""
+
+    def handle(context: Context, command: Any) -> Outcome:
+        if error:
+            raise error
+        return Outcome({"image": f"img_{number}"})
+
+    world.handler(handle, CreateImage.kind)
+    assert ticks.run_due(SLOT + number * 24 * HOUR) == 1
+    runner.run(operations()[-1].id)
+
+
+def test_run_names_its_image(world: World, schedule: Schedule) -> None:
+    """A run that succeeded says which image it made."""
+    end(world, schedule, 0, None)
+    [run] = runs(schedule)
+    assert (run.state, run.image_id, run.reason) == ("succeeded", "img_0", None)
+
+
+def test_four_failures_in_a_row_are_told_once(world: World, schedule: Schedule) -> None:
+    """Each run says why it failed; the fourth is told loudly; the schedule goes on (I6)."""
+    trouble = errors.HostNotAnswering("libvirt is away.")
+    for number in range(6):
+        end(world, schedule, number, trouble)
+        told = [each["failures_in_row"] for each in world.events("schedule.failing")]
+        assert told == ([4] if number >= 3 else [])
+    assert now_of(schedule).failures_in_row == 6
+    assert {(each.state, each.reason) for each in runs(schedule)} == {
+        ("failed", "libvirt is away.")
+    }
+
+
+def test_success_ends_the_row_of_failures(world: World, schedule: Schedule) -> None:
+    """After it, four more must fail before it is told again."""
+    trouble = errors.HostNotAnswering("libvirt is away.")
+    for number, error in enumerate([trouble] * 3 + [None] + [trouble] * 4):
+        end(world, schedule, number, error)
+    assert len(world.events("schedule.failing")) == 1
+    assert now_of(schedule).failures_in_row == 4
+
+
+def test_cancelled_run_is_no_success(world: World, schedule: Schedule) -> None:
+    """It says that it was cancelled."""
+    ticks.run_due(SLOT)
+    with transaction() as session:
+        cancel(session, operations()[0].id)
+    [run] = runs(schedule)
+    assert run.state == "failed"
+    assert "ancelled" in (run.reason or "")
+
+
+# Rows that are out of order
+
+
+def test_forgotten_server_is_refused_and_counted(world: World) -> None:
+    """Where its schedule should have survived, the run says why nothing is made."""
+    schedule = scheduled(world, world.server(forgotten_at=SLOT))
+    assert ticks.run_due(SLOT) == 0
+    [run] = runs(schedule)
+    assert (run.state, now_of(schedule).failures_in_row) == ("failed", 1)
+    assert "registered" in (run.reason or "")
+    assert operations() == []
+
+
+def test_broken_schedule_does_not_stop_the_others(world: World) -> None:
+    """A time zone that no longer exists is that schedule's trouble alone."""
+    scheduled(world, world.server("broken"), timezone="Mars/Olympus", next_run_at=SLOT - HOUR)
+    schedule = scheduled(world, world.server("whole"))
+    assert ticks.run_due(SLOT) == 1
+    assert len(runs(schedule)) == 1
