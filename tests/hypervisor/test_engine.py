@@ -70,10 +70,11 @@ def busy(guest: Guest, command: str) -> Iterator[None]:
             time.sleep(0.05)
 
 
-def fsck(raw_disk: Path) -> int:
-    """e2fsck's exit status for a file system on a raw disk, after replaying its journal."""
-    subprocess.run(["e2fsck", "-p", str(raw_disk)], capture_output=True)
-    return subprocess.run(["e2fsck", "-fn", str(raw_disk)], capture_output=True).returncode
+def complaints(raw_disk: Path) -> str:
+    """What e2fsck finds wrong with a file system once its journal is replayed; "" if nothing."""
+    replay = subprocess.run(["e2fsck", "-p", str(raw_disk)], capture_output=True, text=True)
+    check = subprocess.run(["e2fsck", "-fn", str(raw_disk)], capture_output=True, text=True)
+    return f"{replay.stdout}{check.stdout}" if check.returncode or replay.returncode > 1 else ""
 
 
 def test_reflink_under_a_writer(
@@ -81,7 +82,7 @@ def test_reflink_under_a_writer(
 ) -> None:
     """A copy of a busy guest is whole and clean, and it paused for a moment only."""
     steps: list[str] = []
-    with busy(guest, "dd if=/dev/urandom of=/data/w bs=64k count=64 2>/dev/null; sync"):
+    with busy(guest, "dd if=/dev/urandom of=/data/w bs=64k count=64 conv=fsync 2>/dev/null"):
         taken = capture(domain, folder, watchdog=watchdog, quiesce="never", before=steps.append)
     assert (taken.way, taken.consistency) == ("reflink", "crash")
     assert 0 < taken.pause_ms < 1000
@@ -91,7 +92,7 @@ def test_reflink_under_a_writer(
         ("vda", "qcow2", "vda.qcow2"),
         ("vdb", "raw", "vdb.raw"),
     ]
-    assert fsck(folder / "vdb.raw") == 0
+    assert complaints(folder / "vdb.raw") == ""
     assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o600}
 
 
@@ -141,7 +142,7 @@ def test_stream_copies_a_running_guest(
     assert (taken.way, taken.consistency, taken.pause_ms) == ("stream", "file-system", 0.0)
     assert steps == ["backup"]
     assert b"streamed" in (elsewhere / "vdb.raw").read_bytes()
-    assert fsck(elsewhere / "vdb.raw") == 0
+    assert complaints(elsewhere / "vdb.raw") == ""
 
 
 @pytest.mark.parametrize("way", ["reflink", "stream"])
@@ -300,12 +301,14 @@ def test_many_copies_under_load_all_pass(
 ) -> None:
     """Ten copies in a row of a busy guest: every one clean, every pause short."""
     pauses = []
-    with busy(guest, "dd if=/dev/urandom of=/data/w bs=64k count=32 2>/dev/null"):
+    # Synced, since ext4 with 1 KiB blocks may itself commit a file that it is writing with
+    # more blocks than size, which e2fsck reports (seen in plain copies of a paused guest too).
+    with busy(guest, "dd if=/dev/urandom of=/data/w bs=64k count=32 conv=fsync 2>/dev/null"):
         for number in range(10):
             place = folder / str(number)
             place.mkdir()
             taken = capture(domain, place, watchdog=watchdog, quiesce="never")
             pauses.append(taken.pause_ms)
-            assert fsck(place / "vdb.raw") == 0
+            assert complaints(place / "vdb.raw") == ""
     print("pauses", [round(pause, 1) for pause in pauses])
     assert max(pauses) < 1000
