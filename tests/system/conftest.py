@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
-from live_site import Machine, Site
+from live_site import FILE_SYSTEMS, Machine, Site, open_site
 
 from lab import filesystems
-from lab.libvirtd import Hypervisor, scratch
+from lab.libvirtd import Hypervisor
 
-FILE_SYSTEMS = {"xfs": "reflink", "btrfs": "reflink", "ext4": "stream"}
 DISKS = {"qcow2": ["qcow2"], "raw": ["raw"], "qcow2+raw": ["qcow2", "raw"]}
-SIZE = 12 * filesystems.GIB
-
-OpenSite = Callable[..., contextlib.AbstractContextManager[Site]]
-
-
-@contextlib.contextmanager
-def open_site(
-    hypervisor: Hypervisor, kind: str, *, size: int = SIZE, host: str = "", **settings: str
-) -> Iterator[Site]:
-    """A running stack on a new file system of that kind; all of it is gone afterwards."""
-    with contextlib.ExitStack() as opened:
-        folder = opened.enter_context(getattr(filesystems, kind)(size))
-        state = opened.enter_context(scratch())
-        site = Site(host or kind, folder, state, hypervisor, FILE_SYSTEMS[kind], settings)
-        opened.callback(_remove_domains, site)
-        opened.callback(site.stop)
-        site.start()
-        yield site
-
-
-def _remove_domains(site: Site) -> None:
-    from lab.guest import attach
-
-    for domain in site.hypervisor_connection().listAllDomains():
-        if str(site.folder) in domain.XMLDesc():
-            attach(site.hypervisor, domain.name()).remove()
 
 
 @pytest.fixture(scope="session", params=FILE_SYSTEMS)
@@ -105,8 +76,3 @@ def pytest_runtest_makereport(
         if report.failed and isinstance(site, Site):
             report.sections.append(("the stack's logs", site.logs()))
     return report
-
-
-@pytest.fixture
-def work(tmp_path: Path) -> Path:
-    return tmp_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -10,7 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from typing import Any
 import libvirt
 from triptych import Client
 
-from embedded.stack import SERVICES, Stack, free_port
-from lab import offline
-from lab.filesystems import MIB
-from lab.guest import Guest, make_disk
-from lab.libvirtd import Hypervisor
+from embedded.stack import Stack, free_port
+from lab import filesystems, offline
+from lab.filesystems import GIB, MIB
+from lab.guest import Guest, attach, make_disk
+from lab.libvirtd import Hypervisor, scratch
 
+FILE_SYSTEMS = {"xfs": "reflink", "btrfs": "reflink", "ext4": "stream"}
+"""Each kind of file system with the way that copies go on it."""
+SIZE = 12 * GIB
 FOLDERS = {"snapshot": "snapshots", "image": "images"}
 SMALL = 16 * MIB
 TICK = "1"
@@ -65,7 +69,12 @@ class Site:
                 **self.settings,
             },
         )
-        self.stack.start()
+        try:
+            self.stack.start()
+        except Exception as error:
+            error.add_note(self.logs())
+            self.stack.stop()
+            raise
         self.client = Client(self.stack.url, self.stack.token)
         self.connection = self.hypervisor_connection()
 
@@ -242,11 +251,6 @@ class Site:
                 parts.append(f"--- {log.name}\n{text}")
         return "\n".join(parts)
 
-    def wait_workers(self) -> None:
-        """Return once each of the workers answers the broker."""
-        for service in SERVICES:
-            assert self.stack._alive(service), service
-
 
 class Machine:
     """A server whose data is read from inside (running) or from its disks (stopped)."""
@@ -306,9 +310,39 @@ def modes(folder: Path) -> set[str]:
     return {oct(path.stat().st_mode & 0o7777) for path in folder.iterdir()}
 
 
-def fill(folder: Path, leave: int) -> Path:
+def fill(folder: Path, leave: int = 0) -> Path:
     """Take up all room in `folder` but `leave` bytes; delete the file to give it back."""
     path = folder / "ballast"
-    size = shutil.disk_usage(folder).free - leave
-    subprocess.run(["fallocate", "-l", str(size), str(path)], check=True)
+    size, step = 0, GIB
+    with path.open("wb") as file:
+        while step >= MIB:
+            if shutil.disk_usage(folder).free - step < leave:
+                step //= 2
+                continue
+            try:
+                os.posix_fallocate(file.fileno(), size, step)
+                size += step
+            except OSError:
+                step //= 2
     return path
+
+
+@contextlib.contextmanager
+def open_site(
+    hypervisor: Hypervisor, kind: str, *, size: int = SIZE, host: str = "", **settings: str
+) -> Iterator[Site]:
+    """A running stack on a new file system of that kind; all of it is gone afterwards."""
+    with contextlib.ExitStack() as opened:
+        folder = opened.enter_context(getattr(filesystems, kind)(size))
+        state = opened.enter_context(scratch())
+        site = Site(host or kind, folder, state, hypervisor, FILE_SYSTEMS[kind], settings)
+        opened.callback(_remove_domains, site)
+        site.start()
+        opened.callback(site.stop)
+        yield site
+
+
+def _remove_domains(site: Site) -> None:
+    for domain in site.hypervisor_connection().listAllDomains():
+        if str(site.folder) in domain.XMLDesc():
+            attach(site.hypervisor, domain.name()).remove()

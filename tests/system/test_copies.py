@@ -1,0 +1,262 @@
+"""What snapshots, images and clones promise beyond the main job, on XFS unless said otherwise."""
+
+from __future__ import annotations
+
+import pytest
+from live_site import Machine, Site, digests, wait_for
+from triptych import Problem
+
+from lab import offline
+from lab.filesystems import MIB
+from lab.guest import attach
+
+pytestmark = pytest.mark.vm
+on_xfs = pytest.mark.parametrize("site", ["xfs"], indirect=True)
+
+
+def clone_machine(site: Site, made: dict, power: str, words: int | None = None) -> Machine:
+    return Machine(site, attach(site.hypervisor, made["name"]), power, made["server"], words)
+
+
+@on_xfs
+def test_a_second_snapshot_needs_replace(site: Site, stopped: Machine) -> None:
+    """Without `replace` 409 names the old one; with it the old one goes and the new one counts."""
+    stopped.write("first")
+    first = site.done(site.client.snapshots.take(stopped.id))["result"]["snapshot"]
+    old = site.copy_of("snapshot", stopped)
+
+    with pytest.raises(Problem) as refusal:
+        site.client.snapshots.take(stopped.id)
+    assert (refusal.value.status, refusal.value.code) == (409, "snapshot_exists")
+    assert refusal.value.conflict == first
+    assert old.exists()
+
+    stopped.write("second")
+    second = site.done(site.client.snapshots.take(stopped.id, replace=True))["result"]["snapshot"]
+    assert second != first
+    assert not old.exists()
+    stopped.write("third")
+    site.done(site.client.snapshots.revert(stopped.id))
+    assert stopped.read() == {"second"}
+
+
+@pytest.mark.parametrize("site", ["ext4"], indirect=True)
+def test_the_old_snapshot_stays_until_the_new_one_is_whole(site: Site) -> None:
+    """A replacement that is cancelled half-way leaves the old snapshot, whole and usable (S1)."""
+    machine = site.machine(["raw"], "stopped", noise=640 * MIB)
+    machine.write("first")
+    first = site.done(site.client.snapshots.take(machine.id))["result"]["snapshot"]
+    folder = site.copy_of("snapshot", machine)
+    before = digests(folder)
+
+    operation = site.client.snapshots.take(machine.id, replace=True)
+    site.wait_phase(operation, "copying")
+    assert digests(folder) == before
+    site.client.operations.cancel(operation["id"])
+
+    ended = site.ended(operation)
+    assert (ended["state"], ended["error"]["code"]) == ("cancelled", "cancelled")
+    assert site.client.servers.get(machine.id)["snapshot"] == first
+    assert digests(folder) == before
+    site.remove(machine)
+
+
+@pytest.mark.parametrize("what", ["revert", "restore"])
+@on_xfs
+def test_a_revert_and_a_restore_can_be_undone(site: Site, stopped: Machine, what: str) -> None:
+    """Undo puts back what was replaced (E1), once; what the revert brought is dropped."""
+    stopped.write("old")
+    if what == "revert":
+        site.done(site.client.snapshots.take(stopped.id))
+        stopped.write("new")
+        operation = site.done(site.client.snapshots.revert(stopped.id))
+    else:
+        image = site.done(site.client.images.create(stopped.id))["result"]["image"]
+        stopped.write("new")
+        operation = site.done(site.client.images.restore(image))
+    assert stopped.read() == {"old"}
+    aside = site.disks / f".triptych-{operation['id']}"
+    assert aside.is_dir()
+
+    undone = site.done(site.client.operations.undo(operation["id"]))
+
+    assert undone["result"]["undone"] == operation["id"]
+    assert stopped.read() == {"new"}
+    assert stopped.state() == "stopped"
+    assert not aside.exists()
+    with pytest.raises(Problem) as refusal:
+        site.client.operations.undo(operation["id"])
+    assert refusal.value.code == "not_undoable"
+
+
+@on_xfs
+def test_undo_of_a_revert_leaves_a_running_server_running(site: Site, running: Machine) -> None:
+    """Revert and undo of a running server each end with it running, on the right disks."""
+    running.write("old")
+    site.done(site.client.snapshots.take(running.id, replace=True))
+    running.write("new")
+    operation = site.done(site.client.snapshots.revert(running.id))
+    assert running.state() == "running"
+
+    site.done(site.client.operations.undo(operation["id"]))
+
+    assert running.state() == "running"
+    assert running.read() == {"new"}
+
+
+@on_xfs
+def test_a_restore_over_disks_without_a_domain_can_be_undone(site: Site, stopped: Machine) -> None:
+    """Where the domain was undefined but its disks were there, undo puts these disks back."""
+    stopped.write("old")
+    image = site.done(site.client.images.create(stopped.id))["result"]["image"]
+    stopped.write("new")
+    stopped.guest.domain.undefine()
+
+    operation = site.done(site.client.images.restore(image))
+    assert stopped.state() == "stopped"
+    assert stopped.read() == {"old"}
+
+    site.done(site.client.operations.undo(operation["id"]))
+    assert stopped.read() == {"new"}
+
+
+@on_xfs
+def test_a_promoted_snapshot_shares_its_data(site: Site) -> None:
+    """Promoting makes an image without a second copy of the data, and the image outlives it."""
+    machine = site.machine(["raw"], "stopped", noise=256 * MIB)
+    machine.write("kept")
+    site.done(site.client.snapshots.take(machine.id))
+    before = site.used_bytes()
+
+    operation = site.done(site.client.snapshots.promote(machine.id, name="promoted-one"))
+
+    assert site.used_bytes() - before < 8 * MIB
+    image = site.client.images.get("promoted-one")
+    assert image["id"] == operation["result"]["image"]
+    assert (image["origin"], image["way"]) == ("promoted", "reflink")
+    site.done(site.client.snapshots.delete(machine.id))
+    machine.write("lost")
+    site.done(site.client.images.restore("promoted-one"))
+    assert machine.read() == {"kept"}
+    site.remove(machine)
+
+
+@on_xfs
+def test_clones_come_from_a_snapshot_and_from_an_image(site: Site, stopped: Machine) -> None:
+    """A clone holds what its source held; deleting the source leaves it whole (C2)."""
+    stopped.write("in the snapshot")
+    site.done(site.client.snapshots.take(stopped.id))
+    stopped.write("in the image")
+    image = site.done(site.client.images.create(stopped.id))["result"]["image"]
+    stopped.write("now")
+
+    for kind, source in (("snapshot", stopped.id), ("image", image)):
+        operation = site.client.clones.create(
+            source, name=f"from-{kind}", source_kind=kind, start=False
+        )
+        (made,) = site.done(operation)["result"]["clones"]
+        clone = clone_machine(site, made, "stopped")
+        shown = site.client.clones.get(made["id"])
+        assert shown["source"] == {"kind": kind, "id": source}
+        if kind == "snapshot":
+            site.done(site.client.snapshots.delete(stopped.id))
+        else:
+            site.done(site.client.images.delete(image))
+
+        assert clone.read() == {f"in the {kind}"}
+        clone.write("its own")
+        assert stopped.read() == {"now"}
+        site.remove(clone)
+
+
+@on_xfs
+def test_one_clone_that_fails_leaves_the_others_alone(site: Site, stopped: Machine) -> None:
+    """Of three clones the one whose disk file exists fails by name; two are ready (C4)."""
+    stopped.write("common")
+    suffix = stopped.disks[0].suffix
+    taken = site.disks / f"farm-2-vda{suffix}"
+    taken.write_text("somebody else's")
+
+    operation = site.client.clones.create(stopped.id, name="farm-{n}", count=3, start=False)
+    made = site.done(operation)["result"]["clones"]
+
+    assert [each["name"] for each in made] == ["farm-1", "farm-2", "farm-3"]
+    assert [each["state"] for each in made] == ["ready", "failed", "ready"]
+    assert made[1]["error"]["code"] == "clone_name_taken"
+    assert taken.read_text() == "somebody else's"
+    assert attach(site.hypervisor, "farm-2").state() == "missing"
+    for each in (made[0], made[2]):
+        clone = clone_machine(site, each, "stopped")
+        assert clone.read() == {"common"}
+        site.remove(clone)
+    taken.unlink()
+
+
+@on_xfs
+def test_a_clone_is_given_other_vcpus_and_memory(site: Site, stopped: Machine) -> None:
+    """vCPUs and memory are as asked for; without asking as the source's (C1)."""
+    bigger = site.client.clones.create(
+        stopped.id, name="bigger", start=False, vcpus=3, memory_mib=320
+    )
+    same = site.client.clones.create(stopped.id, name="same", start=False)
+
+    sizes = {}
+    for operation in (bigger, same):
+        (made,) = site.done(operation)["result"]["clones"]
+        clone = clone_machine(site, made, "stopped")
+        info = clone.guest.domain.info()
+        sizes[made["name"]] = (info[3], info[1] // 1024)
+        wait_for(lambda made=made: site.client.servers.get(made["server"])["vcpus"], "is seen")
+        server = site.client.servers.get(made["server"])
+        assert (server["vcpus"], server["memory_bytes"] // MIB) == sizes[made["name"]]
+        site.remove(clone)
+    assert sizes == {"bigger": (3, 320), "same": (1, 192)}
+
+
+@pytest.mark.parametrize("site", ["xfs", "ext4"], indirect=True)
+def test_a_guest_that_its_owner_paused_stays_paused(site: Site, running: Machine) -> None:
+    """Neither a snapshot nor an image nor a revert resumes a guest that its owner paused."""
+    running.write("paused")
+    running.guest.domain.suspend()
+    try:
+        site.done(site.client.snapshots.take(running.id, replace=True))
+        assert running.state() == "paused"
+        site.done(site.client.images.create(running.id))
+        assert running.state() == "paused"
+        reverted = site.done(site.client.snapshots.revert(running.id))
+        assert running.state() == "paused"
+        assert reverted["result"]["state"] == "paused"
+    finally:
+        running.guest.domain.resume()
+    assert running.read() == {"paused"}
+
+
+@pytest.mark.parametrize("site", ["xfs", "btrfs", "ext4"], indirect=True)
+def test_all_disks_are_copied_at_one_instant(site: Site) -> None:
+    """With a writer that counts on both disks in turn, the copy holds neighbouring numbers."""
+    machine = site.machine(["qcow2", "raw"], "running")
+    machine.guest.wait_ready()
+    both = "/root/n /data/n"
+    machine.guest.run(f"for f in {both}; do printf 00000000 >$f; done; sync")
+    count = (
+        "n=0; while [ ! -e /run/enough ]; do n=$((n+1)); "
+        f"for f in {both}; do printf %08d $n | dd of=$f conv=notrunc,fsync; done; done"
+    )
+    machine.guest.write("/run/count", count)
+    machine.guest.run("sh /run/count </dev/null >/dev/null 2>&1 &")
+    wait_for(lambda: int(machine.guest.read("/data/n")) > 5, "the writer writes")
+
+    taken = site.done(site.client.snapshots.take(machine.id, quiesce="never"))
+
+    assert taken["result"]["consistency"] == "crash"
+    folder = site.copy_of("snapshot", machine)
+    root, data = (
+        int(offline.read_file(folder / f"vd{letter}.{kind}", path))
+        for letter, kind, path in (("a", "qcow2", "/root/n"), ("b", "raw", "/n"))
+    )
+    machine.guest.run("touch /run/enough")
+    assert root > 5
+    assert 0 <= root - data <= 1
+    assert all(offline.check(disk).clean for disk in folder.glob("vd*"))
+    assert all(offline.fsck(disk).clean for disk in folder.glob("vd*"))
+    site.remove(machine)
