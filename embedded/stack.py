@@ -190,12 +190,18 @@ class Stack:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                umask=0o077,
             )
         (self.state / "run" / f"{name}.pid").write_text(str(process.pid))
 
     def _run_once(self, command: list[str], name: str) -> None:
         done = subprocess.run(
-            command, cwd=ROOT, env=self._process_environment(), capture_output=True, text=True
+            command,
+            cwd=ROOT,
+            env=self._process_environment(),
+            capture_output=True,
+            text=True,
+            umask=0o077,
         )
         if done.returncode:
             raise StackError(f"{name} failed: {done.stderr.strip()[-2000:]}")

@@ -93,6 +93,7 @@ def copy_server(
             progress=context.progress,
             cancelled=context.stopping,
             before=lambda step: _journal(context, domain, step),
+            free_floor=settings().free_floor,
         )
         manifest = _manifest(kind, copy_id, server, domain, capture)
         partial.publish(manifest, capture.definition)
@@ -204,6 +205,7 @@ def write_out(
         formats=formats,
         progress=context.progress,
         cancelled=context.stopping,
+        free_floor=settings().free_floor,
     )
     if manifest.nvram and NVRAM in destinations:
         copy_nvram(folder / manifest.nvram, destinations[NVRAM])

@@ -15,7 +15,7 @@ import structlog
 from sqlalchemy import delete, select
 from sqlmodel import Session
 
-from shared.copying import version
+from shared.copying import vault, version
 from shared.database import now, transaction
 from shared.disks.reflink import can_reflink
 from shared.hypervisor import inventory
@@ -37,9 +37,10 @@ class HostReporter(threading.Thread):
         self._stopped.set()
 
     def run(self) -> None:
-        folder = settings().vault
-        folder.mkdir(mode=0o711, parents=True, exist_ok=True)
-        lock = os.open(folder / ".reporter.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        vault().create()
+        lock = os.open(
+            vault().root / ".reporter.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600
+        )
         fcntl.flock(lock, fcntl.LOCK_EX)
         inventory.watch(
             settings().libvirt_uri, self._changed, self._stopped, on_lost=self._unreachable
@@ -89,13 +90,13 @@ def _host_row(session: Session) -> Host:
 
 
 def _facts(connection: Any) -> dict[str, Any]:
-    vault = settings().vault
-    usage = shutil.disk_usage(vault)
+    root = settings().vault
+    usage = shutil.disk_usage(root)
     return {
         "libvirt": version(connection.getLibVersion()),
         "qemu": version(connection.getVersion()),
-        "vault": str(vault),
-        "reflink": can_reflink(vault, vault),
+        "vault": str(root),
+        "reflink": can_reflink(root, root),
         "quiesce": True,
         "memory": False,
         "free_bytes": usage.free,

@@ -3,10 +3,21 @@
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _seconds(value: Any) -> Any:
+    """A plain number in the environment is seconds."""
+    if isinstance(value, str) and value.replace(".", "", 1).isdigit():
+        return float(value)
+    return value
+
+
+Duration = Annotated[timedelta, BeforeValidator(_seconds)]
+"""Seconds, `HH:MM:SS`, or ISO 8601 such as `P2D` and `PT90M`."""
 
 _SECRETS = ("token", "database_url", "broker_url")
 
@@ -33,11 +44,9 @@ class Settings(BaseSettings):
     mac_prefix: str = Field("52:54:00", pattern=r"^([0-9a-f]{2}:){2}[0-9a-f]{2}$")
     concurrency: int = Field(2, ge=1, le=32, description="copies at once, per service and host")
 
-    snapshot_retention: timedelta = Field(
-        timedelta(hours=48), gt=timedelta(0), description="ISO 8601 duration or seconds"
-    )
-    snapshot_warning: timedelta = Field(timedelta(hours=6), ge=timedelta(0))
-    undo_retention: timedelta = Field(timedelta(hours=24), ge=timedelta(0))
+    snapshot_retention: Duration = Field(timedelta(hours=48), gt=timedelta(0))
+    snapshot_warning: Duration = Field(timedelta(hours=6), ge=timedelta(0))
+    undo_retention: Duration = Field(timedelta(hours=24), ge=timedelta(0))
     tick: float = Field(30, gt=0, le=60, description="seconds between beat's ticks")
     lease: float = Field(20, ge=2, description="seconds a worker may be silent before it is lost")
     max_attempts: int = Field(3, ge=1)

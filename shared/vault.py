@@ -268,8 +268,10 @@ def _notes(manifest: Manifest) -> str:
     for disk in manifest.disks:
         path = f"THE-PATH-OF-{disk.target.upper()}"
         lines.append(f"    cp --sparse=always --reflink=auto {disk.file} {path}")
+        lines.append(f"    chmod 600 {path}")
     if manifest.nvram:
         lines.append(f"    cp {manifest.nvram} THE-PATH-OF-NVRAM")
+        lines.append("    chmod 600 THE-PATH-OF-NVRAM")
     lines += [
         f"    virsh define {manifest.definition}",
         f"    virsh start {server.name}",

@@ -6,7 +6,6 @@
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Security
@@ -27,7 +26,7 @@ from services.api import (
     servers,
     snapshots,
 )
-from shared import logs
+from shared import VERSION, logs
 from shared.database import engine, migrate
 from shared.operations.outbox import Relay
 
@@ -59,7 +58,7 @@ def create_app() -> FastAPI:
     token = auth.configured_token()
     app = FastAPI(
         title="Triptych",
-        version=version("triptych-services"),
+        version=VERSION,
         description=DESCRIPTION,
         lifespan=_lifespan,
         redirect_slashes=False,

@@ -1,5 +1,6 @@
 """One example of each shape, shown in /docs; a test holds them against the shapes."""
 
+import json
 from typing import Any
 
 SERVER_ID = "srv_01kayq2f7g9h3j5k8m0n4p6qrs"
@@ -201,6 +202,8 @@ EVENT: dict[str, Any] = {
     "datacontenttype": "application/json",
     "data": {"operation": OPERATION["id"], "kind": "image.create", "error": None},
 }
+
+EVENT_STREAM = f"id: {EVENT['id']}\nevent: {EVENT['type']}\ndata: {json.dumps(EVENT)}\n\n"
 
 HEALTH: dict[str, Any] = {"status": "ok", "checks": {}}
 

@@ -8,7 +8,7 @@ from uuid import UUID
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ConfigDict, Field
-from sqlalchemy import delete, func, or_, select, tuple_
+from sqlalchemy import delete, func, or_, select, tuple_, update
 from sqlmodel import Session
 
 from services.api import examples, paging, shapes
@@ -229,5 +229,7 @@ def _forget(session: Session, reference: str) -> None:
             conflict=snapshot.id,
         )
     session.execute(delete(Schedule).where(schedule.server_id == server.id))
+    clone: Any = Clone
+    session.execute(update(Clone).where(clone.server_id == server.id).values(state="deleted"))
     server.forgotten_at = now()
     events.emit(session, "server.forgotten", server.id, name=server.name, host=server.host)

@@ -23,19 +23,21 @@ def verify(context: Context, command: VerifyImage) -> Outcome:
     """Check each disk's size, structure and digest against the manifest.
 
     The first verification of an image writes the digests that later ones are held against.
-    What is wrong is named in the result, and a damaged image is no longer restored from.
+    What is wrong is named in the result; an image that is damaged, or missing as a whole, is
+    not restored from until a later verification finds it whole.
     """
     context.phase("verifying")
     with reading() as session:
         image = lookups.image(session, command.image)
     folder = vault().folder("image", image.server_id, image.id)
     faults = _faults(context, folder)
-    result = "damaged" if faults else "passed"
+    state = "complete" if not faults else "damaged" if folder.is_dir() else "missing"
+    result = state if faults else "passed"
 
     def apply(session: Session) -> None:
         row = session.get_one(Image, image.id)
         row.verified_at, row.verified_result = now(), result
-        row.state = "damaged" if faults else "complete"
+        row.state = state
         session.add(row)
         events.emit(session, "image.verified", row.server_id, image=row.id, result=result)
 

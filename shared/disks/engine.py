@@ -25,7 +25,7 @@ from shared.disks.reflink import (
     create_target,
     sync_source,
 )
-from shared.disks.space import ensure_space
+from shared.disks.space import FLOOR, ensure_space
 from shared.errors import Cancelled
 from shared.hypervisor.agent import Consistency, Level, Policy, frozen
 from shared.hypervisor.backup import push_backup
@@ -76,6 +76,7 @@ def capture(
     progress: Progress = lambda _done, _total: None,
     cancelled: Callable[[], bool] = lambda: False,
     before: Callable[[Step], None] = lambda _step: None,
+    free_floor: float = FLOOR,
 ) -> Capture:
     """Copy every writable disk (and the UEFI variables) into the folder `destination`.
 
@@ -87,7 +88,7 @@ def capture(
     then no file is left and the guest is as it was.
     """
     chosen = plan(domain, destination, way=way)
-    ensure_space(destination, chosen.needed_bytes)
+    ensure_space(destination, chosen.needed_bytes, free_floor)
     definition = domain.definition()
     if cancelled():
         raise Cancelled(f"The copy of {domain.name} was cancelled before it began.")

@@ -14,7 +14,7 @@ from shared.disks.engine import CopiedDisk
 from shared.disks.errors import CopyFailed
 from shared.disks.planning import Way
 from shared.disks.reflink import can_reflink, reflink, sync_source
-from shared.disks.space import ensure_space_for
+from shared.disks.space import FLOOR, ensure_space_for
 
 Progress = Callable[[int, int], None]
 
@@ -28,6 +28,7 @@ def materialise(
     formats: Mapping[str, str] | None = None,
     progress: Progress = lambda _done, _total: None,
     cancelled: Callable[[], bool] = lambda: False,
+    free_floor: float = FLOOR,
 ) -> Way:
     """Write each stored disk to its destination (by target), a new file of mode 0600.
 
@@ -44,7 +45,8 @@ def materialise(
         else images.measure(file.path, file.format, wanted[file.target])
         for file in files
     }
-    ensure_space_for((destinations[t].parent, needed) for t, needed in needs.items())
+    rooms = ((destinations[t].parent, needed) for t, needed in needs.items())
+    ensure_space_for(rooms, free_floor)
     total, done = sum(needs.values()), 0
     made: list[Path] = []
     try:

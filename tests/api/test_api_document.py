@@ -51,6 +51,7 @@ def test_every_route_of_the_contract(document: dict[str, Any]) -> None:
         f"GET {operation}",
         *(f"POST {operation}/{work}" for work in ("cancel", "undo")),
         "GET /events",
+        "GET /events/stream",
     }
     found = {name for name, _ in operations(document)}
     assert {name.replace(" ", " /v1") for name in expected} | {
@@ -78,7 +79,7 @@ def test_every_operation_has_examples(document: dict[str, Any]) -> None:
         assert good, name
         for code, response in good.items():
             if code != "204":
-                assert "example" in response["content"]["application/json"], (name, code)
+                assert all("example" in each for each in response["content"].values()), (name, code)
         if body := operation.get("requestBody"):
             reference = body["content"]["application/json"]["schema"]["$ref"]
             assert schemas[reference.split("/")[-1]]["examples"] is not None, name

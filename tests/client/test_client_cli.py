@@ -120,12 +120,12 @@ def test_failed_operation_is_still_one_json_document(api: Fake, triptych: Tripty
 
 
 def test_refusal_exits_3_and_says_what_to_do(api: Fake, triptych: Triptych) -> None:
-    """A second snapshot is refused with code, sentence and the option that helps."""
-    api.says(TAKE, problem(409, "snapshot_exists", "web1 has a snapshot.", conflict="snp_1"), 409)
+    """A second snapshot is refused with code, the API's sentence, and what is in the way."""
+    detail = "web1 has a snapshot. Ask with --replace."
+    api.says(TAKE, problem(409, "snapshot_exists", detail, conflict="snp_1"), 409)
     run = triptych("snapshot", "take", "web1")
     assert (run.code, run.out) == (3, "")
-    assert "error: snapshot_exists: web1 has a snapshot." in run.err
-    assert "--replace" in run.err
+    assert f"error: snapshot_exists: {detail}" in run.err
     assert "snp_1" in run.err
 
 

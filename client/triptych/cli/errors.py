@@ -7,9 +7,6 @@ from triptych.cli.render import clean
 from triptych.cli.session import EXIT_REFUSED, EXIT_UNREACHABLE, EXIT_USAGE, print_json
 from triptych.problem import Problem, Unreachable
 
-BY_CODE = {
-    "snapshot_exists": "Add --replace: the new one is taken whole before the old one goes.",
-}
 BY_STATUS = {
     401: "Run `triptych login`, or set TRIPTYCH_TOKEN or TRIPTYCH_TOKEN_FILE.",
     403: "The token's role does not allow this. Ask an admin for one that does.",
@@ -34,7 +31,7 @@ def exit_code(problem: Problem) -> int:
 def lines(problem: Problem) -> list[str]:
     told = [f"error: {problem.code}: {problem.detail}"]
     told += [f"  {_field(error)}" for error in problem.errors]
-    if hint := BY_CODE.get(problem.code) or BY_STATUS.get(problem.status):
+    if hint := BY_STATUS.get(problem.status):
         told.append(hint)
     if problem.conflict:
         told.append(f"In the way: {_reference(problem.conflict)}")

@@ -26,11 +26,11 @@ def events(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="At most this many.")] = 50,
 ) -> None:
-    """Print what happened, or with --follow what happens (with --json one event a line)."""
+    """Print the last events, newest at the end; with --follow, those to come (one a line)."""
     session = session_of(ctx)
     if not follow:
         found = session.client.events.list(limit=limit)
-        session.emit_list(found, lambda: _say_all(session, found), "No events yet.")
+        session.emit_list(found, lambda: _say_all(session, found[::-1]), "No events yet.")
         return
     try:
         for event in session.client.follow(since):
