@@ -21,6 +21,12 @@ from shared.models import Event
 LOOK_EVERY = 0.25
 """Seconds between two looks for new events; each stream reads the database by itself."""
 STREAMED_AT_ONCE = 200
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Server-Sent Events; each `data` is a CloudEvent, each `id` its id",
+        "content": {"text/event-stream": {"example": examples.EVENT_STREAM}},
+    }
+}
 
 router = APIRouter(prefix="/events", tags=["events"])
 
@@ -62,13 +68,7 @@ def list_events(
     "/stream",
     summary="Follow events",
     response_class=EventSourceResponse,
-    responses={
-        200: {
-            "description": "Server-Sent Events; each `data` is a CloudEvent, each `id` its id",
-            "content": {"text/event-stream": {"example": examples.EVENT_STREAM}},
-        }
-    }
-    | refusals(),
+    responses=STREAM | refusals(),
 )
 async def stream_events(
     request: Request,

@@ -43,12 +43,15 @@ def _happen(number: int) -> None:
 
 
 def _read(lines: Iterator[str], count: int) -> list[tuple[str, dict[str, object]]]:
-    found, id_ = [], ""
+    found: list[tuple[str, dict[str, object]]] = []
+    fields: dict[str, str] = {}
     for line in lines:
-        if line.startswith("id:"):
-            id_ = line.removeprefix("id:").strip()
-        if line.startswith("data:"):
-            found.append((id_, json.loads(line.removeprefix("data:"))))
+        name, _, value = line.partition(":")
+        if line:
+            fields[name] = value.strip()
+        elif "data" in fields:
+            found.append((fields["id"], json.loads(fields["data"])))
+            fields = {}
             if len(found) == count:
                 return found
     raise AssertionError(f"the stream ended after {len(found)} events")
