@@ -76,7 +76,6 @@ class Site:
             self.stack.stop()
             raise
         self.client = Client(self.stack.url, self.stack.token)
-        self.connection = self.hypervisor_connection()
 
     def stop(self) -> None:
         self.client.close()
@@ -204,10 +203,8 @@ class Site:
 
     def paused(self) -> list[str]:
         """Names of our domains that are paused though their owner did not pause them."""
-        if not self.connection.isAlive():
-            self.connection = self.hypervisor_connection()
         ours = []
-        for domain in self.connection.listAllDomains():
+        for domain in self.hypervisor_connection().listAllDomains():
             try:
                 mine = str(self.folder) in domain.XMLDesc()
                 if mine and domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:

@@ -54,10 +54,9 @@ def test_a_domain_without_a_disk_cannot_be_registered(site: Site) -> None:
         guest.connection.defineXML(ElementTree.tostring(xml, encoding="unicode"))
         disk.unlink()
         wait_for(
-            lambda: (
-                not next(d for d in site.client.domains.list(site.host) if d["name"] == guest.name)[
-                    "disks"
-                ]
+            lambda: any(
+                each["name"] == guest.name and not each["disks"]
+                for each in site.client.domains.list(site.host)
             ),
             "the host has seen it",
         )
