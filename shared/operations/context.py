@@ -98,7 +98,6 @@ class Context:
         except errors.LeaseLost:
             raise
         except Exception:
-            self.check_lease()
             try:
                 journal.play(self.id, self.owner, "undo", after=mark)
             except errors.LeaseLost:
