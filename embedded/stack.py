@@ -135,7 +135,11 @@ class Stack:
             os.kill(pid, number)
 
     def pid(self, name: str) -> int:
-        return int((self.state / "run" / f"{name}.pid").read_text())
+        return self._identity(name)[0]
+
+    def _identity(self, name: str) -> tuple[int, str]:
+        pid, _, born = (self.state / "run" / f"{name}.pid").read_text().partition(" ")
+        return int(pid), born
 
     def running(self) -> bool:
         return any(self._alive(name) for name in ("redis", "api", *SERVICES, "beat"))
@@ -176,7 +180,6 @@ class Stack:
         return {
             **{k: v for k, v in os.environ.items() if not k.startswith("TRIPTYCH_")},
             **self.environment,
-            "TRIPTYCH_STATE": str(self.state.absolute()),
             "PYTHONPATH": str(ROOT),
         }
 
@@ -192,7 +195,7 @@ class Stack:
                 start_new_session=True,
                 umask=0o077,
             )
-        (self.state / "run" / f"{name}.pid").write_text(str(process.pid))
+        (self.state / "run" / f"{name}.pid").write_text(f"{process.pid} {_born(process.pid)}")
 
     def _run_once(self, command: list[str], name: str) -> None:
         done = subprocess.run(
@@ -212,10 +215,9 @@ class Stack:
     def _alive(self, name: str) -> bool:
         """Whether the pid is ours and lives: a pid that was given to somebody else is not."""
         try:
-            pid = self.pid(name)
+            pid, born = self._identity(name)
             _reap(pid)
-            marker = f"TRIPTYCH_STATE={self.state.absolute()}".encode()
-            return marker in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            return _born(pid) == born
         except (OSError, ValueError):
             return False
 
@@ -246,6 +248,17 @@ class Stack:
         except (OSError, urllib.error.URLError, ValueError):
             return False
         return bool(body.get("last_seen_at"))
+
+
+def _born(pid: int) -> str:
+    """When the process started, in ticks since boot: with its pid, an identity (proc(5)).
+
+    Raises OSError when it is gone, or has ended and only waits for its parent.
+    """
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    if fields[0] == "Z":
+        raise ProcessLookupError(pid)
+    return fields[19]
 
 
 def _reap(pid: int) -> None:
