@@ -14,7 +14,8 @@ setup:           ## Install what is missing: system packages and the virtual env
 demo: setup      ## Do the main job on a real VM built for it; KEEP=1 leaves it running
 	@$(PYTHON) -m lab.demo $(if $(KEEP),--keep)
 
-test: setup      ## Run all tests (real libvirt, QEMU, Redis); ARGS="-k name" for some
+test:            ## Run all tests (real libvirt, QEMU, Redis); ARGS="-k name" for some
+	@scripts/setup tests
 	@$(PYTHON) -m pytest $(ARGS)
 
 lint: setup      ## ruff, mypy and the import contracts
