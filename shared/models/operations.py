@@ -68,6 +68,7 @@ class JournalEntry(SQLModel, table=True):
     operation is committed, what is left to do (`side` redo)."""
 
     __tablename__ = "journal"
+    __table_args__ = ({"sqlite_autoincrement": True},)
 
     seq: int | None = Field(default=None, primary_key=True)
     operation_id: str = Field(index=True)
@@ -77,9 +78,14 @@ class JournalEntry(SQLModel, table=True):
 
 
 class OutboxMessage(SQLModel, table=True):
-    """A Celery message that must go out; deleted once the broker has it."""
+    """A Celery message that must go out; deleted once the broker has it.
+
+    No number is given twice: of two who send the same message, the second to delete it by
+    its number would else delete, unsent, whatever had got that number since.
+    """
 
     __tablename__ = "outbox"
+    __table_args__ = ({"sqlite_autoincrement": True},)
 
     seq: int | None = Field(default=None, primary_key=True)
     task: str
