@@ -12,7 +12,7 @@ from live_site import FILE_SYSTEMS, Machine, Site, open_site
 from lab import filesystems
 from lab.libvirtd import Hypervisor
 
-DISKS = {"qcow2": ["qcow2"], "raw": ["raw"], "qcow2+raw": ["qcow2", "raw"]}
+DISKS = {"qcow2+raw": ["qcow2", "raw"], "qcow2": ["qcow2"], "raw": ["raw"]}
 
 
 @pytest.fixture(scope="session", params=FILE_SYSTEMS)

@@ -30,6 +30,8 @@ FILE_SYSTEMS = {"xfs": "reflink", "btrfs": "reflink", "ext4": "stream"}
 SIZE = 12 * GIB
 FOLDERS = {"snapshot": "snapshots", "image": "images"}
 SMALL = 16 * MIB
+SLOW = 640 * MIB
+"""Enough to copy that something can be done meanwhile."""
 TICK = "1"
 
 
@@ -54,6 +56,7 @@ class Site:
     settings: dict[str, str] = field(default_factory=dict)
     machines: list[Machine] = field(default_factory=list)
     log_marks: dict[str, int] = field(default_factory=dict)
+    shared_noise: Path | None = None
 
     def start(self) -> None:
         self.disks = self.folder / "disks"
@@ -160,6 +163,21 @@ class Site:
         self.machines.append(made)
         return made
 
+    def busy(self, power: str) -> Machine:
+        """A server without an operating system and agent, which takes its time to copy.
+
+        All of them have one disk under many names: only one may be in use at a time.
+        """
+        if self.shared_noise is None:
+            self.shared_noise = self.noise(SLOW)
+        disk = self.disks / f"busy-{secrets.token_hex(4)}.raw"
+        disk.hardlink_to(self.shared_noise)
+        guest = Guest.create(self.hypervisor, self.disks, disks=[str(disk)])
+        if power == "running":
+            guest.start(wait=False)
+        server = self.client.servers.add(self.host, guest.name)
+        return Machine(self, guest, power, server["id"], words=0)
+
     def noise(self, size: int) -> Path:
         path = self.disks / f"noise-{secrets.token_hex(4)}.raw"
         chunk = secrets.token_bytes(16 * MIB)
@@ -178,8 +196,8 @@ class Site:
 
     def assert_tidy(self) -> None:
         """Rows and folders agree, nothing half-made is left, no guest of ours is held."""
-        busy = self.rows("SELECT id, kind, state FROM operation WHERE finished_at IS NULL")
-        assert [dict(row) for row in busy] == [], "operations have not ended"
+        busy = [dict(row) for row in self.rows("SELECT * FROM operation WHERE finished_at IS NULL")]
+        assert not busy, f"operations have not ended: {busy}"
         rows = {
             f"{folder}/{row['server_id']}/{row['id']}"
             for kind, folder in FOLDERS.items()
@@ -198,8 +216,10 @@ class Site:
         }
         strays = {p.name for p in self.disks.iterdir() if p.name.startswith(".triptych")}
         assert strays - undoable == set(), f"strays beside the disks: {strays - undoable}"
-        assert self.rows("SELECT * FROM journal") == [], "the journal is not empty"
-        assert self.paused() == [], "guests are held"
+        journal = [dict(row) for row in self.rows("SELECT * FROM journal")]
+        assert not journal, f"the journal is not empty: {journal}"
+        held = self.paused()
+        assert not held, f"guests are held: {held}"
 
     def paused(self) -> list[str]:
         """Names of our domains that are paused though their owner did not pause them."""

@@ -126,22 +126,18 @@ def site_floor(site: Site) -> int:
 @on_ext4
 def test_a_disk_that_fills_up_meanwhile_ends_the_copy(site: Site, power: str) -> None:
     """When others take the room during a copy it fails as insufficient_space and leaves nothing."""
-    disk = site.noise(640 * MIB)
-    guest = Guest.create(site.hypervisor, site.disks, disks=[str(disk)])
-    if power == "running":
-        guest.start(wait=False)
-    server = site.client.servers.add(site.host, guest.name)
-    operation = site.client.images.create(server["id"])
+    machine = site.busy(power)
+    operation = site.client.images.create(machine.id)
     site.wait_phase(operation, "copying")
     ballast = fill(site.folder)
     try:
         assert site.refused(operation) == "insufficient_space"
-        assert guest.state() == power
+        assert machine.state() == power
     finally:
         ballast.unlink()
     site.assert_tidy()
-    site.done(site.client.images.create(server["id"]))
-    guest.remove()
+    site.done(site.client.images.create(machine.id))
+    site.remove(machine)
 
 
 @on_xfs

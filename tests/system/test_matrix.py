@@ -7,7 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from live_site import Machine, Site, digests, modes
+from live_site import Machine, Site, digests, modes, wait_for
 
 from lab import offline
 from lab.guest import attach
@@ -180,3 +180,33 @@ def assert_own_identity(source: Machine, clone: Machine) -> None:
         clone.guest.wait_ready()
         inside = clone.guest.run("cat /sys/class/dmi/id/product_uuid /sys/class/net/eth0/address")
         assert inside[1].split() == [clone.guest.domain.UUIDString(), *macs(clone)]
+
+
+@pytest.mark.parametrize("machine", [("qcow2+raw", "running")], indirect=True)
+def test_all_disks_are_copied_at_one_instant(site: Site, machine: Machine) -> None:
+    """With a writer that counts on both disks in turn, the copy holds neighbouring numbers."""
+    machine.guest.wait_ready()
+    both = "/root/n /data/n"
+    machine.guest.run(f"for f in {both}; do printf 00000000 >$f; done; sync")
+    count = (
+        "n=0; while [ ! -e /run/enough ]; do n=$((n+1)); "
+        f"for f in {both}; do printf %08d $n | dd of=$f conv=notrunc,fsync; done; done"
+    )
+    machine.guest.write("/run/count", count)
+    machine.guest.run("sh /run/count </dev/null >/dev/null 2>&1 &")
+    wait_for(lambda: int(machine.guest.read("/data/n")) > 5, "the writer writes")
+
+    taken = site.done(site.client.snapshots.take(machine.id, quiesce="never"))
+
+    assert taken["result"]["consistency"] == "crash"
+    folder = site.copy_of("snapshot", machine)
+    root, data = (
+        int(offline.read_file(folder / f"vd{letter}.{kind}", path))
+        for letter, kind, path in (("a", "qcow2", "/root/n"), ("b", "raw", "/n"))
+    )
+    machine.guest.run("touch /run/enough")
+    assert root > 5
+    assert 0 <= root - data <= 1
+    assert all(offline.check(disk).clean for disk in folder.glob("vd*"))
+    assert all(offline.fsck(disk).clean for disk in folder.glob("vd*"))
+    site.done(site.client.snapshots.delete(machine.id))

@@ -25,7 +25,7 @@ from lab.guest import Guest, attach, make_disk
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
-IMAGE_NAMES = st.sampled_from(["a", "b", "c"])
+NAMES = ("a", "b", "c")
 _numbers = itertools.count()
 
 
@@ -63,9 +63,10 @@ class Server(RuleBasedStateMachine):
             ask(*arguments, **options)
         assert refusal.value.code == code
 
-    def image_name(self, name: str) -> str:
-        """Image names are looked up over all servers: this example's own."""
-        return f"{name}-{self.guest.name}"
+    def free_names(self) -> list[str]:
+        """Image names are looked up over all servers: these are this example's own."""
+        own = (f"{name}-{self.guest.name}" for name in NAMES)
+        return [name for name in own if name not in self.images]
 
     @invariant()
     def files_hold_what_the_model_says(self) -> None:
@@ -81,74 +82,67 @@ class Server(RuleBasedStateMachine):
         assert images == sorted(self.images.values())
         assert self.guest.state() == "stopped"
 
-    # What happens
-
-    @rule()
     def write(self) -> None:
         self.disk = f"written {next(_numbers)}"
         with self.path.open("r+b") as file:
             file.write(self.disk.encode().ljust(4096, b"\0"))
 
-    @rule(replace=st.booleans())
-    def take(self, replace: bool) -> None:
-        if self.snapshot is not None and not replace:
-            self.refused("snapshot_exists", self.client.snapshots.take, self.id)
-            return
-        self.site.done(self.client.snapshots.take(self.id, replace=replace))
-        self.snapshot = self.disk
+    # What happens. Each copy is followed by a write, so that no two hold the same.
 
+    @precondition(lambda self: self.snapshot is None)
+    @rule()
+    def take(self) -> None:
+        self.site.done(self.client.snapshots.take(self.id))
+        self.snapshot = self.disk
+        self.write()
+
+    @precondition(lambda self: self.snapshot)
+    @rule()
+    def replace(self) -> None:
+        self.site.done(self.client.snapshots.take(self.id, replace=True))
+        self.snapshot = self.disk
+        self.write()
+
+    @precondition(lambda self: self.snapshot)
     @rule()
     def revert(self) -> None:
-        if self.snapshot is None:
-            self.refused("snapshot_not_found", self.client.snapshots.revert, self.id)
-            return
         operation = self.site.done(self.client.snapshots.revert(self.id))
         self.replaced[operation["id"]] = self.disk
-        self.disk = self.snapshot
+        self.disk = self.snapshot or ""
 
+    @precondition(lambda self: self.snapshot)
     @rule()
     def delete_snapshot(self) -> None:
-        if self.snapshot is None:
-            self.refused("snapshot_not_found", self.client.snapshots.delete, self.id)
-            return
         self.site.done(self.client.snapshots.delete(self.id))
         self.snapshot = None
 
-    @rule(name=IMAGE_NAMES)
-    def create_image(self, name: str) -> None:
-        name = self.image_name(name)
-        if name in self.images:
-            self.refused("image_name_taken", self.client.images.create, self.id, name=name)
-            return
+    @precondition(lambda self: len(self.images) < len(NAMES))
+    @rule(data=st.data())
+    def create_image(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.free_names()))
         self.site.done(self.client.images.create(self.id, name=name))
         self.images[name] = self.disk
+        self.write()
 
-    @rule(name=IMAGE_NAMES)
-    def promote(self, name: str) -> None:
-        name = self.image_name(name)
-        if self.snapshot is None or name in self.images:
-            code = "snapshot_not_found" if self.snapshot is None else "image_name_taken"
-            self.refused(code, self.client.snapshots.promote, self.id, name=name)
-            return
+    @precondition(lambda self: self.snapshot and len(self.images) < len(NAMES))
+    @rule(data=st.data())
+    def promote(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.free_names()))
         self.site.done(self.client.snapshots.promote(self.id, name=name))
-        self.images[name] = self.snapshot
+        self.images[name] = self.snapshot or ""
 
-    @rule(name=IMAGE_NAMES)
-    def restore(self, name: str) -> None:
-        name = self.image_name(name)
-        if name not in self.images:
-            self.refused("image_not_found", self.client.images.restore, name)
-            return
+    @precondition(lambda self: self.images)
+    @rule(data=st.data())
+    def restore(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.images)))
         operation = self.site.done(self.client.images.restore(name))
         self.replaced[operation["id"]] = self.disk
         self.disk = self.images[name]
 
-    @rule(name=IMAGE_NAMES)
-    def delete_image(self, name: str) -> None:
-        name = self.image_name(name)
-        if name not in self.images:
-            self.refused("image_not_found", self.client.images.delete, name)
-            return
+    @precondition(lambda self: self.images)
+    @rule(data=st.data())
+    def delete_image(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.images)))
         self.site.done(self.client.images.delete(name))
         del self.images[name]
 
@@ -161,25 +155,38 @@ class Server(RuleBasedStateMachine):
         self.disk = self.replaced.pop(operation)
         self.spent.append(operation)
 
-    @precondition(lambda self: self.spent)
-    @rule()
-    def undo_again(self) -> None:
-        self.refused("not_undoable", self.client.operations.undo, self.spent[-1])
-
-    @rule(kind=st.sampled_from(["server", "snapshot", "image"]), name=IMAGE_NAMES)
-    def clone(self, kind: str, name: str) -> None:
-        image = self.image_name(name)
-        source = image if kind == "image" else self.id
-        options = {"name": f"clone-{next(_numbers)}", "source_kind": kind, "start": False}
-        expected = {"server": self.disk, "snapshot": self.snapshot, "image": self.images.get(image)}
-        if expected[kind] is None:
-            self.refused(f"{kind}_not_found", self.client.clones.create, source, **options)
-            return
-        operation = self.site.done(self.client.clones.create(source, **options))
-        (made,) = operation["result"]["clones"]
+    @rule(data=st.data())
+    def clone(self, data: st.DataObject) -> None:
+        sources = {("server", self.id): self.disk}
+        sources |= {("image", name): text for name, text in self.images.items()}
+        if self.snapshot is not None:
+            sources["snapshot", self.id] = self.snapshot
+        kind, source = data.draw(st.sampled_from(sorted(sources)))
+        operation = self.client.clones.create(
+            source, name=f"clone-{next(_numbers)}", source_kind=kind, start=False
+        )
+        (made,) = self.site.done(operation)["result"]["clones"]
         clone = attach(self.site.hypervisor, made["name"])
-        assert text_of(clone.disks[0]) == expected[kind]
+        assert text_of(clone.disks[0]) == sources[kind, source]
         clone.remove()
+
+    @rule()
+    def ask_for_what_is_refused(self) -> None:
+        """All that cannot be done as things stand; none of it changes anything."""
+        snapshots, images = self.client.snapshots, self.client.images
+        if self.snapshot is None:
+            for ask in (snapshots.revert, snapshots.delete, snapshots.promote):
+                self.refused("snapshot_not_found", ask, self.id)
+        else:
+            self.refused("snapshot_exists", snapshots.take, self.id)
+        for name in self.images:
+            self.refused("image_name_taken", images.create, self.id, name=name)
+        for name in self.free_names():
+            self.refused("image_not_found", images.restore, name)
+        for operation in self.spent:
+            self.refused("not_undoable", self.client.operations.undo, operation)
+        name = self.guest.name
+        self.refused("clone_name_taken", self.client.clones.create, self.id, name=name)
 
 
 def text_of(disk: Path) -> str:

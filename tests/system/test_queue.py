@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sqlite3
 import time
 from typing import Any
 from uuid import uuid4
@@ -83,11 +85,27 @@ def test_the_same_key_gives_the_same_operation(site: Site, stopped: Machine) -> 
     assert len(site.client.images.list(stopped.id)) == 1
 
 
+@on_xfs
+def test_numbers_in_the_outbox_are_never_given_twice(site: Site) -> None:
+    """Else one who deletes a message that another sent, too, deletes a later one unsent."""
+    insert = (
+        "INSERT INTO outbox (task, queue, arguments, created_at) "
+        "VALUES ('no.task', 'nowhere', '{}', '2026-01-01') RETURNING seq"
+    )
+    with contextlib.closing(sqlite3.connect(site.state / "triptych.db", timeout=30)) as database:
+        (first,) = database.execute(insert).fetchone()
+        database.execute("DELETE FROM outbox WHERE seq = ?", (first,))
+        (second,) = database.execute(insert).fetchone()
+        database.rollback()
+
+    assert second > first
+
+
 @pytest.mark.parametrize("power", ["running", "stopped"])
 @on_ext4
 def test_cancel_ends_a_copy_within_five_seconds(site: Site, power: str) -> None:
     """A cancelled stream copy is gone within 5 s, the server is as it was, nothing is left (E5)."""
-    machine = busy(site, power)
+    machine = site.busy(power)
     operation = site.client.images.create(machine.id)
     site.wait_phase(operation, "copying")
 
@@ -104,20 +122,10 @@ def test_cancel_ends_a_copy_within_five_seconds(site: Site, power: str) -> None:
     site.remove(machine)
 
 
-def busy(site: Site, power: str) -> Machine:
-    """A server with no operating system and much to copy; without an agent."""
-    disk = site.noise(640 * MIB)
-    guest = Guest.create(site.hypervisor, site.disks, disks=[str(disk)])
-    if power == "running":
-        guest.start(wait=False)
-    server = site.client.servers.add(site.host, guest.name)
-    return Machine(site, guest, power, server["id"], words=0)
-
-
 @on_ext4
 def test_one_server_is_serial_and_two_are_parallel(site: Site) -> None:
     """Work on a server runs in the order it was asked for; another server does not wait (E3)."""
-    one, two = busy(site, "stopped"), site.machine(["raw"], "stopped")
+    one, two = site.busy("stopped"), site.machine(["raw"], "stopped")
     asked = [site.client.images.create(one.id, name=f"n{n}") for n in (1, 2)]
     asked.append(site.client.snapshots.take(one.id))
     other = site.client.snapshots.take(two.id)

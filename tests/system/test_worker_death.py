@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from live_site import Machine, Site, wait_for
+from live_site import SLOW, Machine, Site, wait_for
 
-from lab.filesystems import MIB
 from lab.guest import attach
 
 pytestmark = [
@@ -21,11 +20,24 @@ pytestmark = [
 RECOVERY_S = 60
 
 
-@pytest.fixture(scope="module", params=["running", "stopped"])
-def big(request: pytest.FixtureRequest, site: Site) -> Iterator[Machine]:
-    """A server with a second disk of noise, which takes a second or more to copy."""
-    made = site.machine(["qcow2"], request.param, noise=640 * MIB)
+def _big(site: Site, power: str) -> Machine:
+    made = site.machine(["qcow2"], power, noise=SLOW)
     made.write("before")
+    return made
+
+
+@pytest.fixture(scope="module")
+def running_big(site: Site) -> Iterator[Machine]:
+    """A running server with a second disk of noise, which takes a second or more to copy."""
+    made = _big(site, "running")
+    yield made
+    site.remove(made)
+
+
+@pytest.fixture(scope="module")
+def stopped_big(site: Site) -> Iterator[Machine]:
+    """The same, stopped."""
+    made = _big(site, "stopped")
     yield made
     site.remove(made)
 
@@ -101,55 +113,59 @@ def assert_mended(site: Site, machine: Machine, kind: str, operation: Any) -> No
         site.done(site.client.images.delete(image["id"]))
 
 
-@pytest.mark.parametrize(
-    ("big", "kind"),
-    [
-        ("running", "take"),
-        ("running", "create"),
-        ("running", "revert"),
-        ("running", "revert-swapping"),
-        ("running", "clone-copying"),
-        ("stopped", "take"),
-        ("stopped", "restore"),
-        ("stopped", "clone-making"),
-    ],
-    indirect=["big"],
-)
-def test_a_killed_worker_is_made_up_for(site: Site, big: Machine, kind: str) -> None:
-    """SIGKILL of the whole worker: its successor clears up and carries the work to its end."""
+def kill_worker(site: Site, machine: Machine, kind: str) -> None:
+    """Ask for the work, kill the whole worker in the middle, and start another."""
+    prepare(site, machine, kind)
     work = WORK[kind]
-    prepare(site, big, kind)
-    operation = work.ask(site, big)
+    operation = work.ask(site, machine)
     site.wait_phase(operation, work.phase)
 
     site.kill_worker(work.service)
     site.stack.start_worker(work.service)
 
-    assert_mended(site, big, kind, operation)
+    assert_mended(site, machine, kind, operation)
 
 
-@pytest.mark.parametrize(
-    ("big", "kind"), [("running", "take"), ("stopped", "clone-making")], indirect=["big"]
-)
-def test_a_killed_pool_child_is_made_up_for(site: Site, big: Machine, kind: str) -> None:
-    """SIGKILL of the one process that works: the pool's next child clears up and goes on."""
+def kill_child(site: Site, machine: Machine, kind: str) -> None:
+    """Ask for the work and kill the one process that does it."""
+    prepare(site, machine, kind)
     work = WORK[kind]
-    prepare(site, big, kind)
-    operation = work.ask(site, big)
+    operation = work.ask(site, machine)
     site.wait_phase(operation, work.phase)
     child = site.child_of(operation)
     assert child != site.stack.pid(work.service)
 
     os.kill(child, signal.SIGKILL)
 
-    assert_mended(site, big, kind, operation)
+    assert_mended(site, machine, kind, operation)
 
 
-@pytest.mark.parametrize("big", ["stopped"], indirect=True)
-def test_a_worker_that_always_dies_gives_up(site: Site, big: Machine) -> None:
+@pytest.mark.parametrize("kind", ["take", "create", "revert", "revert-swapping", "clone-copying"])
+def test_a_running_server_outlives_its_worker(site: Site, running_big: Machine, kind: str) -> None:
+    """SIGKILL of the whole worker: its successor clears up and carries the work to its end."""
+    kill_worker(site, running_big, kind)
+
+
+@pytest.mark.parametrize("kind", ["take", "restore", "clone-making"])
+def test_a_stopped_server_outlives_its_worker(site: Site, stopped_big: Machine, kind: str) -> None:
+    """The same of a server that stays stopped throughout."""
+    kill_worker(site, stopped_big, kind)
+
+
+def test_a_running_server_outlives_a_pool_child(site: Site, running_big: Machine) -> None:
+    """SIGKILL of the one process that works: the pool's next child clears up and goes on."""
+    kill_child(site, running_big, "take")
+
+
+def test_a_clone_outlives_a_pool_child(site: Site, stopped_big: Machine) -> None:
+    """The same while the clone is being made."""
+    kill_child(site, stopped_big, "clone-making")
+
+
+def test_a_worker_that_always_dies_gives_up(site: Site, stopped_big: Machine) -> None:
     """After three attempts whose worker died the operation fails with worker_lost, all put back."""
-    big.write("changed")
-    operation = site.client.images.create(big.id)
+    stopped_big.write("changed")
+    operation = site.client.images.create(stopped_big.id)
     for attempt in (1, 2, 3):
         wait_for(
             lambda attempt=attempt: site.rows(
@@ -162,6 +178,6 @@ def test_a_worker_that_always_dies_gives_up(site: Site, big: Machine) -> None:
         os.kill(site.child_of(operation), signal.SIGKILL)
 
     assert site.refused(operation, RECOVERY_S) == "worker_lost"
-    assert big.state() == "stopped"
-    assert big.read() == {"changed"}
-    assert site.client.servers.get(big.id)["newest_image"] is None
+    assert stopped_big.state() == "stopped"
+    assert stopped_big.read() == {"changed"}
+    assert site.client.servers.get(stopped_big.id)["newest_image"] is None

@@ -1,0 +1,152 @@
+"""Somebody else's hands on the server meanwhile: never disks swapped under a guest (E2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from xml.etree import ElementTree
+
+import libvirt
+import pytest
+from live_site import SLOW, Machine, Site, wait_for
+
+from lab.guest import make_disk
+
+pytestmark = pytest.mark.vm
+on_ext4 = pytest.mark.parametrize("site", ["ext4"], indirect=True)
+on_xfs = pytest.mark.parametrize("site", ["xfs"], indirect=True)
+
+
+@pytest.fixture
+def slow(site: Site) -> Iterator[Machine]:
+    """A stopped server that takes a second or more to copy, with a snapshot."""
+    made = site.machine(["qcow2"], "stopped", noise=SLOW)
+    made.write("before")
+    site.done(site.client.snapshots.take(made.id))
+    yield made
+    site.remove(made)
+
+
+@on_ext4
+def test_a_server_started_while_it_is_reverted_runs_on_the_snapshots_disks(
+    site: Site, slow: Machine
+) -> None:
+    """What counts is the power state when the disks are swapped, not when the copy began."""
+    slow.write("after")
+    operation = site.client.snapshots.revert(slow.id)
+    site.wait_phase(operation, "copying")
+    slow.guest.start(wait=False)
+
+    ended = site.done(operation)
+    slow.guest.wait_ready()
+
+    assert ended["result"]["state"] == "running"
+    assert slow.state() == "running"
+    assert slow.read() == {"before"}
+
+
+@on_ext4
+def test_a_saved_state_that_appears_meanwhile_refuses_the_revert(site: Site, slow: Machine) -> None:
+    """RAM of the old disks is never woken on the snapshot's; nothing was changed."""
+    slow.guest.start()
+    slow.write("after")
+    operation = site.client.snapshots.revert(slow.id)
+    site.wait_phase(operation, "copying")
+    slow.guest.domain.managedSave()
+
+    code = site.refused(operation)
+    slow.guest.start()
+
+    assert code in ("managed_save_present", "server_changed")
+    assert slow.read() == {"after"}
+
+
+@on_xfs
+def test_a_disk_that_another_domain_uses_is_not_replaced(site: Site, stopped: Machine) -> None:
+    """A twin on the same file keeps it: the revert, and a copy, are refused."""
+    stopped.write("before")
+    site.done(site.client.snapshots.take(stopped.id))
+    twin = stopped.guest.xml
+    twin.find("name").text = f"{stopped.name}-twin"  # type: ignore[union-attr]
+    twin.remove(twin.find("uuid"))  # type: ignore[arg-type]
+    domain = stopped.guest.connection.createXML(ElementTree.tostring(twin, encoding="unicode"))
+    try:
+        revert = site.refused(site.client.snapshots.revert(stopped.id))
+        image = site.refused(site.client.images.create(stopped.id))
+    finally:
+        domain.destroy()
+
+    assert (revert, image) == ("disk_in_use", "disk_in_use")
+    assert stopped.read() == {"before"}
+
+
+@on_xfs
+def test_a_transient_domain_is_not_reverted(site: Site) -> None:
+    """Stopping it would be its end: it is refused, and runs on."""
+    machine = site.machine(["qcow2"], "running")
+    site.done(site.client.snapshots.take(machine.id))
+    definition = machine.guest.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    machine.guest.domain.undefine()
+
+    code = site.refused(site.client.snapshots.revert(machine.id))
+    state = machine.guest.state()
+    machine.guest.connection.defineXML(definition)
+    site.remove(machine)
+
+    assert (code, state) == ("server_transient", "running")
+
+
+@on_xfs
+def test_a_hot_plugged_disk_comes_back_with_the_copy(site: Site) -> None:
+    """What the running server really had is in the copy and in its definition."""
+    machine = site.machine(["qcow2"], "running")
+    plugged = make_disk(machine.disks[0].parent, "raw", "blank", name=f"{machine.name}-hot.raw")
+    with plugged.open("r+b") as file:
+        file.write(b"plugged")
+    machine.guest.domain.attachDeviceFlags(
+        f"<disk type='file' device='disk'><driver name='qemu' type='raw'/>"
+        f"<source file='{plugged}'/><target dev='vdx' bus='virtio'/></disk>",
+        libvirt.VIR_DOMAIN_AFFECT_LIVE,
+    )
+    site.done(site.client.snapshots.take(machine.id))
+    site.done(site.client.snapshots.revert(machine.id))
+    machine.guest.wait_ready()
+    targets = {node.get("dev") for node in machine.guest.xml.iterfind("devices/disk/target")}
+    status, inside = machine.guest.run("head -c 7 /dev/vdb")
+    site.remove(machine)
+
+    assert {"vda", "vdx"} <= targets
+    assert (status, inside) == (0, "plugged")
+
+
+@on_xfs
+def test_a_renamed_domain_is_restored_under_its_new_name(site: Site, stopped: Machine) -> None:
+    """`virsh domrename` does not stand in the way of the image made before it."""
+    stopped.write("before")
+    image = site.done(site.client.images.create(stopped.id))["result"]["image"]
+    stopped.write("after")
+    stopped.guest.domain.rename(f"{stopped.name}-new", 0)
+    stopped.guest.name += "-new"
+
+    site.done(site.client.images.restore(image))
+
+    assert stopped.read() == {"before"}
+
+
+@on_xfs
+def test_undoing_the_restore_of_a_lost_disk_is_no_mix(site: Site) -> None:
+    """The disk that was lost is lost again, the other one is as it was before the restore."""
+    machine = site.machine(["raw", "raw"], "stopped")
+    machine.write("image")
+    image = site.done(site.client.images.create(machine.id))["result"]["image"]
+    machine.write("newer")
+    lost, kept = machine.disks
+    newer = kept.read_bytes()
+    lost.unlink()
+    restored = site.done(site.client.images.restore(image))
+
+    site.done(site.client.operations.undo(restored["id"]))
+
+    assert not lost.exists()
+    assert kept.read_bytes() == newer
+    wait_for(lambda: not list(kept.parent.glob(f".triptych-{restored['id']}")), "no leftovers")
+    site.remove(machine)
