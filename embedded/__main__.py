@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from embedded.stack import ROOT, Stack, StackError
+from embedded.stack import ROOT, AlreadyRunning, Stack, StackError
 
 
 def main() -> int:
@@ -23,6 +23,9 @@ def main() -> int:
         else:
             print(__doc__, file=sys.stderr)
             return 2
+    except AlreadyRunning as error:
+        print(f"triptych: {error}", file=sys.stderr)
+        return 1
     except StackError as error:
         print(f"triptych: {error}", file=sys.stderr)
         if action == "up":

@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SERVICES = ("snapshotter", "imager", "cloner")
@@ -28,6 +29,10 @@ WARM_SHUTDOWN = 40.0
 
 class StackError(RuntimeError):
     """The stack cannot be started; the message says what to look at."""
+
+
+class AlreadyRunning(StackError):
+    """There is nothing to start."""
 
 
 def free_port() -> int:
@@ -51,7 +56,10 @@ class Stack:
 
     @property
     def token(self) -> str:
-        return self.environment["TRIPTYCH_TOKEN"]
+        environment = self.environment
+        if "TRIPTYCH_TOKEN" in environment:
+            return environment["TRIPTYCH_TOKEN"]
+        return Path(environment["TRIPTYCH_TOKEN_FILE"]).read_text().strip()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -65,11 +73,13 @@ class Stack:
     def start(self) -> None:
         """Start all of it and wait until the API and the host's workers answer."""
         if self.running():
-            raise StackError(
-                f"A stack runs already in {self.state}. Stop it first with `make down`."
+            raise AlreadyRunning(
+                f"A stack runs already in {self.state}; it was left alone. Stop it first with "
+                "`make down`."
             )
+        _refuse_taken_port(self.port)
         self._write_environment()
-        if "TRIPTYCH_BROKER_URL" not in {**os.environ, **self.settings}:
+        if (self.state / "redis").is_dir():
             self.start_redis()
         self._run_once([sys.executable, "-m", "shared.database"], "migrate")
         self.start_api()
@@ -80,7 +90,6 @@ class Stack:
 
     def start_redis(self) -> None:
         folder = self.state / "redis"
-        folder.mkdir(mode=0o700, exist_ok=True)
         port = self.environment["TRIPTYCH_BROKER_URL"].rsplit(":", 1)[1].split("/")[0]
         config = folder / "redis.conf"
         config.touch(mode=0o600)
@@ -109,7 +118,8 @@ class Stack:
             for name in ("api", *SERVICES, "beat"):
                 if not self._alive(name):
                     raise StackError(f"{name} ended at its start; see {self._log(name)}")
-            if self._answers(f"/v1/hosts/{host}"):
+            ready = self._ask("/readyz").get("status") == "ok"
+            if ready and self._ask(f"/v1/hosts/{host}").get("last_seen_at"):
                 return
             time.sleep(0.1)
         raise StackError(f"The stack did not come up in {timeout:.0f} s; see {self.state / 'log'}")
@@ -149,9 +159,7 @@ class Stack:
     def _write_environment(self) -> None:
         for folder in (self.state, self.state / "log", self.state / "run"):
             folder.mkdir(mode=0o711, parents=True, exist_ok=True)
-        given = {
-            name: value for name, value in os.environ.items() if name.startswith("TRIPTYCH_")
-        } | self.settings
+        given = self._given()
         defaults = {
             "TRIPTYCH_TOKEN": self._kept_secret("token"),
             "TRIPTYCH_DATABASE_URL": f"sqlite:///{self.state.absolute()}/triptych.db",
@@ -159,12 +167,37 @@ class Stack:
             "TRIPTYCH_HOST": "local",
             "TRIPTYCH_VAULT": str(self.state.absolute() / "vault"),
         }
-        environment = {**defaults, **given, "TRIPTYCH_URL": f"http://127.0.0.1:{self.port}"}
+        filled = {
+            name: value
+            for name, value in defaults.items()
+            if name not in given and f"{name}_FILE" not in given
+        }
+        environment = {**filled, **given, "TRIPTYCH_URL": f"http://127.0.0.1:{self.port}"}
         Path(environment["TRIPTYCH_VAULT"]).mkdir(mode=0o711, parents=True, exist_ok=True)
+        redis = self.state / "redis"
+        if "TRIPTYCH_BROKER_URL" in filled:
+            redis.mkdir(mode=0o700, exist_ok=True)
+        elif redis.is_dir():
+            redis.rename(self.state / f"redis-until-{time.time_ns()}")
+        (self.state / "filled-in").write_text("\n".join(filled))
         path = self.state / "env"
         path.touch(mode=0o600)
         lines = (f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
         path.write_text("".join(sorted(lines)))
+
+    def _given(self) -> dict[str, str]:
+        """What the caller set. A shell that sourced our own `env` hands back what we had
+        filled in: that is not the caller's."""
+        ours: dict[str, str] = {}
+        if (self.state / "filled-in").exists():
+            names = (self.state / "filled-in").read_text().split()
+            ours = {name: self.environment[name] for name in names if name in self.environment}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith("TRIPTYCH_") and ours.get(name) != value
+        }
+        return inherited | self.settings
 
     def _kept_secret(self, name: str) -> str:
         path = self.state / name
@@ -238,16 +271,28 @@ class Stack:
             time.sleep(0.02)
         raise StackError(f"{name} does not listen on port {port}; see {self._log(name)}")
 
-    def _answers(self, path: str) -> bool:
+    def _ask(self, path: str) -> dict[str, Any]:
         request = urllib.request.Request(  # noqa: S310  our own http:// address
             self.url + path, headers={"Authorization": f"Bearer {self.token}"}
         )
         try:
             with urllib.request.urlopen(request, timeout=2) as answer:  # noqa: S310
-                body = json.load(answer)
+                body: dict[str, Any] = json.load(answer)
+                return body
         except (OSError, urllib.error.URLError, ValueError):
-            return False
-        return bool(body.get("last_seen_at"))
+            return {}
+
+
+def _refuse_taken_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise StackError(
+                f"Port {port} of 127.0.0.1 is taken, so nothing was started. Choose another: "
+                "`make up PORT=8080`."
+            ) from error
 
 
 def _born(pid: int) -> str:

@@ -34,6 +34,7 @@ def configure() -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)
-    logging.getLogger("celery.app.trace").setLevel(logging.WARNING)
+    for chatty in ("celery.app.trace", "celery.beat"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("celery.worker.strategy").setLevel(logging.WARNING)
     structlog.contextvars.bind_contextvars(host=settings().host)

@@ -1,6 +1,6 @@
 """Finding things by id or name, with the error a person needs when there is none."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import select
 from sqlmodel import Session, SQLModel
@@ -84,9 +84,12 @@ def image(session: Session, reference: str) -> Image:
 def clone(session: Session, reference: str) -> Clone:
     if found := session.get(Clone, reference):
         return found
-    query = select(Clone).where(Clone.name == reference, Clone.state != "deleted")  # type: ignore[arg-type]
+    row: Any = Clone
+    query = select(Clone).where(row.name == reference, row.state != "deleted")
+    named = list(session.scalars(query.order_by(row.id.desc())))
+    alive = [each for each in named if each.state not in ("failed", "cancelled")]
     return _only(
-        list(session.scalars(query)),
+        alive or named[:1],
         reference,
         "clone",
         errors.CloneNotFound(

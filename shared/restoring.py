@@ -17,9 +17,10 @@ from shared.database import now, reading
 from shared.disks import setaside
 from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
-from shared.hypervisor.definition import DomainDefinition
+from shared.hypervisor.definition import DomainDefinition, renamed
 from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import DomainMissing
+from shared.hypervisor.locks import refuse_if_open
 from shared.models import Operation, Server
 from shared.operations.admission import refuse_if_not_undoable
 from shared.operations.context import Context, Outcome
@@ -34,6 +35,18 @@ class SavedStatePresent(errors.Conflict):
     code = "managed_save_present"
 
 
+class ServerTransient(errors.Conflict):
+    """The server is gone once it is stopped"""
+
+    code = "server_transient"
+
+
+class ServerChanged(errors.Conflict):
+    """The server was changed by somebody else meanwhile"""
+
+    code = "server_changed"
+
+
 @dataclass
 class Replaced:
     """What was put in place of what."""
@@ -45,6 +58,8 @@ class Replaced:
     """The definition before; None when the domain was gone."""
     set_aside: bool
     """Whether there were files to set aside."""
+    missing: list[str]
+    """Targets that had no file, so that nothing of theirs is set aside."""
     way: str
     state: State
 
@@ -52,7 +67,7 @@ class Replaced:
         """Undoable (E1), unless nothing was there that could be put back."""
         result = {**made, "way": self.way, "state": self.state}
         if self.set_aside:
-            record = {"live": self.live, "previous": self.previous}
+            record = {"live": self.live, "previous": self.previous, "missing": self.missing}
             return Outcome(result, apply, record, now() + settings().undo_retention)
 
         def apply_and_clear(session: Session) -> list[Step]:
@@ -76,13 +91,14 @@ def put_back(
     connection = connect(settings().libvirt_uri)
     domain = _find(connection, server)
     previous = domain.definition() if domain else None
-    state: State = domain.state if domain else "stopped"
     wanted = (folder / manifest.definition).read_text()
     if definition == "current" and previous and _has_the_same_disks(previous, manifest, wanted):
         wanted = previous
-    live = _live_files(wanted, manifest)
     if domain:
-        _refuse_saved_state(domain)
+        wanted = renamed(wanted, domain.name)
+        _refuse_unsafe(domain)
+    live = _live_files(wanted, manifest)
+    missing = [target for target, path in live.items() if not path.exists()]
 
     context.phase("copying")
     journalled = {target: str(path) for target, path in live.items()}
@@ -91,13 +107,13 @@ def put_back(
     way = write_out(context, folder, manifest, destinations, _formats(wanted))
 
     context.phase("swapping")
-    _stop(context, domain, state)
+    state = _stop(context, server, domain, previous, live)
     context.undo("swap_back", live=journalled, operation_id=context.id)
     setaside.swap(live, context.id)
     domain = _define(context, connection, server, previous, wanted)
     _start(context, domain, state)
     set_aside = setaside.is_swapped(live, context.id)
-    return Replaced(context.id, journalled, previous, set_aside, way, state)
+    return Replaced(context.id, journalled, previous, set_aside, missing, way, state)
 
 
 def _find(connection: Any, server: Server) -> Domain | None:
@@ -107,7 +123,14 @@ def _find(connection: Any, server: Server) -> Domain | None:
         return None
 
 
-def _refuse_saved_state(domain: Domain) -> None:
+def _refuse_unsafe(domain: Domain) -> None:
+    """Raise where stopping the domain, or new disks under it, would lose something."""
+    if not domain.is_persistent:
+        raise ServerTransient(
+            f"{domain.name} is transient: libvirt would forget it once it is stopped. Nothing was "
+            f"changed. Define it (`virsh dumpxml {domain.name} > it.xml; virsh define it.xml`) "
+            "and ask again."
+        )
     if domain.has_managed_save:
         raise SavedStatePresent(
             f"{domain.name} has a saved state (`virsh managedsave`) that belongs to the disks it "
@@ -145,11 +168,34 @@ def _live_files(definition: str, manifest: Manifest) -> dict[str, Path]:
     return live
 
 
-def _stop(context: Context, domain: Domain | None, state: State) -> None:
-    if domain is None or state == "stopped":
-        return
-    context.undo("start_domain", uuid=domain.uuid, paused=state == "paused")
-    domain.destroy()
+def _stop(
+    context: Context,
+    server: Server,
+    domain: Domain | None,
+    previous: str | None,
+    live: dict[str, Path],
+) -> State:
+    """Stop the server and make sure that nobody uses its disks; returns its state before.
+
+    The copying took its time, so all that was checked before it is checked again.
+    """
+    now_there = _find(connect(settings().libvirt_uri), server)
+    seen = now_there.definition() if now_there else None
+    if (seen and _disk_paths(seen)) != (previous and _disk_paths(previous)):
+        raise ServerChanged(
+            f"{server.name} was given other disks, defined or undefined by somebody else meanwhile. "
+            "Its disks and its state are as that left them; ask again."
+        )
+    if domain is None:
+        refuse_if_open(live.values(), "replaced")
+        return "stopped"
+    _refuse_unsafe(domain)
+    state = domain.state
+    if state != "stopped":
+        context.undo("start_domain", uuid=domain.uuid, paused=state == "paused")
+        domain.destroy()
+    refuse_if_open(live.values(), "replaced")
+    return state
 
 
 def _define(
@@ -167,7 +213,7 @@ def _define(
 def _start(context: Context, domain: Domain, state: State) -> None:
     if state != "stopped":
         context.undo("stop_domain", uuid=domain.uuid)
-        domain.start(paused=state == "paused")
+        domain.start(paused=state == "paused", discard_saved_state=True)
 
 
 def undo(context: Context, operation_id: str) -> Outcome:
@@ -180,15 +226,15 @@ def undo(context: Context, operation_id: str) -> Outcome:
     live = {target: Path(path) for target, path in record["live"].items()}
     connection = connect(settings().libvirt_uri)
     domain = domains.find(connection, server.domain_uuid)
-    state = domain.state
-    _refuse_saved_state(domain)
+    current = domain.definition()
 
     context.phase("swapping")
-    _stop(context, domain, state)
+    state = _stop(context, server, domain, current, live)
     context.undo("swap_again", live=record["live"], operation_id=operation_id)
     setaside.swap_back(live, operation_id)
-    current = domain.definition()
-    domain = _define(context, connection, server, current, record["previous"] or current)
+    setaside.take_away({target: live[target] for target in record["missing"]}, operation_id)
+    before = renamed(record["previous"] or current, domain.name)
+    domain = _define(context, connection, server, current, before)
     _start(context, domain, state)
 
     def apply(session: Session) -> list[Step]:

@@ -19,7 +19,7 @@ from shared.copying import NVRAM, copy_server, vault, write_out
 from shared.database import reading
 from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
-from shared.hypervisor.definition import DomainDefinition
+from shared.hypervisor.definition import DomainDefinition, log_files
 from shared.hypervisor.duplicate import clone_definition
 from shared.hypervisor.errors import DomainMissing
 from shared.models import Clone, Server
@@ -115,8 +115,8 @@ def _make(context: Context, command: CreateClones, source: Path, clone: Clone, h
         nvram_path=str(files[NVRAM]) if NVRAM in files else None,
         mac_prefix=settings().mac_prefix,
     )
-    for path in files.values():
-        context.undo("remove_file", path=str(path))
+    for path in (*map(str, files.values()), *_new_logs(definition.xml)):
+        context.undo("remove_file", path=path)
     context.undo("undefine_domain", uuid=definition.uuid)
     domain = domains.define(connection, definition.xml)
     clone.way = write_out(context, source, manifest, files)
@@ -127,6 +127,11 @@ def _make(context: Context, command: CreateClones, source: Path, clone: Clone, h
     server = Server(name=clone.name, host=host, domain_uuid=definition.uuid)
     clone.server_id = server.id
     return server
+
+
+def _new_logs(definition: str) -> list[str]:
+    """Log files that the clone's serial console will make, where they are not there yet."""
+    return [path for path in log_files(definition) if not Path(path).exists()]
 
 
 def _refuse_taken_name(connection: Any, name: str) -> None:

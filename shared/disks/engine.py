@@ -29,9 +29,10 @@ from shared.disks.space import FLOOR, ensure_space
 from shared.errors import Cancelled
 from shared.hypervisor.agent import Consistency, Level, Policy, frozen
 from shared.hypervisor.backup import push_backup
-from shared.hypervisor.definition import DomainDefinition, LeftOut
+from shared.hypervisor.definition import DomainDefinition, LeftOut, with_live_disks
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.errors import BackupFailed
+from shared.hypervisor.locks import refuse_if_open
 from shared.hypervisor.pause import paused
 from shared.hypervisor.watchdog import Watchdog
 
@@ -89,7 +90,7 @@ def capture(
     """
     chosen = plan(domain, destination, way=way)
     ensure_space(destination, chosen.needed_bytes, free_floor)
-    definition = domain.definition()
+    definition, left_out = _definition(domain, chosen)
     if cancelled():
         raise Cancelled(f"The copy of {domain.name} was cancelled before it began.")
     nvram = _Nvram(definition, destination)
@@ -99,6 +100,8 @@ def capture(
     job = _Job(domain, chosen, targets, watchdog, quiesce, nvram, before, progress, cancelled)
     guard = _Unchanged(domain, chosen)
     try:
+        if chosen.state == "stopped":
+            refuse_if_open((source.path for source in chosen.sources), "copied")
         shot = _reflink(job) if chosen.way == "reflink" else _stream(job)
         guard.verify()
         files = tuple(_copied(s, targets[s.disk.target]) for s in chosen.sources)
@@ -117,7 +120,7 @@ def capture(
         consistency=shot.consistency.level,
         consistency_reason=shot.consistency.reason,
         files=files,
-        left_out=chosen.left_out,
+        left_out=left_out,
         definition=definition,
         nvram=nvram.copy if nvram.copy.exists() else None,
     )
@@ -137,6 +140,21 @@ class _Job:
 
     def frozen(self) -> contextlib.AbstractContextManager[Consistency]:
         return frozen(self.domain, self.watchdog, self.quiesce)
+
+
+def _definition(domain: Domain, chosen: Plan) -> tuple[str, tuple[LeftOut, ...]]:
+    """The definition that goes with the copy, and what it names that is not in the copy."""
+    inactive = domain.definition()
+    if chosen.state == "stopped":
+        return inactive, chosen.left_out
+    live = domain.live_definition()
+    plugged = {disk.target for disk in DomainDefinition.parse(live).disks}
+    later = tuple(
+        LeftOut(disk.target, "it is in the definition, but not attached until the next start")
+        for disk in DomainDefinition.parse(inactive).disks
+        if disk.target not in plugged
+    )
+    return with_live_disks(inactive, live), (*chosen.left_out, *later)
 
 
 @dataclass

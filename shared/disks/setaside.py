@@ -107,10 +107,14 @@ def swap_back(live: Mapping[str, Path], operation_id: str) -> None:
         _sync_folder(old.parent)
 
 
-def undo_swap(live: Mapping[str, Path], operation_id: str) -> None:
-    """Undo a finished revert for good: the old files are live, what it had made is removed."""
-    swap_back(live, operation_id)
-    discard(live, operation_id)
+def take_away(live: Mapping[str, Path], operation_id: str) -> None:
+    """Take files that had nothing before them from under their live names; kept as `new-`."""
+    for path in live.values():
+        new = new_path(path, operation_id)
+        if path.exists() and not new.exists():
+            path.rename(new)
+            _sync_folder(path.parent)
+            _sync_folder(new.parent)
 
 
 def is_swapped(live: Mapping[str, Path], operation_id: str) -> bool:

@@ -7,10 +7,8 @@ directory must be searchable by the user QEMU runs as (mode 0711 will do).
 """
 
 import contextlib
-import fcntl
 import logging
 import os
-import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +22,7 @@ from lxml import etree
 from shared.errors import Cancelled
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.errors import BackupFailed, HypervisorError, LibvirtUnavailable
+from shared.hypervisor.locks import is_open
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,6 @@ _CANCEL_POLL_S = 0.1
 _ABORT_PATIENCE_S = 60.0
 _OUTAGE_PATIENCE_S = 60.0
 _RELEASE_PATIENCE_S = 60.0
-_FLOCK = "hhqqi4x"  # struct flock on 64-bit Linux
 
 
 def push_backup(
@@ -159,7 +157,7 @@ class _Job:
         with contextlib.suppress(HypervisorError):  # the guest may be off by now
             self.domain.call("Settling the copy of", measure)
         deadline = time.monotonic() + _RELEASE_PATIENCE_S
-        while any(_is_open(path) for path, _ in targets.values()):
+        while any(is_open(path) for path, _ in targets.values()):
             if time.monotonic() > deadline:
                 raise BackupFailed(
                     f"QEMU does not let go of the copy of {self.domain.name}, so it is not kept. "
@@ -224,20 +222,6 @@ def _job_xml(domain: Domain, targets: Mapping[str, tuple[Path, str]]) -> str:
         etree.SubElement(disk, "target", file=str(path))
         etree.SubElement(disk, "driver", type=image_format)
     return etree.tostring(job, encoding="unicode")
-
-
-def _is_open(path: Path) -> bool:
-    """Whether QEMU holds its image locks on a file: bytes 100 to 299 of it.
-
-    QEMU, block/file-posix.c: RAW_LOCK_PERM_BASE and RAW_LOCK_SHARED_BASE.
-    """
-    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 100, 200, 0)
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question)
-    finally:
-        os.close(descriptor)
-    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
 
 def _settle(path: Path) -> None:

@@ -170,6 +170,48 @@ def parse_domain(xml: str) -> etree._Element:
     return root
 
 
+def renamed(xml: str, name: str) -> str:
+    """The definition under that name; the same text when it has it already."""
+    root = parse_domain(xml)
+    node = root.find("name")
+    if node is None or node.text == name:
+        return xml
+    node.text = name
+    return to_text(root)
+
+
+def log_files(xml: str) -> list[str]:
+    """The files that the domain's character devices are logged to."""
+    logs = parse_domain(xml).iterfind("devices/*/log[@file]")
+    return [log.get("file", "") for log in logs]
+
+
+def with_live_disks(inactive: str, live: str) -> str:
+    """The inactive definition with the disks that the running domain has.
+
+    A hot-plugged disk is not in the inactive definition, and one whose medium was changed
+    stands there with the old file; a copy of the running server is of what it really has.
+    """
+    root, running = parse_domain(inactive), parse_domain(live)
+    devices = root.find("devices")
+    if devices is None:
+        return inactive
+    known = {_target(node): node for node in devices.iterfind("disk")}
+    for disk in running.iterfind("devices/disk"):
+        old = known.get(_target(disk))
+        if old is not None and _disk(old).path == _disk(disk).path:
+            continue
+        fresh = copy.deepcopy(disk)
+        for name in ("alias", "backingStore", "mirror", "address", "privateData"):
+            for node in fresh.findall(name):
+                fresh.remove(node)
+        if old is None:
+            devices.append(fresh)
+        else:
+            devices.replace(old, fresh)
+    return to_text(root)
+
+
 def to_text(root: etree._Element) -> str:
     return etree.tostring(root, encoding="unicode", pretty_print=True)
 

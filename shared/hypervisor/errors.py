@@ -55,6 +55,13 @@ class DiskNotCopyable(HypervisorError):
     status = 422
 
 
+class DiskInUse(HypervisorError):
+    """A disk of the server is in use by somebody else"""
+
+    code = "disk_in_use"
+    status = 409
+
+
 class WatchdogUnavailable(HypervisorError):
     """The helper that would resume the guest cannot be started"""
 

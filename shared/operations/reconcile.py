@@ -24,20 +24,27 @@ WAKE_AGAIN_AFTER = timedelta(seconds=60)
 its message may have been lost with the broker's memory."""
 
 
-def reconcile() -> int:
-    """Wake what nobody works on; returns how many. Raises when the broker is away."""
+def _blocked() -> Any:
+    """Whether a queued operation has to wait for another one of its server."""
     row: Any = Operation
     other: Any = aliased(Operation)
-    blocked = exists().where(
+    return exists().where(
         other.server_id == row.server_id,
         or_(other.state == "running", and_(other.state == "queued", other.seq < row.seq)),
     )
+
+
+def reconcile() -> int:
+    """Wake what nobody works on; returns how many. Raises when the broker is away."""
+    row: Any = Operation
     with transaction() as session:
         abandoned = and_(
             row.state == "running",
             or_(row.lease_expires_at.is_(None), row.lease_expires_at < database_now(session)),
         )
-        forgotten = and_(row.state == "queued", row.woken_at < now() - WAKE_AGAIN_AFTER, ~blocked)
+        forgotten = and_(
+            row.state == "queued", row.woken_at < now() - WAKE_AGAIN_AFTER, ~_blocked()
+        )
         found = list(session.scalars(select(Operation).where(or_(abandoned, forgotten))))
         for operation in found:
             log.warning("operation.woken_again", operation=operation.id, state=operation.state)
@@ -47,17 +54,19 @@ def reconcile() -> int:
 
 
 def adopt_orphans(service: str) -> int:
-    """At a worker's start: wake this host's operations whose worker process is dead."""
+    """At a worker's start: wake this host's operations whose worker process is dead, and
+    those next in line, whose message may have died with a worker that had just taken it."""
     row: Any = Operation
+    mine = and_(row.service == service, row.host == settings().host)
     with transaction() as session:
-        running = select(Operation).where(
-            row.state == "running", row.service == service, row.host == settings().host
-        )
+        running = select(Operation).where(mine, row.state == "running")
+        waiting = select(Operation).where(mine, row.state == "queued", ~_blocked())
         orphans = [
             operation
             for operation in session.scalars(running)
             if operation.owner is None or presence.of(operation.owner) == "dead"
         ]
+        orphans += session.scalars(waiting)
         for operation in orphans:
             log.warning("operation.orphaned", operation=operation.id, kind=operation.kind)
             wake(session, operation)

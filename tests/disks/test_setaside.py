@@ -201,9 +201,15 @@ def test_a_lost_disk_is_restored(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
-def test_undo_swap_leaves_the_old_files_and_nothing_else(live: dict[str, Path]) -> None:
-    """Undoing a revert for good brings the old files back and clears up."""
-    setaside.swap(live, OPERATION)
-    setaside.undo_swap(live, OPERATION)
-    assert contents(live) == ["old vda", "old vdb"]
-    assert [p.name for p in live["vda"].parent.iterdir()] == ["vda.qcow2"]
+def test_what_had_no_file_before_is_taken_away_again(live: dict[str, Path]) -> None:
+    """A restore of a lost disk, undone: the disk is lost again, and a crash can redo it."""
+    lost = {"vda": live["vda"]}
+    lost["vda"].unlink()
+    setaside.swap(lost, OPERATION)
+
+    setaside.take_away(lost, OPERATION)
+    gone = not lost["vda"].exists()
+    setaside.swap(lost, OPERATION)
+
+    assert gone
+    assert ["new vda"] == contents(lost)

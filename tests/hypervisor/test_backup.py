@@ -19,6 +19,7 @@ from shared.hypervisor.backup import push_backup
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, find_by_name
 from shared.hypervisor.errors import BackupFailed, HypervisorError
+from shared.hypervisor.locks import is_open
 
 pytestmark = pytest.mark.vm
 
@@ -59,7 +60,7 @@ def test_copies_are_whole_only_when_qemu_has_closed_them(domain: Domain, folder:
     for number in range(8):
         target = folder / f"{number}.qcow2"
         push_backup(domain, {"vda": (target, "qcow2")}, quiet, lambda: False)
-        assert not backup._is_open(target)
+        assert not is_open(target)
         images.check(target, "qcow2")
 
 
