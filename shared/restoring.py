@@ -183,7 +183,7 @@ def _stop(
     seen = now_there.definition() if now_there else None
     if (seen and _disk_paths(seen)) != (previous and _disk_paths(previous)):
         raise ServerChanged(
-            f"{server.name} was given other disks, defined or undefined by somebody else meanwhile. "
+            f"{server.name} was given other disks, defined or undefined by somebody meanwhile. "
             "Its disks and its state are as that left them; ask again."
         )
     if domain is None:

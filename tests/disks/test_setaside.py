@@ -212,4 +212,4 @@ def test_what_had_no_file_before_is_taken_away_again(live: dict[str, Path]) -> N
     setaside.swap(lost, OPERATION)
 
     assert gone
-    assert ["new vda"] == contents(lost)
+    assert contents(lost) == ["new vda"]
