@@ -129,7 +129,7 @@ class Server(RuleBasedStateMachine):
     def promote(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.free_names()))
         self.site.done(self.client.snapshots.promote(self.id, name=name))
-        self.images[name] = self.disk
+        self.images[name] = self.snapshot or ""
 
     @precondition(lambda self: self.images)
     @rule(data=st.data())
