@@ -45,7 +45,7 @@ def test_a_snapshot_brings_a_changed_server_back(site: Site, machine: Machine) -
     assert modes(folder) == {"0o400"}
     assert len(whole) == len(machine.disks) + 3
 
-    twice = machine.power == "stopped" or len(machine.disks) == 2
+    twice = machine.power == "stopped" or (site.host, len(machine.disks)) == ("xfs", 2)
     for change in ("changed", "changed again")[: 1 + twice]:
         machine.write(change)
         reverted = site.done(site.client.snapshots.revert(machine.id))
@@ -55,8 +55,8 @@ def test_a_snapshot_brings_a_changed_server_back(site: Site, machine: Machine) -
         assert reverted["undo_until"]
         assert machine.state() == machine.power
         assert machine.read() == {"before"}
-        assert digests(folder) == whole
-        assert modes(folder) == {"0o400"}
+    assert digests(folder) == whole
+    assert modes(folder) == {"0o400"}
 
     site.done(site.client.snapshots.delete(machine.id))
     assert not folder.exists()
