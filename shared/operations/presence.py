@@ -5,6 +5,7 @@ lock, and so does SIGKILL, whatever container the process was in: a successor on
 need not wait for the lease to run out, and never takes a slow worker for a dead one.
 """
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
@@ -27,13 +28,29 @@ def attempt(service: str) -> Iterator[str]:
     """The name, as an owner, of what this block does."""
     owner = f"{settings().host}/{service}/{uuid4().hex}"
     path = _file(owner)
-    lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    lock = _locked(path)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield owner
     finally:
         path.unlink(missing_ok=True)
         os.close(lock)
+
+
+def _locked(path: Path) -> int:
+    """A lock on a file that stands under its name: a sweep may come between the two."""
+    while True:
+        lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(lock)):
+                return lock
+        os.close(lock)
+
+
+def sweep() -> None:
+    """Remove the files of the dead that no operation names: killed before they had claimed."""
+    for path in _file("any").parent.iterdir():
+        of(path.name.replace("~", "/"))
 
 
 def of(owner: str) -> Literal["alive", "dead", "unknown"]:

@@ -19,6 +19,8 @@ from shared.settings import settings
 
 log = structlog.get_logger()
 
+JUST_WOKEN = timedelta(seconds=5)
+"""A message younger than this is taken to be on its way."""
 WAKE_AGAIN_AFTER = timedelta(seconds=60)
 """A queued operation at the head of its server's line is woken again after this long:
 its message may have been lost with the broker's memory."""
@@ -60,7 +62,8 @@ def adopt_orphans(service: str) -> int:
     mine = and_(row.service == service, row.host == settings().host)
     with transaction() as session:
         running = select(Operation).where(mine, row.state == "running")
-        waiting = select(Operation).where(mine, row.state == "queued", ~_blocked())
+        silent = row.woken_at < now() - JUST_WOKEN
+        waiting = select(Operation).where(mine, row.state == "queued", silent, ~_blocked())
         orphans = [
             operation
             for operation in session.scalars(running)
@@ -70,4 +73,5 @@ def adopt_orphans(service: str) -> int:
         for operation in orphans:
             log.warning("operation.orphaned", operation=operation.id, kind=operation.kind)
             wake(session, operation)
+    presence.sweep()
     return len(orphans)

@@ -182,7 +182,7 @@ def test_raw_junk_in_the_queue(worker: Worker, world: World, redis_broker: Broke
     wait_for(worker.did, 30)
     redis_broker.client.lpush(f"triptych:{QUEUE}", b"junk")
     (worker.vault / "go").touch()
-    worker.process.wait(30)
+    worker.process.wait(90)
     worker.start()
 
     assert ended(world, ask(world, "after")).state == "succeeded"
