@@ -68,8 +68,16 @@ def swap_back(live: dict[str, str], operation_id: str) -> None:
 
 @action
 def swap_again(live: dict[str, str], operation_id: str) -> None:
-    """The files that a revert or restore brought become live again."""
-    setaside.swap(_paths(live), operation_id)
+    """The files that a revert or restore brought become live again.
+
+    Only those that an undo had moved aside: the others, perhaps all, are live still.
+    """
+    moved = {
+        target: path
+        for target, path in _paths(live).items()
+        if setaside.new_path(path, operation_id).exists()
+    }
+    setaside.swap(moved, operation_id)
 
 
 @action
