@@ -11,13 +11,15 @@ import contextlib
 import fcntl
 import os
 import pwd
+import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 DEVICE = Path("/dev/kvm")
 # Several labs may run at once (two test runs, say): the first opens the device, the last one
-# puts its mode back. One file per process that needs it open, and the mode as it was found.
+# puts its mode back. One file for each that needs it open (a process may have several labs),
+# named PID.TOKEN, and the mode as it was found.
 REGISTRY = Path("/run/triptych-lab-kvm")
 
 
@@ -40,7 +42,7 @@ def opened_for(user: str) -> Iterator[None]:
     if not DEVICE.exists() or (accessible(user) and not REGISTRY.exists()) or os.geteuid() != 0:
         yield
         return
-    claim = REGISTRY / str(os.getpid())
+    claim = REGISTRY / f"{os.getpid()}.{secrets.token_hex(4)}"
     with _registry_locked():
         _drop_dead_claims()
         mode_file = REGISTRY / "mode"
@@ -79,5 +81,5 @@ def _claims() -> list[Path]:
 
 def _drop_dead_claims() -> None:
     for claim in _claims():
-        if not Path(f"/proc/{claim.name}").exists():
+        if not Path(f"/proc/{claim.stem}").exists():
             claim.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import filesystems, offline
+from lab import filesystems, kvm, offline
 from lab.guest import Guest, attach
 from lab.libvirtd import Hypervisor, LabUnavailable, libvirtd
 
@@ -83,3 +83,12 @@ def test_a_file_system_mounted_later_is_seen_by_libvirtd(
         assert guest.start().run("true")[0] == 0
 
     assert not directory.exists()
+
+
+def test_kvm_stays_open_when_another_lab_of_this_process_ends(hypervisor: Hypervisor) -> None:
+    """A lab that ends does not take `/dev/kvm` from one that goes on, in one process either."""
+    if kvm.DEVICE.exists():
+        with kvm.opened_for(hypervisor.qemu_user):
+            pass
+
+    assert not kvm.DEVICE.exists() or kvm.accessible(hypervisor.qemu_user)
