@@ -4,11 +4,12 @@ Ticks only read and write the database, so they never wait behind a long copy. T
 by accident do no harm: each tick claims what is due in the database.
 """
 
+import time
 from typing import Any
 
-from celery.signals import setup_logging
+from celery.signals import setup_logging, task_success, worker_ready
 
-from shared import logs
+from shared import liveness, logs
 from shared.celery_app import TICKS, make_app
 from shared.settings import settings
 
@@ -36,6 +37,28 @@ app.conf.beat_schedule = {
         "events.relay",
     )
 }
+last_tick = time.monotonic()
+
+
+@task_success.connect
+def _ticked(**_: Any) -> None:
+    global last_tick
+    last_tick = time.monotonic()
+
+
+def _ticks() -> None:
+    silent = time.monotonic() - last_tick
+    if silent > 2 * settings().tick + liveness.PATIENCE:
+        raise TimeoutError(f"no tick has ended well for {silent:.0f} s")
+
+
+liveness.CHECKS["ticks"] = _ticks
+liveness.install(app)
+
+
+@worker_ready.connect
+def _on_ready(**_: Any) -> None:
+    liveness.start()
 
 
 @setup_logging.connect

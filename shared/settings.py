@@ -1,11 +1,20 @@
 """All settings, read from the environment (`TRIPTYCH_…`); each secret also as `…_FILE`."""
 
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote, urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -19,13 +28,16 @@ def _seconds(value: Any) -> Any:
 Duration = Annotated[timedelta, BeforeValidator(_seconds)]
 """Seconds, `HH:MM:SS`, or ISO 8601 such as `P2D` and `PT90M`."""
 
-_SECRETS = ("token", "database_url", "broker_url")
+_SECRETS = ("token", "database_url", "database_password", "broker_url", "broker_password")
+_BROKERS = ("redis", "rediss")
 
 
 class Settings(BaseSettings):
     """One instance per process, by `settings()`."""
 
-    model_config = SettingsConfigDict(env_prefix="TRIPTYCH_", extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="TRIPTYCH_", extra="ignore", hide_input_in_errors=True
+    )
 
     token: SecretStr | None = Field(None, description="the API's bootstrap token")
     token_file: Path | None = None
@@ -33,8 +45,12 @@ class Settings(BaseSettings):
         SecretStr("sqlite:///.triptych/triptych.db"), description="SQLAlchemy URL"
     )
     database_url_file: Path | None = None
+    database_password: SecretStr | None = Field(None, description="put into the URL")
+    database_password_file: Path | None = None
     broker_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"))
     broker_url_file: Path | None = None
+    broker_password: SecretStr | None = Field(None, description="put into the URL")
+    broker_password_file: Path | None = None
     queue_prefix: str = Field("triptych:", description="prefix of every broker key")
 
     host: str = Field("local", pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")
@@ -50,6 +66,7 @@ class Settings(BaseSettings):
     tick: float = Field(30, gt=0, le=60, description="seconds between beat's ticks")
     lease: float = Field(20, ge=2, description="seconds a worker may be silent before it is lost")
     max_attempts: int = Field(3, ge=1)
+    liveness_file: Path | None = Field(None, description="where a worker reports its health")
     free_floor: float = Field(0.05, ge=0, lt=1, description="share of a file system kept free")
 
     @model_validator(mode="before")
@@ -58,10 +75,52 @@ class Settings(BaseSettings):
         for name in _SECRETS:
             path = values.get(f"{name}_file")
             if path and not values.get(name):
-                values[name] = Path(path).read_text().strip()
+                try:
+                    values[name] = Path(path).read_text().strip()
+                except OSError as error:
+                    raise ValueError(f"TRIPTYCH_{name.upper()}_FILE: {error}") from error
         return values
+
+    @field_validator("broker_url")
+    @classmethod
+    def _refuse_other_brokers(cls, url: SecretStr) -> SecretStr:
+        scheme = urlsplit(url.get_secret_value()).scheme
+        if scheme not in _BROKERS:
+            raise ValueError(
+                f"the broker must be Redis (redis:// or rediss://), not {scheme}://: events are a "
+                "Redis stream, and workers rely on a setting that Celery has for Redis alone "
+                "(docs/decisions/0012-redis-only.md)"
+            )
+        return url
+
+    @model_validator(mode="after")
+    def _put_passwords_into_urls(self) -> "Settings":
+        for url, password in (
+            ("database_url", self.database_password),
+            ("broker_url", self.broker_password),
+        ):
+            if password is not None:
+                setattr(self, url, SecretStr(_with_password(getattr(self, url), password)))
+        return self
+
+
+def _with_password(url: SecretStr, password: SecretStr) -> str:
+    parts = urlsplit(url.get_secret_value())
+    address = parts.netloc.rpartition("@")[2]
+    user = f"{quote(parts.username or '')}:{quote(password.get_secret_value(), safe='')}"
+    return parts._replace(netloc=f"{user}@{address}").geturl()
 
 
 @cache
 def settings() -> Settings:
-    return Settings()
+    """This process's settings. Raises SystemExit that names the variables that are wrong."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise SystemExit("\n".join(["Triptych does not start:", *_complaints(error)])) from error
+
+
+def _complaints(error: ValidationError) -> Iterator[str]:
+    for each in error.errors():
+        where = "".join(f"TRIPTYCH_{str(name).upper()}: " for name in each["loc"])
+        yield where + each["msg"].removeprefix("Value error, ")

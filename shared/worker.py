@@ -14,7 +14,7 @@ from celery.signals import (
     worker_ready,
 )
 
-from shared import logs, recovery  # noqa: F401  registers the journal's actions
+from shared import liveness, logs, recovery  # noqa: F401  registers the journal's actions
 from shared.celery_app import make_app
 from shared.commands import queue_of
 from shared.hosts import HostReporter
@@ -27,12 +27,14 @@ def service_app(service: str) -> Celery:
     """The app of one of the three services on this host; reads `<queue>.<host>`."""
     app = make_app(service, [queue_of(service, settings().host)], [f"services.{service}.tasks"])
     app.conf.triptych_service = service
+    liveness.install(app)
     return app
 
 
 @worker_ready.connect
 def _on_worker_ready(sender: Any, **_: Any) -> None:
     HostReporter().start()
+    liveness.start()
     _clear_up(sender.app)
 
 
