@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lab.containers import Engine
+from lab.containers import engine as docker_engine
 from lab.guest import Guest
 from lab.libvirtd import Hypervisor, libvirtd, scratch
 
@@ -15,6 +17,13 @@ from lab.libvirtd import Hypervisor, libvirtd, scratch
 def hypervisor() -> Iterator[Hypervisor]:
     """A libvirtd, the machine's or our own; without one the tests fail, they do not skip."""
     with libvirtd() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    """A Docker engine, the machine's or a private one; without one the tests fail."""
+    with docker_engine() as found:
         yield found
 
 
