@@ -41,7 +41,10 @@ def wake_next(session: Session, server_id: str) -> None:
     session.flush()
     waiting: Any = Operation
     query = select(Operation).where(waiting.server_id == server_id, waiting.state == "queued")
-    if following := session.scalars(query.order_by(waiting.seq).limit(1)).first():
+    # One that is locked is being cancelled, or woken already; whoever does that may be waiting
+    # for what this transaction has locked.
+    free = query.order_by(waiting.seq).limit(1).with_for_update(skip_locked=True)
+    if following := session.scalars(free).first():
         wake(session, following)
 
 
