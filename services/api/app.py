@@ -20,6 +20,7 @@ from services.api import (
     health,
     hosts,
     images,
+    metrics,
     operations,
     problems,
     schedules,
@@ -73,6 +74,7 @@ def create_app() -> FastAPI:
         v1.include_router(noun.router)
     app.include_router(v1)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

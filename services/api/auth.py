@@ -22,7 +22,7 @@ bearer = HTTPBearer(auto_error=False, description="The token in TRIPTYCH_TOKEN o
 
 
 def configured_token() -> bytes:
-    """The token that opens /v1. Raises SystemExit with a sentence when there is none."""
+    """The token to come in with. Raises SystemExit with a sentence when there is none."""
     token = settings().token
     if token is None or not token.get_secret_value().strip():
         raise SystemExit(
@@ -32,11 +32,12 @@ def configured_token() -> bytes:
     return token.get_secret_value().encode()
 
 
+GUARDED = ("/v1", "/metrics")
 LARGEST_BODY = 64 * 1024
 
 
 class Gate:
-    """Lets in: to /v1 with the right token only; no coded slash; no body over 64 KiB."""
+    """Lets in: to GUARDED with the right token only; no coded slash; no body over 64 KiB."""
 
     def __init__(self, app: ASGIApp, token: bytes) -> None:
         self._app, self._token = app, token
@@ -52,7 +53,8 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> errors.TriptychError | None:
         path, headers = scope["path"], dict(scope["headers"])
-        if (path == "/v1" or path.startswith("/v1/")) and not self._known(headers):
+        guarded = any(path == each or path.startswith(f"{each}/") for each in GUARDED)
+        if guarded and not self._known(headers):
             return errors.Unauthorized(
                 "This needs the header `Authorization: Bearer …` with the API's token (the value "
                 "of TRIPTYCH_TOKEN). None came, or another one."

@@ -205,6 +205,12 @@ EVENT: dict[str, Any] = {
 
 EVENT_STREAM = f"id: {EVENT['id']}\nevent: {EVENT['type']}\ndata: {json.dumps(EVENT)}\n\n"
 
+METRICS = """\
+# HELP triptych_operations_total Operations that have ended
+# TYPE triptych_operations_total counter
+triptych_operations_total{host="kvm-1",kind="image.create",service="imager",state="succeeded"} 42.0
+"""
+
 HEALTH: dict[str, Any] = {"status": "ok", "checks": {}}
 
 READINESS: dict[str, Any] = {

@@ -39,9 +39,10 @@ def create(context: Context, command: CreateClones) -> Outcome:
         source = _source_folder(session, command)
         server = lookups.server(session, context.operation.server_id, forgotten=True)
         planned = list(session.scalars(_planned(context.id)))
-    temporary = source is None
+    temporary, pause_ms = source is None, None
     if source is None:
-        copy_server(context, server, "farm", context.id, quiesce=command.quiesce)
+        copied = copy_server(context, server, "farm", context.id, quiesce=command.quiesce)
+        pause_ms = copied.manifest.pause_ms
         source = vault().folder("farm", server.id, context.id)
     made: list[Server] = []
     for number, clone in enumerate(planned, start=1):
@@ -66,7 +67,8 @@ def create(context: Context, command: CreateClones) -> Outcome:
             events.emit(session, fact, server.id, clone=clone.id, name=clone.name)
         return [("remove_copy", {"folder": str(source)})] if temporary else []
 
-    return Outcome({"clones": [_outcome(clone) for clone in planned]}, apply)
+    clones = [_outcome(clone) for clone in planned]
+    return Outcome({"clones": clones, "pause_ms": pause_ms}, apply)
 
 
 def _source_folder(session: Session, command: CreateClones) -> Path | None:

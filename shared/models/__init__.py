@@ -1,10 +1,11 @@
-"""The tables: hosts and servers, their copies, schedules, operations, events."""
+"""The tables: hosts and servers, their copies, schedules, operations, events, tallies."""
 
 from shared.models.copies import Clone, Image, Snapshot
 from shared.models.events import Event
 from shared.models.hosts import Domain, Host, Server
 from shared.models.operations import JournalEntry, Operation, OutboxMessage
 from shared.models.schedules import Schedule, ScheduleRun
+from shared.models.tallies import Tally
 
 __all__ = [
     "Clone",
@@ -19,4 +20,5 @@ __all__ = [
     "ScheduleRun",
     "Server",
     "Snapshot",
+    "Tally",
 ]

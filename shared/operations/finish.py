@@ -9,6 +9,7 @@ from shared import events
 from shared.database import now
 from shared.models import Clone, Operation, Schedule, ScheduleRun
 from shared.operations.outbox import wake
+from shared.operations.tally import count
 
 FAILURES_BEFORE_ALARM = 4
 
@@ -16,7 +17,7 @@ FAILURES_BEFORE_ALARM = 4
 def finish(
     session: Session, operation: Operation, state: str, error: dict[str, Any] | None = None
 ) -> None:
-    """Set the final state in the caller's transaction."""
+    """Set the final state, as the last thing in the caller's transaction."""
     operation.state = operation.phase = state
     operation.error = error
     operation.finished_at = now()
@@ -35,13 +36,17 @@ def finish(
         error=error,
     )
     wake_next(session, operation.server_id)
+    count(session, operation)
 
 
 def wake_next(session: Session, server_id: str) -> None:
     session.flush()
     waiting: Any = Operation
     query = select(Operation).where(waiting.server_id == server_id, waiting.state == "queued")
-    if following := session.scalars(query.order_by(waiting.seq).limit(1)).first():
+    # One that is locked is being cancelled, or woken already; whoever does that may be waiting
+    # for what this transaction has locked.
+    free = query.order_by(waiting.seq).limit(1).with_for_update(skip_locked=True)
+    if following := session.scalars(free).first():
         wake(session, following)
 
 

@@ -1,6 +1,5 @@
-"""The API on a real SQLite file, with no broker and no workers."""
+"""The API on a real database, SQLite unless a test asks for both; no broker, no workers."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,32 +8,18 @@ import pytest
 from api_world import TOKEN, Refused, World
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from operations.spine import (  # noqa: F401
+    any_database,
+    database_url,
+    forget_caches,
+    postgres,
+    postgres_template,
+    sqlite_template,
+)
 
 from services.api.app import create_app
-from shared import broker, database
-from shared.celery_app import publisher
+from shared import database
 from shared.models import Server
-from shared.settings import settings
-
-CACHED = (settings, database.engine, broker.redis_client, publisher)
-
-
-def _forget_caches() -> None:
-    for each in CACHED:
-        each.cache_clear()
-
-
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database file with the schema of the migrations, to copy."""
-    file = tmp_path_factory.mktemp("api") / "empty.db"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRIPTYCH_DATABASE_URL", f"sqlite:///{file}")
-        _forget_caches()
-        database.migrate()
-        database.engine().dispose()
-    _forget_caches()
-    return file
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +28,10 @@ def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.setenv("TRIPTYCH_TOKEN", TOKEN)
     monkeypatch.setenv("TRIPTYCH_DATABASE_URL", f"sqlite:///{tmp_path}/triptych.db")
     monkeypatch.setenv("TRIPTYCH_BROKER_URL", "redis://127.0.0.1:1/0")
-    _forget_caches()
+    forget_caches()
     yield
     database.engine().dispose()
-    _forget_caches()
+    forget_caches()
 
 
 @pytest.fixture(scope="session")
@@ -54,16 +39,22 @@ def built() -> FastAPI:
     """One application for all tests: it keeps nothing but its token."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRIPTYCH_TOKEN", TOKEN)
-        _forget_caches()
+        forget_caches()
         made = create_app()
-    _forget_caches()
+    forget_caches()
     return made
 
 
 @pytest.fixture
-def app(built: FastAPI, configured: None, migrated: Path, tmp_path: Path) -> FastAPI:
+def app(
+    built: FastAPI,
+    configured: None,
+    database_url: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> FastAPI:
     """The application on an empty database of this test's own."""
-    shutil.copy(migrated, tmp_path / "triptych.db")
+    monkeypatch.setenv("TRIPTYCH_DATABASE_URL", database_url)
+    forget_caches()
     return built
 
 

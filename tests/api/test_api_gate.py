@@ -15,10 +15,11 @@ from shared.settings import settings
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/servers", "/v1/operations/x", "/v1/events", "/v1/nowhere", "/v1"]
+    "path",
+    ["/v1/servers", "/v1/operations/x", "/v1/events", "/v1/nowhere", "/v1", "/metrics"],
 )
 def test_no_token(stranger: TestClient, refused: Refused, path: str) -> None:
-    """Nothing under /v1 answers without a token, not even that it does not exist."""
+    """Nothing under /v1, nor the metrics, answers without a token, not even that it is not."""
     response = stranger.get(path)
     refused(response, 401, "unauthorized")
     assert response.headers["www-authenticate"].startswith("Bearer")

@@ -1,6 +1,7 @@
 """Cancelling at every moment: accepted and then true, or refused (E5)."""
 
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,6 +41,13 @@ def test_cancel_while_queued(world: World, any_database: str) -> None:
     row = world.row(first)
     assert row.error
     assert (row.state, row.attempt, row.error["code"]) == ("cancelled", 0, "cancelled")
+
+
+def test_cancel_all_of_a_line_at_once(world: World, any_database: str) -> None:
+    """Each is cancelled: none of them waits, to be woken, for one that waits for it."""
+    server = world.server()
+    operations = [world.snapshot_of(server) for _ in range(8)]
+    assert at_once(*(partial(ask, each) for each in operations)) == ["cancelled"] * 8
 
 
 def test_cancel_of_a_queued_farm_frees_its_names(world: World) -> None:
