@@ -17,6 +17,7 @@ DISK: dict[str, Any] = {
 HOST: dict[str, Any] = {
     "name": "kvm-1",
     "answering": True,
+    "silent": False,
     "last_seen_at": "2026-03-10T02:59:58.120000Z",
     "problem": None,
     "libvirt": "11.4.0",

@@ -1,6 +1,5 @@
 """Hosts: what each can do, and the libvirt domains it has."""
 
-from datetime import timedelta
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -11,18 +10,10 @@ from services.api.paging import Page, PageQuery
 from services.api.problems import refusals
 from services.api.work import NameOrId
 from shared import errors, lookups
-from shared.database import now, reading
+from shared.database import reading
 from shared.models import Domain, Host, Server
 
 router = APIRouter(tags=["hosts"])
-
-SILENCE = timedelta(seconds=90)
-"""A host not seen for this long does not answer."""
-
-
-def answering(host: Host) -> bool:
-    seen = host.last_seen_at
-    return host.problem is None and seen is not None and now() - seen <= SILENCE
 
 
 def _shown(row: Host) -> shapes.Host:
@@ -31,7 +22,8 @@ def _shown(row: Host) -> shapes.Host:
         {
             **facts,
             "name": row.name,
-            "answering": answering(row),
+            "answering": row.answering,
+            "silent": row.silent,
             "last_seen_at": row.last_seen_at,
             "problem": row.problem,
         }

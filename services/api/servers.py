@@ -12,7 +12,6 @@ from sqlalchemy import delete, func, or_, select, tuple_, update
 from sqlmodel import Session
 
 from services.api import examples, paging, shapes
-from services.api.hosts import answering
 from services.api.paging import Page, PageQuery
 from services.api.problems import refusals
 from services.api.work import NameOrId, RequestBody, settled
@@ -116,7 +115,7 @@ def _known(body: Registration) -> str | None:
             row.host == host.name, or_(row.name == body.domain, row.uuid == uuid)
         )
         found: str | None = session.scalars(query.order_by(row.name != body.domain)).first()
-        if found is None and not answering(host):
+        if found is None and not host.answering:
             raise errors.HostNotAnswering(
                 f"Host {host.name!r} does not answer, so its domains cannot be looked up: "
                 f"{host.problem or 'its workers have not reported for more than 90 seconds'}. "

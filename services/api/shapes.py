@@ -29,7 +29,8 @@ class Host(BaseModel):
     """A libvirt host and what it can do; null where the host has not said."""
 
     name: str
-    answering: bool = Field(description="seen within 90 s and without a problem")
+    answering: bool = Field(description="not silent and without a problem")
+    silent: bool = Field(description="not seen for 90 s: what is queued there waits")
     last_seen_at: datetime | None
     problem: str | None = Field(description="why the inventory is not current")
     libvirt: Any = Field(None, description="version")
