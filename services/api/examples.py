@@ -105,6 +105,7 @@ OPERATION: dict[str, Any] = {
     "finished_at": None,
     "requested_by": "token:bootstrap",
     "attempt": 0,
+    "waiting": None,
     "error": None,
     "result": None,
     "undo_until": None,

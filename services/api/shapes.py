@@ -255,6 +255,7 @@ class Operation(BaseModel):
     finished_at: datetime | None
     requested_by: str
     attempt: int
+    waiting: str | None = Field(description="why it does not start or go on, where that is known")
     error: OperationError | None
     result: dict[str, Any] | None = Field(
         description="what was made: `{snapshot}`, `{image}` or `{clones: […]}`"
@@ -262,10 +263,10 @@ class Operation(BaseModel):
     undo_until: datetime | None = Field(description="until when `POST …/undo` puts back")
 
     @classmethod
-    def of(cls, row: models.Operation) -> "Operation":
+    def of(cls, row: models.Operation, waiting: str | None) -> "Operation":
         shown = row.model_dump(exclude={"undo_until"})
         undo_until = row.undo_until if row.undo else None
-        return cls(**shown, server=row.server_id, undo_until=undo_until)
+        return cls(**shown, server=row.server_id, undo_until=undo_until, waiting=waiting)
 
 
 class Event(BaseModel):
