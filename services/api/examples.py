@@ -18,6 +18,8 @@ HOST: dict[str, Any] = {
     "name": "kvm-1",
     "answering": True,
     "silent": False,
+    "draining": False,
+    "operations": {"queued": 0, "running": 1},
     "last_seen_at": "2026-03-10T02:59:58.120000Z",
     "problem": None,
     "libvirt": "11.4.0",

@@ -18,6 +18,7 @@ from services.api.work import NameOrId, RequestBody, settled
 from shared import errors, events, lookups
 from shared.database import now, reading
 from shared.models import Clone, Domain, Image, Operation, Schedule, Server, Snapshot
+from shared.operations.drain import refuse_new_work
 
 router = APIRouter(tags=["servers"])
 
@@ -80,6 +81,7 @@ def shown(session: Session, rows: list[Server]) -> list[shapes.Server]:
         errors.DomainNotFound,
         errors.ServerExists,
         errors.ServerBusy,
+        errors.HostDraining,
         errors.DomainWithoutDisks,
         errors.HostNotAnswering,
     ),
@@ -143,6 +145,7 @@ def _register(session: Session, body: Registration, uuid: str) -> shapes.Server:
             f"Domain {domain.name!r} has no writable disk, so there is nothing that a snapshot, "
             "an image or a clone could hold. Attach a disk, then register it."
         )
+    refuse_new_work(session, body.host)
     server = earlier or Server(name=domain.name, host=body.host, domain_uuid=uuid)
     server.name, server.forgotten_at = domain.name, None
     session.add(server)

@@ -25,12 +25,21 @@ PauseMs = Annotated[
 ServerId = Annotated[str, Field(description="the server's id")]
 
 
+class Load(BaseModel):
+    """What a host has to do; a drain is over when both are 0."""
+
+    queued: int = 0
+    running: int = 0
+
+
 class Host(BaseModel):
     """A libvirt host and what it can do; null where the host has not said."""
 
     name: str
     answering: bool = Field(description="not silent and without a problem")
     silent: bool = Field(description="not seen for 90 s: what is queued there waits")
+    draining: bool = Field(description="takes no new work, until it is resumed")
+    operations: Load
     last_seen_at: datetime | None
     problem: str | None = Field(description="why the inventory is not current")
     libvirt: Any = Field(None, description="version")

@@ -23,6 +23,8 @@ class Host(SQLModel, table=True):
     """Why the inventory is not current, e.g. libvirtd does not answer."""
     facts: dict[str, Any] = Document(dict)
     """libvirt, qemu, vault, reflink, free_bytes, total_bytes."""
+    draining_since: datetime | None = Moment(default=None)
+    """Since when it takes no new work; None while it does."""
 
     @property
     def silent(self) -> bool:

@@ -6,9 +6,11 @@ import pytest
 from operations.spine import World
 
 from shared import hosts
-from shared.database import now, reading
+from shared.database import now, reading, transaction
 from shared.models import Host
 from shared.models.hosts import SILENCE
+from shared.operations.drain import drain
+from shared.settings import settings
 
 
 def row() -> Host:
@@ -28,3 +30,14 @@ def test_workers_without_libvirt_are_not_silent(world: World) -> None:
     hosts.HostReporter()._unreachable("connection refused")
     assert row().problem == "libvirt does not answer: connection refused"
     assert (row().silent, row().answering) == (False, False)
+
+
+def test_report_leaves_a_drain_as_it_is(world: World, any_database: str) -> None:
+    """A host that drains goes on draining, whatever it reports and whoever restarts."""
+    with transaction() as session:
+        since = drain(session, "kvm-1").draining_since
+    settings().vault.mkdir(parents=True)
+
+    hosts.report()
+
+    assert (since, True) == (row().draining_since, row().answering)
