@@ -119,7 +119,7 @@ class Stack:
                 if not self._alive(name):
                     raise StackError(f"{name} ended at its start; see {self._log(name)}")
             ready = self._ask("/readyz").get("status") == "ok"
-            if ready and self._ask(f"/v1/hosts/{host}").get("last_seen_at"):
+            if ready and self._ask(f"/v1/hosts/{host}").get("answering"):
                 return
             time.sleep(0.1)
         raise StackError(f"The stack did not come up in {timeout:.0f} s; see {self.state / 'log'}")

@@ -96,11 +96,16 @@ def database_now(session: Session) -> datetime:
     return value.astimezone(UTC)
 
 
-def migrate() -> None:
-    """Bring the schema to the newest revision."""
+def migrations() -> Config:
+    """What Alembic's commands are given."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    command.upgrade(config, "head")
+    return config
+
+
+def migrate() -> None:
+    """Bring the schema to the newest revision."""
+    command.upgrade(migrations(), "head")
 
 
 if __name__ == "__main__":

@@ -131,6 +131,12 @@ class ImageNameTaken(Conflict):
     code = "image_name_taken"
 
 
+class HostDraining(Conflict):
+    """The host takes no new work"""
+
+    code = "host_draining"
+
+
 class ServerBusy(Conflict):
     """Work on the server is under way"""
 

@@ -55,7 +55,9 @@ class HostReporter(threading.Thread):
     def _unreachable(self, reason: str) -> None:
         try:
             with transaction() as session:
-                _host_row(session).problem = f"libvirt does not answer: {reason}"
+                host = _host_row(session)
+                host.last_seen_at = now()  # it is libvirt that is away, not the workers
+                host.problem = f"libvirt does not answer: {reason}"
         except Exception as error:
             log.warning("host.report_failed", reason=str(error))
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import httpx
 
@@ -21,7 +21,9 @@ from triptych.nouns import (
 )
 from triptych.problem import OperationFailed, Problem, Unreachable
 from triptych.transport import Transport, path_of
-from triptych.types import ENDED, Event, Operation
+from triptych.types import ENDED, Event, Host, Operation
+
+Answer = TypeVar("Answer")
 
 LONG_POLL = 30.0
 """Seconds the API is asked to hold its answer when nobody looks at progress."""
@@ -118,6 +120,23 @@ class Client:
                 time.sleep(max(0.0, min(hold, 1.0) - (now - asked)))
             first = False
 
+    def wait_drained(
+        self, host: str, on_progress: Callable[[Host], None] | None = None, *, poll: float = 1.0
+    ) -> Host:
+        """Waits until a draining host has no work left, and returns it.
+
+        Returns early where waiting is in vain: `silent` is true then, or `draining` no longer.
+        An API that goes away is waited for as in `wait`.
+        """
+        while True:
+            found = self._patiently(lambda: self.hosts.get(host))
+            if on_progress:
+                on_progress(found)
+            left = sum(found["operations"].values())
+            if not left or found["silent"] or not found["draining"]:
+                return found
+            time.sleep(poll)
+
     def follow(self, last_event_id: str | None = None) -> Iterator[Event]:
         """Events as they happen, without end; the connection is renewed where the last ended.
 
@@ -145,14 +164,20 @@ class Client:
             time.sleep(RECONNECT)
 
     def _look(self, operation_id: str, hold: float | None) -> Operation:
-        """One look at an operation, through an API restart if need be."""
+        try:
+            return self._patiently(lambda: self.operations.get(operation_id, wait=hold))
+        except Problem as error:
+            error.operation = error.operation or operation_id
+            raise
+
+    def _patiently(self, look: Callable[[], Answer]) -> Answer:
+        """What the look finds, through an API restart if need be."""
         given_up = time.monotonic() + PATIENCE
         while True:
             try:
-                return self.operations.get(operation_id, wait=hold)
+                return look()
             except Problem as error:
                 away = isinstance(error, Unreachable) or error.status >= 500
                 if not away or time.monotonic() >= given_up:
-                    error.operation = error.operation or operation_id
                     raise
                 time.sleep(RECONNECT)

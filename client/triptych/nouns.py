@@ -52,6 +52,14 @@ class Hosts(Noun):
     def get(self, host: str) -> Host:
         return cast(Host, self._http.get(path_of("hosts", host)))
 
+    def drain(self, host: str) -> Host:
+        """The host takes no new work from now on. `Client.wait_drained` waits for the rest."""
+        return cast(Host, self._http.post(path_of("hosts", host, "drain")))
+
+    def resume(self, host: str) -> Host:
+        """The host takes new work again."""
+        return cast(Host, self._http.post(path_of("hosts", host, "resume")))
+
 
 class Domains(Noun):
     """libvirt domains of a host, registered or not."""

@@ -166,6 +166,7 @@ class Operation(TypedDict, total=False):
     finished_at: str | None
     requested_by: str | None
     attempt: int
+    waiting: str | None
     error: OperationError | None
     result: dict[str, Any] | None
     undo_until: str | None

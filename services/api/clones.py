@@ -16,7 +16,12 @@ from shared.models import Clone
 
 router = APIRouter(tags=["clones"])
 
-REFUSED = (errors.AmbiguousName, errors.CloneNameTaken, errors.Unsupported)
+REFUSED = (
+    errors.AmbiguousName,
+    errors.CloneNameTaken,
+    errors.HostDraining,
+    errors.Unsupported,
+)
 Source = Literal["server", "snapshot", "image"]
 
 

@@ -17,6 +17,9 @@ DISK: dict[str, Any] = {
 HOST: dict[str, Any] = {
     "name": "kvm-1",
     "answering": True,
+    "silent": False,
+    "draining": False,
+    "operations": {"queued": 0, "running": 1},
     "last_seen_at": "2026-03-10T02:59:58.120000Z",
     "problem": None,
     "libvirt": "11.4.0",
@@ -104,6 +107,7 @@ OPERATION: dict[str, Any] = {
     "finished_at": None,
     "requested_by": "token:bootstrap",
     "attempt": 0,
+    "waiting": None,
     "error": None,
     "result": None,
     "undo_until": None,

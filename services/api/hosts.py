@@ -1,37 +1,47 @@
-"""Hosts: what each can do, and the libvirt domains it has."""
+"""Hosts: what each can do, the libvirt domains it has, and whether it takes new work."""
 
-from datetime import timedelta
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
-from sqlalchemy import select
+from sqlalchemy import func, select
+from sqlmodel import Session
 
 from services.api import examples, paging, shapes
 from services.api.paging import Page, PageQuery
 from services.api.problems import refusals
-from services.api.work import NameOrId
+from services.api.work import Empty, NameOrId, settled
 from shared import errors, lookups
-from shared.database import now, reading
-from shared.models import Domain, Host, Server
+from shared.database import reading
+from shared.models import Domain, Host, Operation, Server
+from shared.operations import drain as draining
 
 router = APIRouter(tags=["hosts"])
 
-SILENCE = timedelta(seconds=90)
-"""A host not seen for this long does not answer."""
+
+def _shown(session: Session, rows: list[Host]) -> list[shapes.Host]:
+    """The hosts with what each has to do, one query however many there are."""
+    row: Any = Operation
+    query = (
+        select(row.host, row.state, func.count())
+        .where(row.state.in_(("queued", "running")), row.host.in_([each.name for each in rows]))
+        .group_by(row.host, row.state)
+    )
+    load: dict[str, dict[str, int]] = {}
+    for host, state, count in session.execute(query):
+        load.setdefault(host, {})[state] = count
+    return [_shape(each, load.get(each.name, {})) for each in rows]
 
 
-def answering(host: Host) -> bool:
-    seen = host.last_seen_at
-    return host.problem is None and seen is not None and now() - seen <= SILENCE
-
-
-def _shown(row: Host) -> shapes.Host:
+def _shape(row: Host, load: dict[str, int]) -> shapes.Host:
     facts = {name: row.facts[name] for name in shapes.Host.model_fields if name in row.facts}
     return shapes.Host.model_validate(
         {
             **facts,
             "name": row.name,
-            "answering": answering(row),
+            "answering": row.answering,
+            "silent": row.silent,
+            "draining": row.draining_since is not None,
+            "operations": load,
             "last_seen_at": row.last_seen_at,
             "problem": row.problem,
         }
@@ -46,7 +56,8 @@ def list_hosts(
     row: Any = Host
     with reading() as session:
         rows, cursor = paging.fetch(session, select(Host), row.name, asked)
-    return paging.page(request, response, [_shown(each) for each in rows], cursor)
+        items = _shown(session, rows)
+    return paging.page(request, response, items, cursor)
 
 
 @router.get(
@@ -57,7 +68,34 @@ def list_hosts(
 def show_host(host: NameOrId) -> shapes.Host:
     """What the host can do (reflink, quiesce, memory), its free space, and any problem."""
     with reading() as session:
-        return _shown(lookups.host(session, host))
+        return _shown(session, [lookups.host(session, host)])[0]
+
+
+@router.post(
+    "/hosts/{host}/drain",
+    summary="Drain a host",
+    responses=examples.shown({**examples.HOST, "draining": True}) | refusals(errors.HostNotFound),
+)
+def drain(request: Request, host: NameOrId, body: Empty) -> shapes.Host:
+    """From now on new work on its servers is refused; what is queued or running goes on.
+
+    It is drained when `operations` counts none. Schedules rest until it is resumed.
+    """
+    drained = settled(lambda session: _shown(session, [draining.drain(session, host)])[0])
+    request.app.state.relay.kick()
+    return drained
+
+
+@router.post(
+    "/hosts/{host}/resume",
+    summary="Resume a host",
+    responses=examples.shown(examples.HOST) | refusals(errors.HostNotFound),
+)
+def resume(request: Request, host: NameOrId, body: Empty) -> shapes.Host:
+    """The host takes new work again; slots missed meanwhile are treated as after a downtime."""
+    resumed = settled(lambda session: _shown(session, [draining.resume(session, host)])[0])
+    request.app.state.relay.kick()
+    return resumed
 
 
 @router.get(

@@ -66,7 +66,9 @@ class ImagesQuery(ServerImagesQuery):
     "/servers/{server}/images",
     status_code=202,
     summary="Create an image",
-    responses=accepted(errors.ServerNotFound, errors.AmbiguousName, errors.ImageNameTaken),
+    responses=accepted(
+        errors.ServerNotFound, errors.AmbiguousName, errors.ImageNameTaken, errors.HostDraining
+    ),
 )
 def create(
     request: Request,
@@ -182,7 +184,7 @@ def delete(
     "/images/{image}/restore",
     status_code=202,
     summary="Restore an image",
-    responses=accepted(*ABOUT, errors.ImageNotUsable),
+    responses=accepted(*ABOUT, errors.ImageNotUsable, errors.HostDraining),
 )
 def restore(
     request: Request,
@@ -202,7 +204,7 @@ def restore(
     "/images/{image}/verify",
     status_code=202,
     summary="Verify an image",
-    responses=accepted(*ABOUT, errors.Unsupported),
+    responses=accepted(*ABOUT, errors.HostDraining, errors.Unsupported),
 )
 def verify(
     request: Request,

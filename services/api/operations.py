@@ -12,6 +12,7 @@ from sqlalchemy import select
 from services.api import examples, paging, shapes
 from services.api.paging import Page, PageQuery
 from services.api.problems import refusals
+from services.api.waiting import shown
 from services.api.work import Empty, IdempotencyKey, NameOrId, accepted, settled, start
 from shared import commands, errors, lookups
 from shared.commands import Command
@@ -58,13 +59,18 @@ def list_operations(
         if asked.kind is not None:
             query = query.where(row.kind == asked.kind)
         rows, cursor = paging.fetch(session, query, row.seq, asked, newest_first=True)
-    items = [shapes.Operation.of(each) for each in rows]
+        items = shown(session, rows)
     return paging.page(request, response, items, cursor)
 
 
 def _look(operation: str) -> Operation:
     with reading() as session:
         return lookups.operation(session, operation)
+
+
+def _shown(row: Operation) -> shapes.Operation:
+    with reading() as session:
+        return shown(session, [row])[0]
 
 
 @router.get(
@@ -90,7 +96,7 @@ async def show(
             step = min(step * 1.5, LAST_STEP)
         await asyncio.sleep(min(step, wait - waited))
         found = await run_in_threadpool(_look, operation)
-    return shapes.Operation.of(found)
+    return await run_in_threadpool(_shown, found)
 
 
 CANCELLED: dict[int | str, dict[str, Any]] = {
@@ -116,12 +122,12 @@ def cancel(
     request: Request, response: Response, operation: NameOrId, body: Empty
 ) -> shapes.Operation:
     """Ends the work, leaves the server as it was and no files; asking twice does no harm."""
-    found = settled(lambda session: cancel_operation(session, operation))
+    found = settled(lambda session: shown(session, [cancel_operation(session, operation)])[0])
     request.app.state.relay.kick()
     response.headers["Location"] = f"/v1/operations/{found.id}"
     if found.state in ENDED:
         response.status_code = 200
-    return shapes.Operation.of(found)
+    return found
 
 
 @router.post(

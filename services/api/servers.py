@@ -12,13 +12,13 @@ from sqlalchemy import delete, func, or_, select, tuple_, update
 from sqlmodel import Session
 
 from services.api import examples, paging, shapes
-from services.api.hosts import answering
 from services.api.paging import Page, PageQuery
 from services.api.problems import refusals
 from services.api.work import NameOrId, RequestBody, settled
 from shared import errors, events, lookups
 from shared.database import now, reading
 from shared.models import Clone, Domain, Image, Operation, Schedule, Server, Snapshot
+from shared.operations.drain import refuse_new_work
 
 router = APIRouter(tags=["servers"])
 
@@ -81,6 +81,7 @@ def shown(session: Session, rows: list[Server]) -> list[shapes.Server]:
         errors.DomainNotFound,
         errors.ServerExists,
         errors.ServerBusy,
+        errors.HostDraining,
         errors.DomainWithoutDisks,
         errors.HostNotAnswering,
     ),
@@ -116,7 +117,7 @@ def _known(body: Registration) -> str | None:
             row.host == host.name, or_(row.name == body.domain, row.uuid == uuid)
         )
         found: str | None = session.scalars(query.order_by(row.name != body.domain)).first()
-        if found is None and not answering(host):
+        if found is None and not host.answering:
             raise errors.HostNotAnswering(
                 f"Host {host.name!r} does not answer, so its domains cannot be looked up: "
                 f"{host.problem or 'its workers have not reported for more than 90 seconds'}. "
@@ -144,6 +145,7 @@ def _register(session: Session, body: Registration, uuid: str) -> shapes.Server:
             f"Domain {domain.name!r} has no writable disk, so there is nothing that a snapshot, "
             "an image or a clone could hold. Attach a disk, then register it."
         )
+    refuse_new_work(session, body.host)
     server = earlier or Server(name=domain.name, host=body.host, domain_uuid=uuid)
     server.name, server.forgotten_at = domain.name, None
     session.add(server)

@@ -25,11 +25,21 @@ PauseMs = Annotated[
 ServerId = Annotated[str, Field(description="the server's id")]
 
 
+class Load(BaseModel):
+    """What a host has to do; a drain is over when both are 0."""
+
+    queued: int = 0
+    running: int = 0
+
+
 class Host(BaseModel):
     """A libvirt host and what it can do; null where the host has not said."""
 
     name: str
-    answering: bool = Field(description="seen within 90 s and without a problem")
+    answering: bool = Field(description="not silent and without a problem")
+    silent: bool = Field(description="not seen for 90 s: what is queued there waits")
+    draining: bool = Field(description="takes no new work, until it is resumed")
+    operations: Load
     last_seen_at: datetime | None
     problem: str | None = Field(description="why the inventory is not current")
     libvirt: Any = Field(None, description="version")
@@ -254,6 +264,7 @@ class Operation(BaseModel):
     finished_at: datetime | None
     requested_by: str
     attempt: int
+    waiting: str | None = Field(description="why it does not start or go on, where that is known")
     error: OperationError | None
     result: dict[str, Any] | None = Field(
         description="what was made: `{snapshot}`, `{image}` or `{clones: […]}`"
@@ -261,10 +272,10 @@ class Operation(BaseModel):
     undo_until: datetime | None = Field(description="until when `POST …/undo` puts back")
 
     @classmethod
-    def of(cls, row: models.Operation) -> "Operation":
+    def of(cls, row: models.Operation, waiting: str | None) -> "Operation":
         shown = row.model_dump(exclude={"undo_until"})
         undo_until = row.undo_until if row.undo else None
-        return cls(**shown, server=row.server_id, undo_until=undo_until)
+        return cls(**shown, server=row.server_id, undo_until=undo_until, waiting=waiting)
 
 
 class Event(BaseModel):

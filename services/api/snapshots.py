@@ -38,7 +38,11 @@ class Promotion(RequestBody):
     status_code=202,
     summary="Take a snapshot",
     responses=accepted(
-        errors.ServerNotFound, errors.AmbiguousName, errors.SnapshotExists, errors.Unsupported
+        errors.ServerNotFound,
+        errors.AmbiguousName,
+        errors.SnapshotExists,
+        errors.HostDraining,
+        errors.Unsupported,
     ),
 )
 def take(
@@ -76,7 +80,10 @@ def delete(
 
 
 @router.post(
-    "/revert", status_code=202, summary="Revert to the snapshot", responses=accepted(*ABOUT)
+    "/revert",
+    status_code=202,
+    summary="Revert to the snapshot",
+    responses=accepted(*ABOUT, errors.HostDraining),
 )
 def revert(
     request: Request,
@@ -96,7 +103,7 @@ def revert(
     "/promote",
     status_code=202,
     summary="Promote the snapshot to an image",
-    responses=accepted(*ABOUT, errors.ImageNameTaken),
+    responses=accepted(*ABOUT, errors.ImageNameTaken, errors.HostDraining),
 )
 def promote(
     request: Request,

@@ -11,6 +11,7 @@ from sqlmodel import Session
 
 from services.api import examples, shapes
 from services.api.problems import refusals
+from services.api.waiting import shown
 from shared import errors
 from shared.commands import Command
 from shared.database import transaction
@@ -92,17 +93,16 @@ def start(
     """Submit the command and answer 202; its worker is woken from another thread."""
     wanted = command(kind, **fields)
     by: str = request.state.requested_by
-    operation = settled(
-        lambda session: submit(
-            session,
-            wanted,
-            requested_by=by,
-            idempotency_key=f"{by}:{key}" if key else None,
-        )
-    )
+
+    def submitted(session: Session) -> shapes.Operation:
+        own_key = f"{by}:{key}" if key else None
+        row = submit(session, wanted, requested_by=by, idempotency_key=own_key)
+        return shown(session, [row])[0]
+
+    operation = settled(submitted)
     request.app.state.relay.kick()
     response.headers["Location"] = f"/v1/operations/{operation.id}"
-    return shapes.Operation.of(operation)
+    return operation
 
 
 def settled(change: Callable[[Session], Made]) -> Made:

@@ -12,12 +12,18 @@ from shared import errors, events
 from shared.commands import CreateImage
 from shared.database import now, transaction
 from shared.models import Schedule, ScheduleRun, Server
+from shared.operations.drain import refuse_new_work
 from shared.operations.finish import fail_run
 from shared.operations.outbox import flush_if_possible
 from shared.operations.submit import submit
 from shared.slots import next_slot
 
 log = structlog.get_logger()
+
+MISSED = (
+    "missed while Triptych was down or its host was draining; only the newest missed slot is "
+    "made up for"
+)
 
 
 @shared_task(name="imager.run_due_schedules")
@@ -36,6 +42,8 @@ def run_due(moment: datetime) -> int:
     for schedule in found:
         try:
             started += _run(schedule, moment)
+        except errors.HostDraining:  # its slots stay due until the host is resumed
+            continue
         except Exception:  # one that cannot be run must not keep the others from running
             log.exception("schedule.broken", schedule=schedule.id)
     return started
@@ -47,6 +55,8 @@ def _run(schedule: Schedule, moment: datetime) -> bool:
     newest, missed = slots[-1], slots[:-1]
     row: Any = Schedule
     with transaction() as session:
+        server = session.get_one(Server, schedule.server_id)
+        refuse_new_work(session, server.host)
         claimed = session.execute(
             update(Schedule)
             .where(row.id == schedule.id, row.next_run_at == schedule.next_run_at)
@@ -54,9 +64,8 @@ def _run(schedule: Schedule, moment: datetime) -> bool:
         )
         if claimed.rowcount != 1:  # type: ignore[attr-defined]
             return False  # another tick has it
-        server = session.get_one(Server, schedule.server_id)
         for slot in missed:
-            _skip(session, schedule, slot, "missed while Triptych was down; a later slot ran")
+            _skip(session, schedule, slot, MISSED)
         if moment - newest > timedelta(seconds=schedule.catch_up_s):
             late = int((moment - newest).total_seconds())
             window = schedule.catch_up_s

@@ -91,21 +91,22 @@ def watch(
 
     A burst of changes makes one call, some 50 ms after its first; without any,
     it is called every `at_least_every_s` seconds, and once at the start and after
-    each reconnection. `on_lost(reason)` is called once when libvirt goes away.
+    each reconnection. `on_lost(reason)` is called when libvirt goes away, and as often
+    for as long as it stays away.
     An error raised by a callback is logged and does not end the watch.
     """
-    lost = False
+    told: float | None = None
     while not stop.is_set():
         try:
             connection = connect(uri)
-            lost = False
+            told = None
             reason = _watch_connection(connection, on_change, stop, at_least_every_s)
         except (TriptychError, libvirt.libvirtError) as error:
             reason = str(error)
         if stop.is_set():
             return
-        if not lost:
-            lost = True
+        if told is None or time.monotonic() - told >= at_least_every_s:
+            told = time.monotonic()
             _tell(on_lost, reason)
         stop.wait(_RETRY_S)
 

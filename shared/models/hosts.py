@@ -1,12 +1,16 @@
 """Hosts, the libvirt domains they report, and the servers registered among these."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import BigInteger, Index, text
 from sqlmodel import Field, SQLModel
 
+from shared.database import now
 from shared.models.columns import CreatedAt, Document, Id, Moment
+
+SILENCE = timedelta(seconds=90)
+"""Workers report every 30 s; a host that has not for this long is silent."""
 
 
 class Host(SQLModel, table=True):
@@ -19,6 +23,17 @@ class Host(SQLModel, table=True):
     """Why the inventory is not current, e.g. libvirtd does not answer."""
     facts: dict[str, Any] = Document(dict)
     """libvirt, qemu, vault, reflink, free_bytes, total_bytes."""
+    draining_since: datetime | None = Moment(default=None)
+    """Since when it takes no new work; None while it does."""
+
+    @property
+    def silent(self) -> bool:
+        """Its workers are stopped, dead or cut off: nothing that is queued there starts."""
+        return self.last_seen_at is None or now() - self.last_seen_at > SILENCE
+
+    @property
+    def answering(self) -> bool:
+        return self.problem is None and not self.silent
 
 
 class Domain(SQLModel, table=True):

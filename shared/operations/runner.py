@@ -75,13 +75,13 @@ def _recover(operation: Operation, owner: str) -> None:
             return
         if not _undone(operation, owner):
             return
-        if verdict := _verdict(operation):
+        if verdict := verdict_of(operation):
             _end(operation, owner, verdict)
             return
     _attempt(operation, owner)
 
 
-def _verdict(operation: Operation) -> dict[str, Any] | None:
+def verdict_of(operation: Operation) -> dict[str, Any] | None:
     """How an operation that a worker left behind ends; None when it is tried again."""
     if operation.error and operation.error["code"] != NOT_CLEARED_UP:
         return operation.error

@@ -10,6 +10,7 @@ from sqlmodel import Session
 from shared import errors
 from shared.commands import Command, CreateClones
 from shared.models import Clone, Operation
+from shared.operations import drain
 from shared.operations.admission import admit
 from shared.operations.outbox import wake
 
@@ -49,6 +50,8 @@ def _submit(
                 )
             return earlier
     server, admitted = admit(command, session)
+    if not isinstance(command, drain.GOES_ON):
+        drain.refuse_new_work(session, server.host)
     operation = Operation(
         kind=command.kind,
         service=command.service,

@@ -41,7 +41,8 @@ class World:
         return self.add(Domain(name=name, **given))
 
     def server(self, name: str = "web-1", **fields: Any) -> Server:
-        return self.add(Server(name=name, host="kvm-1", **{"domain_uuid": str(uuid4()), **fields}))
+        given = {"host": "kvm-1", "domain_uuid": str(uuid4()), **fields}
+        return self.add(Server(name=name, **given))
 
     def snapshot(self, server: Server, **fields: Any) -> Snapshot:
         given = {
@@ -72,7 +73,7 @@ class World:
     def operation(self, server: Server, kind: str = "image.create", **fields: Any) -> Operation:
         given = {
             "service": "imager",
-            "host": "kvm-1",
+            "host": server.host,
             "requested_by": "token:bootstrap",
             "command": {"server": server.id},
             **fields,

@@ -34,6 +34,7 @@ def test_every_route_of_the_contract(document: dict[str, Any]) -> None:
         "GET /hosts",
         "GET /hosts/{host}",
         "GET /hosts/{host}/domains",
+        *(f"POST /hosts/{{host}}/{way}" for way in ("drain", "resume")),
         "GET /servers",
         "POST /servers",
         *(f"{method} {server}" for method in ("GET", "DELETE")),

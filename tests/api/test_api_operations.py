@@ -29,7 +29,7 @@ def test_show(api: TestClient, world: World, server: Server) -> None:
     assert set(found) == {
         *("id", "kind", "server", "host", "state", "phase", "progress", "bytes_done"),
         *("bytes_total", "created_at", "started_at", "finished_at", "requested_by", "attempt"),
-        *("error", "result", "undo_until"),
+        *("waiting", "error", "result", "undo_until"),
     }
     assert (server.id, "running", "copying", 42) == (
         found["server"],

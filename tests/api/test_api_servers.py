@@ -22,10 +22,22 @@ def test_hosts(api: TestClient, world: World) -> None:
     assert host == api.get("/v1/hosts/kvm-1").json()
 
 
-def test_silent_host(api: TestClient, world: World) -> None:
-    """A host that has not reported for 90 s does not answer."""
-    world.host("kvm-2", last_seen_at=now() - timedelta(seconds=91))
-    assert not api.get("/v1/hosts/kvm-2").json()["answering"]
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({}, (True, False)),
+        ({"last_seen_at": None}, (False, True)),
+        ({"last_seen_at": now() - timedelta(seconds=91)}, (False, True)),
+        ({"problem": "libvirt does not answer: gone"}, (False, False)),
+    ],
+)
+def test_silence_is_told_from_trouble(
+    api: TestClient, world: World, fields: dict[str, Any], shown: tuple[bool, bool]
+) -> None:
+    """A host whose workers live but whose libvirt is away does not answer, but is not silent."""
+    world.host("kvm-2", **fields)
+    found = api.get("/v1/hosts/kvm-2").json()
+    assert shown == (found["answering"], found["silent"])
 
 
 @pytest.mark.parametrize("path", ["/v1/hosts/nowhere", "/v1/hosts/nowhere/domains"])

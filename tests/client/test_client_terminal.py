@@ -96,6 +96,31 @@ def test_live_bar_shows_phase_and_share(api: Fake) -> None:
     assert "Image golden was verified" in terminal.seen
 
 
+def test_live_bar_shows_why_it_waits(api: Fake) -> None:
+    """The reason stands below the bar as long as there is one, whole on a narrow terminal."""
+    reason = "Behind operation op_0 (image.create) on this server, and 3 more after it."
+    queued = operation(state="queued", progress=0, finished_at=None, waiting=reason)
+    api.starts("POST /v1/images/golden/verify", queued, queued, operation(kind="image.verify"))
+    terminal = Terminal("image", "verify", "golden")
+    terminal.read_until(reason)
+    assert terminal.end() == 0
+    assert "Image golden was verified" in terminal.seen
+
+
+def test_ctrl_c_leaves_a_host_draining(api: Fake) -> None:
+    """A terminal sees what is left to do; Ctrl-C ends the waiting only, and says what next."""
+    draining = {"name": "kvm1", "draining": True, "silent": False, "problem": None}
+    draining |= {"operations": {"queued": 2, "running": 1}}
+    api.says("POST /v1/hosts/kvm1/drain", draining)
+    api.says("GET /v1/hosts/kvm1", draining)
+    terminal = Terminal("host", "drain", "kvm1")
+    terminal.read_until("2 queued and 1 running")
+    os.kill(terminal.process.pid, signal.SIGINT)
+    assert terminal.end() == 130
+    assert "goes on draining" in terminal.seen
+    assert "triptych host resume kvm1" in terminal.seen
+
+
 def test_ctrl_c_says_that_the_operation_goes_on(api: Fake) -> None:
     """Ctrl-C ends the waiting only, and says how to watch and cancel the operation."""
     running = operation(state="running", phase="copying", progress=40, finished_at=None)

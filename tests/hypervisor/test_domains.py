@@ -9,7 +9,7 @@ import pytest
 
 from lab.guest import Guest
 from lab.libvirtd import Hypervisor, libvirtd
-from shared.hypervisor import undo
+from shared.hypervisor import inventory, undo
 from shared.hypervisor.connection import connect, forget
 from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.domains import Domain, define, find, find_by_name
@@ -185,6 +185,24 @@ def test_changes_are_told_soon_and_in_one(box: Domain) -> None:
         thread.join(5)
         box.destroy()
     assert not thread.is_alive()
+
+
+def test_loss_is_told_for_as_long_as_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who cannot reach libvirt says so again and again: that is how others know that it lives."""
+    monkeypatch.setattr(inventory, "_RETRY_S", 0.01)
+    losses: list[str] = []
+    stop = threading.Event()
+    nowhere = "qemu+unix:///system?socket=/nowhere"
+
+    def lost(reason: str) -> None:
+        losses.append(reason)
+        if len(losses) == 3:
+            stop.set()
+
+    began = time.monotonic()
+    watch(nowhere, lambda: None, stop, on_lost=lost, at_least_every_s=0.1)
+    assert 0.2 <= time.monotonic() - began < 5
+    assert len(losses) == 3
 
 
 @pytest.fixture

@@ -244,7 +244,7 @@ class World:
             session.add(Host(name="kvm-2"))
 
     def server(self, name: str = "web", **fields: Any) -> Server:
-        server = Server(name=name, host=HOST, domain_uuid=str(uuid4()), **fields)
+        server = Server(name=name, domain_uuid=str(uuid4()), **{"host": HOST, **fields})
         with transaction() as session:
             session.add(server)
         return server

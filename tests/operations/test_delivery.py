@@ -175,6 +175,27 @@ def test_line_of_a_server_is_walked_by_wake_ups_alone(worker: Worker, world: Wor
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(times))  # type: ignore[operator]
 
 
+def test_message_for_another_host_does_nothing(
+    worker: Worker, world: World, redis_broker: Broker
+) -> None:
+    """On the wrong host's queue an operation is left as it is, and a whole command becomes an
+    operation whose wake-up goes to the right one."""
+    foreign = world.snapshot_of(world.server("foreign", host="kvm-2"))
+    world.clear_outbox()
+    command = {"server": world.server("elsewhere", host="kvm-2").id}
+    for arguments in ({"operation_id": foreign}, command):
+        publisher().send_task("snapshotter.take", [], arguments, queue=QUEUE)
+    wait_for(lambda: worker.log.read_text().count("operation.misdirected") == 2, 30)
+
+    assert ended(world, ask(world, "own")).state == "succeeded"
+
+    with transaction() as session:
+        rows = [each for each in session.scalars(select(Operation)) if each.host == "kvm-2"]
+    assert [(row.state, row.attempt, row.owner) for row in rows] == [("queued", 0, None)] * 2
+    assert [line.split()[0] for line in worker.did()] == ["run"]
+    assert redis_broker.queued("snapshots.kvm-2") == 1
+
+
 def test_raw_junk_in_the_queue(worker: Worker, world: World, redis_broker: Broker) -> None:
     """Celery ends a worker that reads what is no message at all: it still does the work it has
     begun, and the one that its supervisor then starts goes on with the rest."""

@@ -12,6 +12,7 @@ from shared.commands import DeleteSnapshot, TakeSnapshot
 from shared.database import now, transaction
 from shared.models import Operation, Server, Snapshot
 from shared.operations import runner
+from shared.operations.drain import drain
 from shared.operations.tasks import forget_due
 from shared.settings import settings
 
@@ -79,6 +80,16 @@ def test_expired_snapshot_is_deleted_once(world: World, any_database: str) -> No
     assert (is_gone(made), is_gone(fresh)) == (True, False)
     assert [each["snapshot"] for each in world.events("snapshot.expired")] == [made.id]
     assert {each.state for each in deletions()} == {"succeeded"}
+
+
+def test_snapshots_of_a_draining_host_expire(world: World) -> None:
+    """Housekeeping goes on while it has workers, however long that is."""
+    made = snapshot(world, world.server(), -HOUR)
+    with transaction() as session:
+        drain(session, "kvm-1")
+    assert expiry.submit_due() == 1
+    runner.run(deletions()[0].id)
+    assert is_gone(made)
 
 
 def test_one_deletion_is_asked_for_at_a_time(world: World) -> None:

@@ -13,7 +13,7 @@ from shared import errors
 from shared.commands import CreateImage
 from shared.database import transaction
 from shared.models import Operation, Schedule, ScheduleRun, Server
-from shared.operations import runner
+from shared.operations import drain, runner
 from shared.operations.cancel import cancel
 from shared.operations.context import Context, Outcome
 
@@ -137,6 +137,51 @@ def test_repeated_hour_runs_once(world: World) -> None:
     schedule = scheduled(world, world.server(), next_run_at=first, **zone)
     started = [ticks.run_due(first + n * timedelta(minutes=10)) for n in range(20)]
     assert sum(started) == len(runs(schedule)) == 1
+
+
+# While the host drains
+
+
+def drained(name: str = "kvm-1") -> None:
+    with transaction() as session:
+        drain.drain(session, name)
+
+
+def resumed() -> None:
+    with transaction() as session:
+        drain.resume(session, "kvm-1")
+
+
+def test_slot_waits_for_its_host(world: World, schedule: Schedule, any_database: str) -> None:
+    """A draining host's slot is neither run nor skipped; resumed within its window, it runs. The
+    schedules of other hosts run in time."""
+    other = scheduled(world, world.server("elsewhere", host="kvm-2"))
+    drained()
+
+    assert ticks.run_due(SLOT) == 1
+    assert (runs(schedule), len(runs(other))) == ([], 1)
+    assert now_of(schedule).next_run_at == SLOT
+
+    resumed()
+    assert ticks.run_due(SLOT + 6 * HOUR) == 1
+    assert [each.state for each in runs(schedule)] == ["running"]
+
+
+def test_slots_of_a_long_drain_are_skipped_with_a_true_reason(
+    world: World, schedule: Schedule
+) -> None:
+    """Two days of draining: as after a downtime, and no failure is counted."""
+    drained()
+    late = SLOT + 31 * HOUR
+    assert (ticks.run_due(late), runs(schedule)) == (0, [])
+    resumed()
+    assert ticks.run_due(late) == 0
+
+    first, second = runs(schedule)
+    assert (first.state, first.reason) == ("skipped", ticks.MISSED)
+    assert "draining" in ticks.MISSED
+    assert (second.state, second.reason) == ("skipped", "25200 s late, past the window of 21600 s")
+    assert now_of(schedule).failures_in_row == 0
 
 
 # What is set by the API

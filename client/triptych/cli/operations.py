@@ -93,7 +93,7 @@ def _cancelled(operation: Operation) -> str:
 def _list(session: Session, operations: Page[Operation]) -> None:
     table(
         session.out,
-        ["id", "kind", "server", "state", "progress", "created", "by"],
+        ["id", "kind", "server", "state", "progress", "created", "by", "waiting"],
         [
             [
                 each["id"],
@@ -103,6 +103,7 @@ def _list(session: Session, operations: Page[Operation]) -> None:
                 f"{each.get('progress') or 0:.0f} %",
                 moment(each.get("created_at")),
                 plain("requested_by", each.get("requested_by")),
+                each.get("waiting") or "",
             ]
             for each in operations
         ],
@@ -130,6 +131,8 @@ def _show(session: Session, operation: Operation) -> None:
         ("attempt", plain("attempt", operation.get("attempt"))),
         ("result", plain("result", operation.get("result"))),
     ]
+    if waiting := operation.get("waiting"):
+        rows.append(("waiting", waiting))
     if error:
         rows.append(("error", f"{error.get('code')}: {error.get('message')}"))
     if until := operation.get("undo_until"):

@@ -6,12 +6,14 @@ the result alone.
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol
 
 import typer
+from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.text import Text
 
 from triptych.cli.outcome import Outcome, tell
 from triptych.cli.render import between, clean, duration, size
@@ -116,8 +118,19 @@ def _live() -> bool:
     return sys.stderr.isatty()
 
 
-def _bar(session: Session) -> Progress:
-    return Progress(
+class _Progress(Progress):
+    """The bar, and below it the reason why the operation waits."""
+
+    reason = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.reason:
+            yield Text(self.reason)
+
+
+def _bar(session: Session) -> _Progress:
+    return _Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28),
@@ -132,12 +145,13 @@ def _bar(session: Session) -> Progress:
 class _Bar:
     """The live bar; it pulses until there is something to measure."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: _Progress) -> None:
         self._progress = progress
         self._task = progress.add_task("asking", total=None, percent="", bytes="", elapsed="")
 
     def __call__(self, operation: Operation) -> None:
         percent = operation.get("progress") or 0
+        self._progress.reason = clean(operation.get("waiting") or "")
         self._progress.update(
             self._task,
             description=clean(_phase(operation)),
@@ -150,22 +164,25 @@ class _Bar:
 
 
 class _Lines:
-    """A line when the phase changes, at every ten per cent, and at times as a sign of life."""
+    """A line when the phase changes, when it has to wait, at every ten per cent, and at times as
+    a sign of life."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._step: tuple[str, int] | None = None
+        self._step: tuple[str, bool, int] | None = None
         self._printed = 0.0
 
     def __call__(self, operation: Operation) -> None:
         percent = operation.get("progress") or 0
-        step = (_phase(operation), int(percent // 10))
+        waiting = operation.get("waiting") or ""
+        step = (_phase(operation), bool(waiting), int(percent // 10))
         if step == self._step and time.monotonic() - self._printed < QUIET:
             return
         if operation["state"] in ENDED and self._step is not None:
             return
         self._step, self._printed = step, time.monotonic()
-        parts = [_phase(operation), f"{percent:.0f} %", _bytes(operation), _elapsed(operation)]
+        share, took = f"{percent:.0f} %", _elapsed(operation)
+        parts = [_phase(operation), share, _bytes(operation), took, waiting]
         self._session.note(f"{operation['id']}: " + ", ".join(part for part in parts if part))
 
 
