@@ -74,7 +74,7 @@ def test_database_and_broker_are_not_to_be_reached_from_outside(deployment: Depl
     for service in ("postgres", "redis"):
         assert not deployment.inspect(service)["HostConfig"]["PortBindings"]
     (bound,) = deployment.inspect("api")["HostConfig"]["PortBindings"].values()
-    assert ["127.0.0.1"] == [each["HostIp"] for each in bound]
+    assert [each["HostIp"] for each in bound] == ["127.0.0.1"]
 
 
 @pytest.mark.parametrize("service", ["beat", *WORKERS])
@@ -98,5 +98,5 @@ def test_a_host_without_libvirt_is_healthy_and_says_so(deployment: Deployment) -
     finally:
         deployment.compose("rm", "--stop", "--force", *own)
 
-    assert [("local", False)] == [(row["name"], row["answering"]) for row in rows]
+    assert [(row["name"], row["answering"]) for row in rows] == [("local", False)]
     assert "libvirt" in rows[0]["problem"]

@@ -58,10 +58,10 @@ def test_clones_live_on_their_own(deployment: Deployment, demo: Guest) -> None:
     clones = [deployment.guest(name) for name in names]
     machines = [demo, *clones]
 
-    assert ["qa-001", "qa-002", "qa-003"] == names
+    assert names == ["qa-001", "qa-002", "qa-003"]
     for number, machine in enumerate(machines):
         machine.wait_ready().write("/root/mine", f"{number}\n")
-    assert ["0\n", "1\n", "2\n", "3\n"] == [each.read("/root/mine") for each in machines]
+    assert [each.read("/root/mine") for each in machines] == ["0\n", "1\n", "2\n", "3\n"]
     assert len(machines) == len({each.domain.UUIDString() for each in machines})
     assert len(machines) == len({each.xml.find(".//mac").attrib["address"] for each in machines})
     for clone in clones:
