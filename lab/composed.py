@@ -24,7 +24,7 @@ from lab.guest import Guest, attach
 from lab.libvirtd import Hypervisor
 
 BASES = ("debian:trixie-slim", "postgres:17", "redis:8")
-TAG = "test"
+TAG = os.environ.get("TRIPTYCH_LAB_TAG", "test")
 
 
 @dataclass

@@ -7,7 +7,7 @@ import time
 import httpx
 import pytest
 
-from lab.composed import Deployment
+from lab.composed import TAG, Deployment
 
 MB = 1000 * 1000
 CENTRE = ("postgres", "redis", "api", "beat")
@@ -20,7 +20,7 @@ WORKERS = ("demo-snapshotter", "demo-imager", "demo-cloner")
 def test_images_are_small(deployment: Deployment, image: str, limit: int) -> None:
     """What an image adds to its base is at most that many megabytes."""
     base = deployment.engine.size("debian:trixie-slim")
-    added = deployment.engine.size(f"triptych/{image}:test") - base
+    added = deployment.engine.size(f"triptych/{image}:{TAG}") - base
 
     assert added <= limit * MB, f"{added / MB:.0f} MB"
 

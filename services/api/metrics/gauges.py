@@ -11,7 +11,6 @@ from sqlalchemy import and_, case, func, select
 from sqlalchemy.orm import aliased
 from sqlmodel import Session
 
-from services.api.hosts import answering
 from shared import VERSION
 from shared.commands import SERVICES
 from shared.database import now
@@ -66,7 +65,7 @@ def _hosts(hosts: list[Host]) -> Iterator[Metric]:
     free = Gauge("vault_free_bytes", "Room left on the vault's file system", ["host"])
     size = Gauge("vault_size_bytes", "Size of the vault's file system", ["host"])
     for host in hosts:
-        up.set([host.name], answering(host))
+        up.set([host.name], host.answering)
         seen.set([host.name], host.last_seen_at)
         free.set([host.name], host.facts.get("free_bytes"))
         size.set([host.name], host.facts.get("total_bytes"))
