@@ -6,15 +6,9 @@ journal, stand in for those that would touch a hypervisor.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import pwd
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,8 +18,9 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 import pytest
-import redis
-from sqlalchemy import create_engine, select, text, update
+from operations.servers import Broker, Postgres
+from operations.waiting import wait_for  # noqa: F401
+from sqlalchemy import select, update
 
 from shared import broker, database
 from shared.celery_app import publisher
@@ -52,15 +47,6 @@ def forget_caches() -> None:
         each.cache_clear()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 15) -> Any:
-    """The first true value of `condition`; fails after that time."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.05)
-    return found
-
-
 def at_once(*calls: Callable[[], Result]) -> list[Result]:
     """The results of the calls, made from a thread each."""
     with ThreadPoolExecutor(len(calls)) as pool:
@@ -68,64 +54,6 @@ def at_once(*calls: Callable[[], Result]) -> list[Result]:
 
 
 # Databases
-
-
-class Postgres:
-    """A private cluster on a Unix socket, of an unprivileged user, in a directory of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._user: dict[str, Any] = {}
-        if os.geteuid() == 0:  # initdb refuses root; the package brings this user
-            account = pwd.getpwnam("postgres")
-            os.chown(directory, account.pw_uid, account.pw_gid)
-            self._user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-        options = ("--auth=trust", "--username=triptych", "--no-sync", "--encoding=UTF8")
-        self._run("initdb", *options, "--locale=C")
-        self.start()
-
-    def _run(self, program: str, *arguments: str) -> None:
-        found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{program}"))
-        path = str(found[-1]) if found else program
-        subprocess.run(
-            [path, "-D", str(self.directory / "data"), *arguments],
-            check=True,
-            cwd=self.directory,
-            stdout=subprocess.DEVNULL,
-            **self._user,
-        )
-
-    def start(self) -> None:
-        options = f"-F -c listen_addresses='' -c unix_socket_directories='{self.directory}'"
-        log = str(self.directory / "log")
-        self._run("pg_ctl", "--wait", f"--log={log}", f"--options={options}", "start")
-
-    def stop(self) -> None:
-        """As a crash does."""
-        self._run("pg_ctl", "--wait", "--mode=immediate", "stop")
-
-    def url(self, name: str) -> str:
-        return f"postgresql+psycopg://triptych@/{name}?host={self.directory}"
-
-    def create(self, name: str, template: str = "template0") -> str:
-        engine = create_engine(self.url("postgres"), isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
-        engine.dispose()
-        return self.url(name)
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    directory = Path(tempfile.mkdtemp(prefix="triptych-pg-"))
-    try:
-        cluster = Postgres(directory)
-        try:
-            yield cluster
-        finally:
-            cluster.stop()
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def migrated(url: str) -> None:
@@ -172,46 +100,6 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 # The broker
-
-
-class Broker:
-    """A Redis server of the tests' own, that can be taken away and brought back."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.client = redis.Redis(port=self.port)
-        self.start()
-
-    def start(self) -> None:
-        arguments = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "")
-        self._process = subprocess.Popen(
-            ["redis-server", *arguments, "--dir", str(self.directory)], stdout=subprocess.DEVNULL
-        )
-        wait_for(self._answers)
-
-    def _answers(self) -> bool:
-        with contextlib.suppress(redis.ConnectionError):
-            return bool(self.client.ping())
-        return False
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def queued(self, queue: str) -> int:
-        length: Any = self.client.llen(f"triptych:{queue}")
-        return int(length)
-
-
-@pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    server = Broker(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.stop()
 
 
 @pytest.fixture
