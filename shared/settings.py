@@ -92,7 +92,7 @@ class Settings(BaseSettings):
                 "Redis stream, and workers rely on a setting that Celery has for Redis alone "
                 "(docs/decisions/0012-redis-only.md)"
             )
-        return url
+        return url if scheme == "redis" else SecretStr(_verifying(url.get_secret_value()))
 
     @field_validator("libvirt_uri")
     @classmethod
@@ -118,6 +118,16 @@ class Settings(BaseSettings):
             if password is not None:
                 setattr(self, url, SecretStr(_with_password(getattr(self, url), password)))
         return self
+
+
+def _verifying(url: str) -> str:
+    """Without this parameter redis-py checks the server's certificate, and kombu does not."""
+    parts = urlsplit(url)
+    if "ssl_cert_reqs=" in parts.query:
+        return url
+    return parts._replace(
+        query="&".join(filter(None, [parts.query, "ssl_cert_reqs=required"]))
+    ).geturl()
 
 
 def _with_password(url: SecretStr, password: SecretStr) -> str:

@@ -93,6 +93,16 @@ def test_a_password_is_put_into_the_broker_url(given: Any, url: str) -> None:
     ) == ("", "redis", 6379, "/1")
 
 
+def test_a_broker_over_tls_is_verified(given: Any) -> None:
+    """Celery would else take any certificate, and give the password to whoever answers."""
+    url = given(broker_url="rediss://redis:6379/0", broker_password="x").broker_url
+    assert url.get_secret_value() == "rediss://:x@redis:6379/0?ssl_cert_reqs=required"
+    url = given(broker_url="rediss://redis/0?ssl_ca_certs=/ca.crt").broker_url
+    assert "?ssl_ca_certs=/ca.crt&ssl_cert_reqs=required" in url.get_secret_value()
+    url = given(broker_url="rediss://redis/0?ssl_cert_reqs=none").broker_url
+    assert "?ssl_cert_reqs=none" in url.get_secret_value()
+
+
 def test_a_user_with_odd_characters_stays(given: Any) -> None:
     """A user that is quoted in the URL is quoted once, not twice."""
     found = given(database_url="postgresql+psycopg://a%40b@db/t", database_password="x")
