@@ -7,13 +7,10 @@ journal, stand in for those that would touch a hypervisor.
 from __future__ import annotations
 
 import contextlib
-import os
-import pwd
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +22,10 @@ from uuid import uuid4
 
 import pytest
 import redis
-from sqlalchemy import create_engine, select, text, update
+from sqlalchemy import select, update
 
+from lab.postgres import Postgres
+from lab.postgres import postgres as private_postgres
 from shared import broker, database
 from shared.celery_app import publisher
 from shared.commands import Command, TakeSnapshot
@@ -70,62 +69,10 @@ def at_once(*calls: Callable[[], Result]) -> list[Result]:
 # Databases
 
 
-class Postgres:
-    """A private cluster on a Unix socket, of an unprivileged user, in a directory of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._user: dict[str, Any] = {}
-        if os.geteuid() == 0:  # initdb refuses root; the package brings this user
-            account = pwd.getpwnam("postgres")
-            os.chown(directory, account.pw_uid, account.pw_gid)
-            self._user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-        options = ("--auth=trust", "--username=triptych", "--no-sync", "--encoding=UTF8")
-        self._run("initdb", *options, "--locale=C")
-        self.start()
-
-    def _run(self, program: str, *arguments: str) -> None:
-        found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{program}"))
-        path = str(found[-1]) if found else program
-        subprocess.run(
-            [path, "-D", str(self.directory / "data"), *arguments],
-            check=True,
-            cwd=self.directory,
-            stdout=subprocess.DEVNULL,
-            **self._user,
-        )
-
-    def start(self) -> None:
-        options = f"-F -c listen_addresses='' -c unix_socket_directories='{self.directory}'"
-        log = str(self.directory / "log")
-        self._run("pg_ctl", "--wait", f"--log={log}", f"--options={options}", "start")
-
-    def stop(self) -> None:
-        """As a crash does."""
-        self._run("pg_ctl", "--wait", "--mode=immediate", "stop")
-
-    def url(self, name: str) -> str:
-        return f"postgresql+psycopg://triptych@/{name}?host={self.directory}"
-
-    def create(self, name: str, template: str = "template0") -> str:
-        engine = create_engine(self.url("postgres"), isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
-        engine.dispose()
-        return self.url(name)
-
-
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    directory = Path(tempfile.mkdtemp(prefix="triptych-pg-"))
-    try:
-        cluster = Postgres(directory)
-        try:
-            yield cluster
-        finally:
-            cluster.stop()
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with private_postgres() as cluster:
+        yield cluster
 
 
 def migrated(url: str) -> None:
