@@ -16,6 +16,8 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import URL, DateTime, Engine, TypeDecorator, create_engine, event, make_url, text
 from sqlalchemy.exc import InvalidatePoolError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 from sqlmodel import Session
 
 from shared.settings import settings
@@ -131,6 +133,24 @@ def database_now(session: Session) -> datetime:
     value = session.connection().scalar(text("SELECT clock_timestamp()"))
     assert isinstance(value, datetime)  # noqa: S101
     return value.astimezone(UTC)
+
+
+class from_now(FunctionElement[datetime]):
+    """So many seconds from now on the same clock, as a value that a statement writes."""
+
+    type = UTCDateTime()
+    inherit_cache = True
+
+
+@compiles(from_now)
+def _from_now(element: from_now, compiler: Any, **options: Any) -> str:
+    return f"clock_timestamp() + make_interval(secs => {compiler.process(element.clauses)})"
+
+
+@compiles(from_now, "sqlite")
+def _from_now_sqlite(element: from_now, compiler: Any, **options: Any) -> str:
+    seconds = compiler.process(element.clauses)
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', {seconds} || ' seconds')"
 
 
 def migrations() -> Config:
