@@ -18,10 +18,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench import snapshot
+from bench import load, snapshot
 from bench.result import Result
 
-PARTS = {"snapshot": snapshot.measure}
+PARTS = {"snapshot": snapshot.measure, "load": load.measure}
 RESULTS = Path(__file__).parent / "results"
 
 console = Console(highlight=False)
@@ -62,8 +62,8 @@ def _table(results: dict[str, Result]) -> Table:
         shown = result.document()
         table.add_row(
             name,
-            f"{result.ours * 1000:.1f} ms",
-            "–" if result.peer is None else f"{result.peer * 1000:.1f} ms",
+            result.shown(result.ours),
+            "–" if result.peer is None else result.shown(result.peer),
             "–" if shown["ratio"] is None else f"{shown['ratio']:.1f}",
             str(result.runs),
             result.peer_name or "",

@@ -20,6 +20,12 @@ class Result:
         """From the seconds that each run of both took."""
         return cls(statistics.median(ours), statistics.median(peer), peer_name, len(ours))
 
+    def shown(self, value: float) -> str:
+        """The value with its unit, for people: short times in milliseconds."""
+        if self.unit == "s" and value < 1:
+            return f"{value * 1000:.1f} ms"
+        return f"{value:.1f} {self.unit}"
+
     def document(self) -> dict[str, Any]:
         ratio = self.ours / self.peer if self.peer else None
         return {

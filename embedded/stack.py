@@ -47,11 +47,13 @@ def free_port() -> int:
 
 @dataclass
 class Stack:
-    """One stack in `state`; `settings` are TRIPTYCH_ variables that win over the environment."""
+    """One stack in `state`; `settings` are TRIPTYCH_ variables that win over the environment,
+    `worker_app` is where the Celery app of each service's worker is found."""
 
     state: Path
     port: int = 8000
     settings: dict[str, str] = field(default_factory=dict)
+    worker_app: str = "services.{service}.tasks"
 
     @property
     def url(self) -> str:
@@ -107,7 +109,7 @@ class Stack:
         self._spawn("api", [sys.executable, "-m", "services.api", "--port", str(self.port)])
 
     def start_worker(self, service: str) -> None:
-        app = f"services.{service}.tasks"
+        app = self.worker_app.format(service=service)
         self._spawn(service, [*CELERY, "-A", app, "worker", *ALONE])
 
     def start_beat(self) -> None:

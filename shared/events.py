@@ -13,6 +13,7 @@ from shared.models import Event
 
 STREAM = "triptych:events"
 _STREAM_LENGTH = 100_000
+BATCH = 500
 
 
 def emit(session: Session, type_: str, subject: str | None, **data: Any) -> None:
@@ -34,7 +35,7 @@ def as_cloudevent(event: Event) -> dict[str, Any]:
     }
 
 
-def relay(batch: int = 500) -> int:
+def relay() -> int:
     """Append events not yet relayed to the Redis stream, oldest first; returns how many.
 
     At least once: a crash between the append and the commit, or another relay at the same
@@ -44,7 +45,7 @@ def relay(batch: int = 500) -> int:
     row: Any = Event
     with reading() as session:
         query = select(Event).where(row.relayed_at.is_(None)).order_by(row.seq)
-        pending = list(session.scalars(query.limit(batch)))
+        pending = list(session.scalars(query.limit(BATCH)))
     if not pending:
         return 0
     pipeline = redis_client().pipeline(transaction=True)

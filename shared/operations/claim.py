@@ -14,7 +14,7 @@ from sqlalchemy.orm import aliased
 from sqlmodel import Session
 
 from shared import errors, lookups
-from shared.database import database_now, now, transaction
+from shared.database import database_now, from_now, now, transaction
 from shared.models import Operation
 from shared.operations import presence
 from shared.settings import settings
@@ -41,7 +41,8 @@ def claim(operation_id: str, owner: str) -> Operation | None:
     )
     try:
         with transaction() as session:
-            return _take(session, operation_id, owner, and_(mine.state == "queued", ~in_the_way))
+            free = and_(mine.state == "queued", ~in_the_way)
+            return _take(session, operation_id, owner, free, attempt=mine.attempt + 1)
     except IntegrityError:
         return None
 
@@ -73,20 +74,22 @@ def held(session: Session, operation_id: str, owner: str) -> Operation:
     return found
 
 
-def _take(session: Session, operation_id: str, owner: str, condition: Any) -> Operation | None:
+def _take(
+    session: Session, operation_id: str, owner: str, condition: Any, **values: Any
+) -> Operation | None:
     mine: Any = Operation
-    claimed = session.execute(
+    claimed = session.scalars(
         update(Operation)
         .where(mine.id == operation_id, condition)
         .values(
             state="running",
             phase="starting",
             owner=owner,
-            lease_expires_at=database_now(session) + timedelta(seconds=settings().lease),
+            lease_expires_at=from_now(settings().lease),
             started_at=now(),
+            **values,
         )
+        .returning(Operation)
+        .execution_options(synchronize_session=False, populate_existing=True)
     )
-    if claimed.rowcount != 1:  # type: ignore[attr-defined]
-        return None
-    query = select(Operation).where(mine.id == operation_id)
-    return session.scalars(query).one()
+    return claimed.one_or_none()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import structlog
@@ -17,7 +17,7 @@ from sqlalchemy import update
 from sqlmodel import Session
 
 from shared import errors
-from shared.database import database_now, transaction
+from shared.database import from_now, transaction
 from shared.models import Operation
 from shared.operations import journal
 from shared.operations.claim import STALLED, held
@@ -129,9 +129,11 @@ class Context:
 
     def _beat(self) -> None:
         last_renewal = time.monotonic()
-        while not self._stop.is_set():
+        while not self._stop.wait(0.25):  # what ends sooner than that needs no heartbeat
             self._changed.wait(0.5)
             self._changed.clear()
+            if self._stop.is_set():
+                return
             try:
                 if self._renew():
                     last_renewal = time.monotonic()
@@ -144,7 +146,6 @@ class Context:
                 if time.monotonic() - last_renewal > settings().lease * STALLED:
                     self._lost.set()
                     return
-            self._stop.wait(0.25)
 
     def latest(self) -> dict[str, Any]:
         """Phase and progress, by column."""
@@ -153,7 +154,6 @@ class Context:
     def _renew(self) -> bool:
         """Renew the lease, write progress, read the cancel flag. False when it is lost."""
         with transaction() as session:
-            lease = database_now(session) + timedelta(seconds=settings().lease)
             renewed = session.execute(
                 update(Operation)
                 .where(
@@ -161,7 +161,7 @@ class Context:
                     Operation.state == "running",  # type: ignore[arg-type]
                     Operation.owner == self.owner,  # type: ignore[arg-type]
                 )
-                .values(lease_expires_at=lease, **self.latest())
+                .values(lease_expires_at=from_now(settings().lease), **self.latest())
                 .returning(Operation.cancel_requested_at)  # type: ignore[call-overload]
             ).first()
         if renewed is None:

@@ -20,6 +20,8 @@ from shared.models import Operation, OutboxMessage
 
 log = structlog.get_logger()
 
+BATCH = 100
+
 
 def wake(session: Session, operation: Operation) -> None:
     """Put a wake-up for the operation's worker into the outbox."""
@@ -38,7 +40,7 @@ def flush() -> int:
     sent = 0
     while True:
         with reading() as session:
-            query = select(OutboxMessage).order_by(OutboxMessage.seq).limit(100)  # type: ignore[arg-type]
+            query = select(OutboxMessage).order_by(OutboxMessage.seq).limit(BATCH)  # type: ignore[arg-type]
             batch = list(session.scalars(query))
         if not batch:
             return sent
@@ -51,13 +53,15 @@ def flush() -> int:
             done = [message.seq for message in batch]
             session.execute(delete(OutboxMessage).where(OutboxMessage.seq.in_(done)))  # type: ignore[union-attr]
         sent += len(batch)
+        if len(batch) < BATCH:  # what was added since is sent by whoever added it
+            return sent
 
 
 def flush_if_possible() -> bool:
     """Send what there is; a broker that is away only means later."""
     try:
         flush()
-        while events.relay():
+        while events.relay() == events.BATCH:
             pass
     except Exception as error:
         log.warning("outbox.waiting", reason=str(error))

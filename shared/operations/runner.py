@@ -49,6 +49,8 @@ def run(operation_id: str) -> None:
     """
     with reading() as session:
         asked = lookups.operation(session, operation_id)
+    if asked.finished_at:  # the message came twice, or after a cancel
+        return
     if asked.kind not in _HANDLERS or asked.host != settings().host:
         log.error("operation.misdirected", operation=operation_id, kind=asked.kind, to=asked.host)
         return
@@ -78,6 +80,10 @@ def _recover(operation: Operation, owner: str) -> None:
         if verdict := verdict_of(operation):
             _end(operation, owner, verdict)
             return
+    with transaction() as session:
+        operation = held(session, operation.id, owner)
+        operation.attempt += 1
+        operation.error = None
     _attempt(operation, owner)
 
 
@@ -98,10 +104,6 @@ def verdict_of(operation: Operation) -> dict[str, Any] | None:
 
 
 def _attempt(operation: Operation, owner: str) -> None:
-    with transaction() as session:
-        operation = held(session, operation.id, owner)
-        operation.attempt += 1
-        operation.error = None
     log.info("operation.started", kind=operation.kind, attempt=operation.attempt)
     with Context(operation, owner) as context:
         try:
@@ -131,7 +133,8 @@ def _commit(context: Context, outcome: Outcome) -> Operation:
         current.committed = True
         current.result = outcome.result
         current.undo, current.undo_until = outcome.undo, outcome.undo_until
-        journal.leave(session, current.id, context.leftovers)
+        if context.leftovers:
+            journal.leave(session, current.id, context.leftovers)
         journal.clear(session, current.id, "undo")
         for name, arguments in left_to_do:
             journal.write(session, current.id, "redo", name, **arguments)

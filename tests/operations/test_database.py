@@ -10,7 +10,8 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from operations.spine import HOST, Postgres, World, forget_caches, migrated, outputs, python
-from sqlalchemy import MetaData, func, inspect, select
+from sqlalchemy import MetaData, create_engine, func, inspect, select, text
+from sqlalchemy.exc import OperationalError
 from sqlmodel import SQLModel
 
 from shared import database
@@ -191,6 +192,32 @@ def test_rolled_back_on_any_error(world: World, any_database: str) -> None:
         raise KeyboardInterrupt
     with reading() as session:
         assert list(session.scalars(select(Server))) == []
+
+
+def _end_all_connections(cluster: Postgres) -> None:
+    """As a restart of the database does."""
+    administrator = create_engine(cluster.url("postgres"))
+    with administrator.connect() as connection:
+        ended = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = :name"
+        connection.execute(text(ended), {"name": engine().url.database})
+    administrator.dispose()
+
+
+@pytest.mark.parametrize("any_database", ["postgresql"], indirect=True)
+def test_connections_that_ended_are_replaced(
+    world: World, any_database: str, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unnoticed where they were idle; else one transaction fails, and the next one does not."""
+    with reading() as one, reading() as two:
+        assert one.scalar(select(1)) == two.scalar(select(1)), "two connections"
+    _end_all_connections(postgres)
+    with pytest.raises(OperationalError):
+        world.server("in use")
+    world.server("after it")
+
+    monkeypatch.setattr(database, "_FRESH", 0)
+    _end_all_connections(postgres)
+    world.server("after idleness")
 
 
 SPAWNED = """
