@@ -14,6 +14,7 @@ from shared.database import now, transaction
 from shared.events import emit
 from shared.operations import claim, journal, presence, runner
 from shared.operations.context import Context, Outcome
+from shared.settings import settings
 
 OTHER = "kvm-1/snapshotter/another-worker"
 
@@ -551,13 +552,18 @@ def test_lease_stays_renewed_on_take_over(world: World, operation: str) -> None:
 
 @pytest.mark.parametrize("any_database", ["postgresql"], indirect=True)
 def test_database_that_is_away_costs_no_work(
-    world: World, any_database: str, operation: str, postgres: Postgres
+    world: World,
+    any_database: str,
+    operation: str,
+    postgres: Postgres,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A copy outlives a crash of the database that lasts longer than its lease."""
+    monkeypatch.setattr(settings(), "lease", 6.0)  # five of them are time to recover in
 
     def handle(context: Context, command: Any) -> Outcome:
         postgres.stop()
-        time.sleep(2.5)
+        time.sleep(6.5)
         postgres.start()
         assert claim.take_over(operation, OTHER) is None
         lease = world.row(operation).lease_expires_at
@@ -644,8 +650,6 @@ def test_unit_that_cannot_be_undone_is_not_forgotten(world: World, operation: st
 
 def test_presence_leaves_no_files(world: World, operation: str) -> None:
     """An attempt that ended takes its lock file away, and so does who finds a dead one's."""
-    from shared.settings import settings
-
     world.handler(nothing)
     runner.run(operation)
     folder = settings().vault / ".workers"
