@@ -41,6 +41,7 @@ def make_app(name: str, queues: list[str], imports: list[str]) -> Celery:
         task_retry_on_worker_lost=True,
         worker_pool="prefork",
         worker_pool_start_method="spawn",
+        worker_proc_alive_timeout=60,
         worker_concurrency=settings().concurrency,
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
