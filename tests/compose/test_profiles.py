@@ -47,7 +47,7 @@ def test_flower_shows_the_workers_to_those_with_the_password(deployment: Deploym
     debugged.compose("build", "--quiet", "flower")
     debugged.up("flower")
     url = f"http://127.0.0.1:{port(debugged, 'flower')}/api/workers"
-    password = (deployment.secrets / "token").read_text()
+    password = (deployment.secrets / "consoles-password").read_text()
 
     def workers() -> int:
         try:
