@@ -2,7 +2,7 @@
 
     python3 -m lab.demo_host [--bare]
 
-The VM and what libvirt needs to start it lie below /srv/triptych, which the container shares
+The VM and what libvirt needs to start it lie below /srv/triptych-demo, which the container shares
 with the demo's three workers. `--bare` makes no VM. SIGTERM powers guests off, as their owner
 would, and ends it. Process 1 must be one that waits for orphans (`init: true`, `--init`):
 libvirt takes a QEMU that nobody waits for as one that will not die.
@@ -24,7 +24,7 @@ from lab.guest import Guest
 from lab.libvirtd import Hypervisor, libvirtd
 
 NAME = "demo"
-DATA = Path("/srv/triptych")
+DATA = Path("/srv/triptych-demo")
 SHUTDOWN_S = 8
 
 

@@ -47,7 +47,6 @@ def second(engine: Engine, deployment: Deployment, address: str) -> Iterator[Dep
                 "TRIPTYCH_CENTRE": address,
                 "TRIPTYCH_SECRETS": str(deployment.secrets),
                 "TRIPTYCH_LIBVIRT_URI": "qemu:///system",
-                "TRIPTYCH_VAULT": "/srv/triptych/vault",
             },
         )
         try:
@@ -59,10 +58,14 @@ def second(engine: Engine, deployment: Deployment, address: str) -> Iterator[Dep
 
 
 @pytest.fixture(scope="module")
-def server(deployment: Deployment, second: Deployment) -> str:
+def server(deployment: Deployment, second: Deployment) -> Iterator[str]:
     """The second host's VM, whose name is that of the first one's."""
+    client = deployment.client
     wait_for(lambda: _domains(deployment, "kvm-2"), "the second host's domains are reported")
-    return str(deployment.client.servers.add("kvm-2", "demo")["id"])
+    added = str(client.servers.add("kvm-2", "demo")["id"])
+    yield added
+    client.wait(client.snapshots.delete(added)["id"], timeout=60)
+    client.servers.forget(added)
 
 
 def _domains(deployment: Deployment, host: str) -> list[str]:
@@ -80,7 +83,7 @@ def _first(deployment: Deployment) -> str:
 
 def _snapshots(host: Deployment, service: str) -> set[str]:
     """The servers that this host's vault has snapshots of."""
-    listed = host.execute(service, "sh", "-c", "ls /srv/triptych/vault/snapshots")
+    listed = host.execute(service, "sh", "-c", "ls /srv/triptych-demo/vault/snapshots")
     return set(listed.split())
 
 

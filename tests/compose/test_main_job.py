@@ -40,7 +40,7 @@ def test_an_image_brings_the_server_back(deployment: Deployment, demo: Guest) ->
     deployment.cli("schedule", "set", "demo", "daily", "--at", at, "--timezone", "UTC")
     deployment.cli("image", "create", "demo", "--name", "golden")
     demo.destroy()
-    disk = "/srv/triptych/vms/demo-vda.qcow2"
+    disk = "/srv/triptych-demo/vms/demo-vda.qcow2"
     deployment.execute("hypervisor", "dd", "if=/dev/urandom", f"of={disk}", "bs=1M", "count=1")
 
     deployment.cli("image", "restore", "golden", "--yes")
