@@ -23,6 +23,9 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SERVICES = ("snapshotter", "imager", "cloner")
+CELERY = (sys.executable, "-m", "celery")
+ALONE = ("--without-gossip", "--without-mingle")
+"""Workers need not know of each other; asking around at the start costs a second."""
 WARM_SHUTDOWN = 40.0
 """Seconds a worker may take to finish what it does before it is killed."""
 
@@ -107,11 +110,11 @@ class Stack:
 
     def start_worker(self, service: str) -> None:
         app = self.worker_app.format(service=service)
-        self._spawn(service, [sys.executable, "-m", "celery", "-A", app, "worker"])
+        self._spawn(service, [*CELERY, "-A", app, "worker", *ALONE])
 
     def start_beat(self) -> None:
-        command = ["celery", "-A", "shared.beat", "worker", "--beat", "--concurrency", "2"]
-        self._spawn("beat", [sys.executable, "-m", *command])
+        command = [*CELERY, "-A", "shared.beat", "worker", "--beat", "--concurrency", "2", *ALONE]
+        self._spawn("beat", command)
 
     def wait_ready(self, timeout: float = 60) -> None:
         host = self.environment["TRIPTYCH_HOST"]

@@ -11,7 +11,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,13 @@ class Deployment:
     def __post_init__(self) -> None:
         self.secrets = Path(self.settings.get("TRIPTYCH_SECRETS", self.state / "secrets"))
         run([str(ROOT / "scripts/secrets"), str(self.secrets)])
-        self.port = free_port()
+        self.port = int(self.settings.setdefault("TRIPTYCH_PORT", str(free_port())))
         ours = {
             "TRIPTYCH_SECRETS": str(self.secrets),
-            "TRIPTYCH_PORT": str(self.port),
+            # Whatever is free: `docker compose port` tells.
+            "TRIPTYCH_PROMETHEUS_PORT": "0",
+            "TRIPTYCH_GRAFANA_PORT": "0",
+            "TRIPTYCH_FLOWER_PORT": "0",
             "TRIPTYCH_TAG": TAG,
             # The default host must find nothing of this machine's.
             "TRIPTYCH_LIBVIRT_URI": "qemu+unix:///system?socket=/run/libvirt/nobody",
@@ -65,9 +68,16 @@ class Deployment:
             command += ["--profile", profile]
         return run([*command, *arguments], self.environment, timeout=timeout)
 
+    def with_profiles(self, *profiles: str) -> Deployment:
+        """The same project, for calls that need further profiles."""
+        return replace(self, profiles=(*self.profiles, *profiles))
+
     def build(self) -> None:
         """Build the images from the working tree."""
         self.engine.ensure(*BASES)
+        # One after the other: they share most layers, which the classic builder makes as often
+        # as it is asked to at the same time.
+        self.environment["COMPOSE_PARALLEL_LIMIT"] = "1"
         self.compose("build", "--quiet", timeout=1800)
 
     def up(self, *services: str) -> None:

@@ -21,6 +21,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import kernel as kernels
 from lab import rootfs
 from lab.libvirtd import CACHE, LabUnavailable
 
@@ -47,7 +48,7 @@ class Image:
 def image(cache: Path | None = None) -> Image:
     """Give the guest's image, building it if the cache has none of this recipe.
 
-    The key is the distribution's release and the recipe (these two modules), not the versions
+    The key is the distribution's release and the recipe (these three modules), not the versions
     of the packages: a new kernel is no reason to build again, and no network is needed once it
     is there. `versions.json` beside it tells what went in.
     """
@@ -62,13 +63,13 @@ def image(cache: Path | None = None) -> Image:
                 shutil.rmtree(home, ignore_errors=True)
                 (Path(work) / "out").rename(home)
     versions = json.loads((home / "versions.json").read_text())
-    return Image(home / "vmlinuz", home / "initrd", home / "root.raw", versions)
+    return Image(home / "kernel", home / "initrd", home / "root.raw", versions)
 
 
 def _key() -> str:
     release = platform.freedesktop_os_release()
-    recipe = Path(__file__).read_bytes() + Path(rootfs.__file__).read_bytes()
-    digest = hashlib.sha256(recipe).hexdigest()[:12]
+    recipe = [Path(each) for each in (__file__, rootfs.__file__, kernels.__file__)]
+    digest = hashlib.sha256(b"".join(each.read_bytes() for each in recipe)).hexdigest()[:12]
     return f"{release.get('ID', 'linux')}-{release.get('VERSION_ID', '0')}-{digest}"
 
 
@@ -84,7 +85,7 @@ def _build(work: Path) -> None:
     versions = _unpack(names, work / "debs", packages)
 
     kernel = next(packages.glob("boot/vmlinuz-*"))
-    shutil.copyfile(kernel, out / "vmlinuz")
+    (out / "kernel").write_bytes(kernels.unpacked(kernel.read_bytes()))
     release = kernel.name.removeprefix("vmlinuz-")
     modules = next(p for p in packages.glob(f"**/lib/modules/{release}") if p.is_dir())
     _make_initrd(packages, modules, work / "initramfs", out / "initrd")

@@ -15,8 +15,10 @@ import os
 import pwd
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from xml.etree import ElementTree
 
 import libvirt
 
-from lab import filesystems, kvm
+from lab import filesystems, kvm, reaper
 
 SYSTEM_URI = "qemu:///system"
 SYSTEM_SOCKETS = (Path("/run/libvirt/libvirt-sock"), Path("/run/libvirt/virtqemud-sock"))
@@ -35,6 +37,7 @@ CACHE = Path(os.environ.get("TRIPTYCH_LAB_CACHE", REPOSITORY / ".cache"))
 START_TIMEOUT_S = 90
 # libvirtd 11.3 now and then hangs when told to end, for 30 s and more; its guests do not care.
 STOP_TIMEOUT_S = 5
+_REAPER = [sys.executable, str(Path(reaper.__file__))]
 _UNIX_SOCKET_PATH_MAX = 107
 _QEMU_CONF = Path("/etc/libvirt/qemu.conf")
 _CONTAINER_QEMU_CONF = """\
@@ -106,7 +109,7 @@ class OwnHypervisor(Hypervisor):
             self._start_virtlogd()
         if self._libvirtd is not None:
             raise RuntimeError("libvirtd is running already")
-        self._libvirtd = self._spawn(self._inside(), "libvirtd")
+        self._libvirtd = self._spawn([*_REAPER, *self._inside()], "libvirtd")
         _wait_for(self._run_dir / "libvirt-sock", self._libvirtd, self.state_dir / "libvirtd.out")
         with self.connection() as connection:
             self._found = self._found or {d.UUIDString() for d in connection.listAllDomains()}
@@ -114,7 +117,7 @@ class OwnHypervisor(Hypervisor):
     def stop(self, *, kill: bool = False) -> None:
         """Stop libvirtd and wait for it to be gone; with `kill` by SIGKILL. Guests run on."""
         if self._libvirtd is not None:
-            _end(self._libvirtd, kill=kill)
+            _end(self._libvirtd, reaper.KILL if kill else signal.SIGTERM)
             self._libvirtd = None
             (self._run_dir / "libvirt-sock").unlink(missing_ok=True)
 
@@ -323,9 +326,9 @@ def _wait_for(path: Path, process: subprocess.Popen[bytes], output: Path) -> Non
         time.sleep(0.02)
 
 
-def _end(process: subprocess.Popen[bytes], *, kill: bool = False) -> None:
+def _end(process: subprocess.Popen[bytes], how: signal.Signals = signal.SIGTERM) -> None:
     if process.poll() is None:
-        process.kill() if kill else process.terminate()
+        process.send_signal(how)
         try:
             process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:

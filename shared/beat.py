@@ -27,7 +27,7 @@ app.conf.beat_schedule = {
     name: {
         "task": name,
         "schedule": settings().tick,
-        "options": {"queue": TICKS, "expires": settings().tick},
+        "options": {"queue": TICKS, "expires": max(settings().tick, 30)},
     }
     for name in (
         "snapshotter.expire_due",

@@ -4,6 +4,7 @@ SQLite (WAL, `BEGIN IMMEDIATE`, synchronous FULL: a journal row is on disk befor
 the step it describes) is the embedded default; PostgreSQL the deployment's.
 """
 
+import argparse
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -165,5 +166,21 @@ def migrate() -> None:
     command.upgrade(migrations(), "head")
 
 
+def main() -> None:
+    """`python -m shared.database [downgrade REVISION]`; without arguments to the newest one."""
+    parser = argparse.ArgumentParser(prog="shared.database", description=migrate.__doc__)
+    parser.add_argument("action", nargs="?", choices=["upgrade", "downgrade"], default="upgrade")
+    parser.add_argument("revision", nargs="?", help="-1 is the one before (default: the newest)")
+    # A revision may begin with a minus; no option of ours does.
+    asked, rest = parser.parse_known_args()
+    revision = asked.revision or next(iter(rest), None)
+    if asked.action == "upgrade":
+        command.upgrade(migrations(), revision or "head")
+    elif revision:
+        command.downgrade(migrations(), revision)
+    else:
+        parser.error("say to which revision: -1 is the one before the present one")
+
+
 if __name__ == "__main__":
-    migrate()
+    main()

@@ -198,3 +198,10 @@ class LeaseLost(TriptychError):
 
     code = "lease_lost"
     status = 409
+
+
+class DatabaseRestored(TriptychError):
+    """The database was restored from a backup made before the operation had ended"""
+
+    code = "database_restored"
+    status = 409

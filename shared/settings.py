@@ -30,6 +30,7 @@ Duration = Annotated[timedelta, BeforeValidator(_seconds)]
 
 _SECRETS = ("token", "database_url", "database_password", "broker_url", "broker_password")
 _BROKERS = ("redis", "rediss")
+_THIS_MACHINE = (None, "localhost", "127.0.0.1", "::1")
 
 
 class Settings(BaseSettings):
@@ -91,7 +92,22 @@ class Settings(BaseSettings):
                 "Redis stream, and workers rely on a setting that Celery has for Redis alone "
                 "(docs/decisions/0012-redis-only.md)"
             )
-        return url
+        return url if scheme == "redis" else SecretStr(_verifying(url.get_secret_value()))
+
+    @field_validator("libvirt_uri")
+    @classmethod
+    def _refuse_other_machines(cls, uri: str) -> str:
+        parts = urlsplit(uri)
+        # `ext` runs a command that may lead anywhere; an alias of libvirt.conf has no scheme.
+        elsewhere = parts.hostname not in _THIS_MACHINE or parts.scheme.endswith("+ext")
+        if elsewhere or not parts.scheme:
+            raise ValueError(
+                "it must lead to the libvirt of this machine, such as qemu:///system: workers "
+                "open the disks by the paths that libvirt tells, and would take this machine's "
+                "files for the other's. Run the three workers on the other machine instead "
+                "(docs/how-to/remote-libvirt.md)"
+            )
+        return uri
 
     @model_validator(mode="after")
     def _put_passwords_into_urls(self) -> "Settings":
@@ -104,10 +120,20 @@ class Settings(BaseSettings):
         return self
 
 
+def _verifying(url: str) -> str:
+    """Without this parameter redis-py checks the server's certificate, and kombu does not."""
+    parts = urlsplit(url)
+    if "ssl_cert_reqs=" in parts.query:
+        return url
+    return parts._replace(
+        query="&".join(filter(None, [parts.query, "ssl_cert_reqs=required"]))
+    ).geturl()
+
+
 def _with_password(url: SecretStr, password: SecretStr) -> str:
     parts = urlsplit(url.get_secret_value())
     address = parts.netloc.rpartition("@")[2]
-    user = f"{quote(parts.username or '')}:{quote(password.get_secret_value(), safe='')}"
+    user = f"{parts.username or ''}:{quote(password.get_secret_value(), safe='')}"
     return parts._replace(netloc=f"{user}@{address}").geturl()
 
 

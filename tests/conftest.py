@@ -1,16 +1,21 @@
-"""Fixtures that more than one folder of tests needs: a libvirtd, a place for disks, a guest."""
+"""Fixtures that more than one folder of tests needs: libvirtd, a guest, containers."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from operations.servers import postgres, redis_server  # noqa: F401
 
 from lab.containers import Engine
 from lab.containers import engine as docker_engine
 from lab.guest import Guest
 from lab.libvirtd import Hypervisor, libvirtd, scratch
+
+# Its reaper would have to be pulled; the fixtures remove what they start.
+os.environ["TESTCONTAINERS_RYUK_DISABLED"] = "true"
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +28,8 @@ def hypervisor() -> Iterator[Hypervisor]:
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
     """A Docker engine, the machine's or a private one; without one the tests fail."""
-    with docker_engine() as found:
+    with docker_engine() as found, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DOCKER_HOST", found.host)  # for testcontainers
         yield found
 
 

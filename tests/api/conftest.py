@@ -12,7 +12,6 @@ from operations.spine import (  # noqa: F401
     any_database,
     database_url,
     forget_caches,
-    postgres,
     postgres_template,
     sqlite_template,
 )

@@ -1,16 +1,51 @@
 """A guest on a file system that shares extents, for tests of what touches libvirt."""
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from testcontainers.core.container import DockerContainer
+from testcontainers.core.wait_strategies import LogMessageWaitStrategy
 
 from lab import filesystems
+from lab.containers import Engine
 from lab.guest import Guest
-from lab.libvirtd import Hypervisor
+from lab.libvirtd import REPOSITORY, Hypervisor, scratch
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, find_by_name
 from shared.hypervisor.watchdog import Watchdog
+
+IMAGE = "triptych/hypervisor:lab"
+
+
+@pytest.fixture(scope="session", params=["machine", "debian-13"])
+def hypervisor(request: pytest.FixtureRequest, hypervisor: Hypervisor) -> Iterator[Hypervisor]:
+    """The machine's libvirt, and then that of Debian 13 (libvirt 11, QEMU 10) in a container."""
+    if request.param == "machine":
+        yield hypervisor
+        return
+    engine: Engine = request.getfixturevalue("engine")
+    engine.ensure("debian:trixie-slim")
+    dockerfile = str(REPOSITORY / "deploy/hypervisor/Dockerfile")
+    engine.docker("build", "--quiet", "--tag", IMAGE, "--file", dockerfile, str(REPOSITORY))
+    with scratch() as state:
+        run = state / "run"
+        run.mkdir()
+        container = (
+            DockerContainer(IMAGE)
+            .with_command("python3 -m lab.demo_host --bare")
+            .with_volume_mapping(str(run), "/run/libvirt", "rw")
+            # The same paths inside as outside, and file systems that are mounted later.
+            .with_volume_mapping(tempfile.gettempdir(), tempfile.gettempdir(), "rw")
+            .with_volume_mapping(
+                str(filesystems.mount_root()), str(filesystems.mount_root()), "rw,rslave"
+            )
+            .with_kwargs(init=True)
+            .waiting_for(LogMessageWaitStrategy("ready").with_startup_timeout(60))
+        )
+        with container:
+            yield Hypervisor(state, f"qemu+unix:///system?socket={run}/libvirt-sock")
 
 
 @pytest.fixture(scope="session")

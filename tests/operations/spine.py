@@ -6,12 +6,9 @@ journal, stand in for those that would touch a hypervisor.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,11 +18,10 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 import pytest
-import redis
+from operations.servers import Broker, Postgres
+from operations.waiting import wait_for  # noqa: F401
 from sqlalchemy import select, update
 
-from lab.postgres import Postgres
-from lab.postgres import postgres as private_postgres
 from shared import broker, database
 from shared.celery_app import publisher
 from shared.commands import Command, TakeSnapshot
@@ -51,15 +47,6 @@ def forget_caches() -> None:
         each.cache_clear()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 15) -> Any:
-    """The first true value of `condition`; fails after that time."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.05)
-    return found
-
-
 def at_once(*calls: Callable[[], Result]) -> list[Result]:
     """The results of the calls, made from a thread each."""
     with ThreadPoolExecutor(len(calls)) as pool:
@@ -67,12 +54,6 @@ def at_once(*calls: Callable[[], Result]) -> list[Result]:
 
 
 # Databases
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    with private_postgres() as cluster:
-        yield cluster
 
 
 def migrated(url: str) -> None:
@@ -119,46 +100,6 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 # The broker
-
-
-class Broker:
-    """A Redis server of the tests' own, that can be taken away and brought back."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.client = redis.Redis(port=self.port)
-        self.start()
-
-    def start(self) -> None:
-        arguments = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "")
-        self._process = subprocess.Popen(
-            ["redis-server", *arguments, "--dir", str(self.directory)], stdout=subprocess.DEVNULL
-        )
-        wait_for(self._answers)
-
-    def _answers(self) -> bool:
-        with contextlib.suppress(redis.ConnectionError):
-            return bool(self.client.ping())
-        return False
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def queued(self, queue: str) -> int:
-        length: Any = self.client.llen(f"triptych:{queue}")
-        return int(length)
-
-
-@pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    server = Broker(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.stop()
 
 
 @pytest.fixture

@@ -4,10 +4,8 @@ from operations.spine import (  # noqa: F401
     any_database,
     database_url,
     environment,
-    postgres,
     postgres_template,
     redis_broker,
-    redis_server,
     sqlite_template,
     world,
 )
