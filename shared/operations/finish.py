@@ -7,7 +7,7 @@ from sqlmodel import Session
 
 from shared import events
 from shared.database import now
-from shared.models import Clone, Operation, Schedule, ScheduleRun
+from shared.models import Clone, Operation, Schedule, ScheduleRun, Server
 from shared.operations.outbox import wake
 from shared.operations.tally import count
 
@@ -17,7 +17,13 @@ FAILURES_BEFORE_ALARM = 4
 def finish(
     session: Session, operation: Operation, state: str, error: dict[str, Any] | None = None
 ) -> None:
-    """Set the final state, as the last thing in the caller's transaction."""
+    """Set the final state, as the last thing in the caller's transaction.
+
+    From here to the commit no operation of this server is submitted: it would be too late to be
+    woken by this one, and its own message too early to find the server free.
+    """
+    server: Any = Server
+    session.execute(select(server.id).where(server.id == operation.server_id).with_for_update())
     operation.state = operation.phase = state
     operation.error = error
     operation.finished_at = now()

@@ -5,6 +5,9 @@ may go out twice; the claim makes the second one harmless.
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 from uuid import uuid4
 
 import structlog
@@ -15,7 +18,7 @@ from shared import events
 from shared.broker import redis_client
 from shared.celery_app import publisher
 from shared.commands import BY_KIND, queue_of
-from shared.database import now, reading, transaction
+from shared.database import engine, now, reading, transaction
 from shared.models import Operation, OutboxMessage
 
 log = structlog.get_logger()
@@ -39,22 +42,45 @@ def flush() -> int:
     """Send every message in the outbox; returns how many. Raises when the broker is away."""
     sent = 0
     while True:
-        with reading() as session:
-            query = select(OutboxMessage).order_by(OutboxMessage.seq).limit(BATCH)  # type: ignore[arg-type]
-            batch = list(session.scalars(query))
-        if not batch:
-            return sent
-        redis_client().ping()  # fails at once where Celery's own retries would take seconds
-        for message in batch:
-            publisher().send_task(
-                message.task, kwargs=message.arguments, queue=message.queue, task_id=str(uuid4())
-            )
-        with transaction() as session:
-            done = [message.seq for message in batch]
-            session.execute(delete(OutboxMessage).where(OutboxMessage.seq.in_(done)))  # type: ignore[union-attr]
+        with _batch() as batch:
+            if batch:
+                redis_client().ping()  # fails at once where Celery's own retries take seconds
+            for message in batch:
+                publisher().send_task(
+                    message.task,
+                    kwargs=message.arguments,
+                    queue=message.queue,
+                    task_id=str(uuid4()),
+                )
         sent += len(batch)
         if len(batch) < BATCH:  # what was added since is sent by whoever added it
             return sent
+
+
+@contextmanager
+def _batch() -> Iterator[list[OutboxMessage]]:
+    """The oldest messages, deleted when the block ends well.
+
+    On PostgreSQL without those that somebody else is sending. SQLite has no locks but the one
+    that all writers need, which nobody may hold while a broker takes its time: there two who
+    flush at once may both send.
+    """
+    row: Any = OutboxMessage
+    query = select(OutboxMessage).order_by(row.seq).limit(BATCH).with_for_update(skip_locked=True)
+    locks = engine().dialect.name != "sqlite"
+    with transaction() if locks else reading() as session:
+        batch = list(session.scalars(query))
+        yield batch
+        if batch and locks:
+            _delete(session, batch)
+    if batch and not locks:
+        with transaction() as session:
+            _delete(session, batch)
+
+
+def _delete(session: Session, batch: list[OutboxMessage]) -> None:
+    row: Any = OutboxMessage
+    session.execute(delete(OutboxMessage).where(row.seq.in_([each.seq for each in batch])))
 
 
 def flush_if_possible() -> bool:

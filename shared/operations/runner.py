@@ -58,12 +58,14 @@ def run(operation_id: str) -> None:
         structlog.contextvars.bound_contextvars(operation=operation_id),
         presence.attempt(asked.service) as owner,
     ):
+        take, work = claim.claim, _attempt
+        if asked.state == "running":
+            take, work = claim.take_over, _recover
+        operation = take(operation_id, owner)
+        if operation is None:
+            return
         try:
-            if operation := claim.claim(operation_id, owner):
-                _attempt(operation, owner)
-            elif operation := claim.take_over(operation_id, owner):
-                log.warning("operation.taken_over", committed=operation.committed)
-                _recover(operation, owner)
+            work(operation, owner)
         except errors.LeaseLost:
             log.warning("operation.lease_lost")
     flush_if_possible()
@@ -71,6 +73,7 @@ def run(operation_id: str) -> None:
 
 def _recover(operation: Operation, owner: str) -> None:
     """Go on where a dead worker stopped."""
+    log.warning("operation.taken_over", committed=operation.committed)
     with Context(operation, owner):
         if operation.committed:
             _complete(operation, owner)

@@ -1,5 +1,6 @@
 """Claiming, leases and taking over: an operation is one worker's at a time (E2, E3)."""
 
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from shared.commands import CreateImage
 from shared.database import database_now, now, transaction
 from shared.models import Operation
 from shared.operations import claim, presence, reconcile, runner
+from shared.operations.finish import finish
 
 pytestmark = pytest.mark.usefixtures("any_database")
 
@@ -264,3 +266,31 @@ def test_line_is_first_come_first_served(world: World) -> None:
     with transaction() as session:
         states = set(session.scalars(select(Operation.state)))  # type: ignore[call-overload]
     assert {"succeeded"} == states
+
+
+@pytest.mark.parametrize("any_database", ["postgresql"], indirect=True)
+def test_submitted_while_the_one_before_ends(world: World, any_database: str) -> None:
+    """Whichever of the two transactions comes first: the new operation is woken, or can start
+    when its own message comes. It must not be that the end did not see it, and its message,
+    gone by before the end was committed, found the server taken."""
+    world.handler(nothing)
+    server = world.server()
+    before = world.snapshot_of(server)
+    assert claim.claim(before, DEAD)
+    world.clear_outbox()
+    new: list[str] = []
+
+    def ask_and_deliver() -> None:
+        new.append(world.snapshot_of(server))
+        for woken in world.woken():
+            world.clear_outbox()
+            runner.run(woken)
+
+    message = threading.Thread(target=ask_and_deliver)
+    with transaction() as session:
+        finish(session, claim.held(session, before, DEAD), "succeeded")
+        message.start()
+        message.join(1)
+    message.join()
+
+    assert world.row(new[0]).state == "succeeded" or world.woken() == new

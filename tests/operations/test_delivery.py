@@ -8,15 +8,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
 from operations.spine import Broker, World, wait_for
-from sqlalchemy import select
+from sqlalchemy import func, select
 
+from shared import commands
 from shared.celery_app import publisher
 from shared.commands import TakeSnapshot
-from shared.database import transaction
+from shared.database import reading, transaction
 from shared.models import Operation
 from shared.operations import outbox, reconcile
 from shared.settings import settings
@@ -27,18 +29,18 @@ ENDED = ("succeeded", "failed", "cancelled")
 
 
 class Worker:
-    """The fake service's worker, in a process group of its own."""
+    """A worker of pretended work, in a process group of its own."""
 
-    def __init__(self, vault: Path) -> None:
-        self.vault = vault
-        self.log = vault / "worker.log"
+    def __init__(self, vault: Path, app: str = "operations.fake_service") -> None:
+        self.vault, self.app = vault, app
+        self.log = vault / f"{app}.log"
         self.start()
 
     def start(self) -> None:
         path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "celery", "-A", "operations.fake_service", "worker"],
+                [sys.executable, "-m", "celery", "-A", self.app, "worker"],
                 env={**os.environ, "PYTHONPATH": path},
                 cwd=self.vault,
                 stdout=log,
@@ -57,17 +59,24 @@ class Worker:
         return file.read_text().splitlines() if file.exists() else []
 
 
-@pytest.fixture
-def worker(redis_broker: Broker, world: World) -> Iterator[Worker]:
+@contextlib.contextmanager
+def working(*apps: str) -> Iterator[list[Worker]]:
     settings().vault.mkdir(parents=True)
-    worker = Worker(settings().vault)
+    workers = [Worker(settings().vault, app) for app in apps]
     try:
-        yield worker
+        yield workers
     except BaseException:
-        print(worker.log.read_text())
+        print(*(worker.log.read_text() for worker in workers), sep="\n")
         raise
     finally:
-        worker.kill()
+        for worker in workers:
+            worker.kill()
+
+
+@pytest.fixture
+def worker(redis_broker: Broker, world: World) -> Iterator[Worker]:
+    with working("operations.fake_service") as (only,):
+        yield only
 
 
 def ask(world: World, name: str, what: str = "work") -> str:
@@ -209,3 +218,35 @@ def test_raw_junk_in_the_queue(worker: Worker, world: World, redis_broker: Broke
     assert ended(world, ask(world, "after")).state == "succeeded"
     row = world.row(under_way)
     assert (row.state, row.attempt) == ("succeeded", 1)
+
+
+def test_three_workers_do_each_operation_once_and_in_order(
+    redis_broker: Broker, world: World, any_database: str
+) -> None:
+    """Sixty operations of three services on ten servers: none is lost, none done twice, and on
+    each server one after the other as they were accepted (E3, E4)."""
+    servers = [world.server(f"web-{n}").id for n in range(10)]
+    expected: dict[str, list[str]] = {server: [] for server in servers}
+    with working(*(f"bench.faked_disks:{service}" for service in commands.SERVICES)):
+        for n, server in enumerate(servers * 6):
+            source = commands.CloneSource(kind="server", id=server)
+            asked = (
+                TakeSnapshot(server=server),
+                commands.CreateImage(server=server),
+                commands.CreateClones(source=source, name=f"clone-{n}"),
+            )
+            operation = world.submit(asked[n % len(asked)])
+            outbox.flush()
+            expected[server] += [f"began {server} {operation}", f"ended {server} {operation}"]
+        wait_for(lambda: _all_ended(60), 60)
+
+    done = (settings().vault / "executions").read_text().splitlines()
+    assert expected == {server: [line for line in done if server in line] for server in servers}
+    assert len(done) == 2 * 60
+
+
+def _all_ended(count: int) -> bool:
+    row: Any = Operation
+    with reading() as session:
+        ended = select(func.count()).select_from(Operation).where(row.state == "succeeded")
+        return session.scalar(ended) == count

@@ -79,6 +79,31 @@ def test_crash_between_send_and_delete_sends_again(
     assert (redis_broker.queued(QUEUE), world.woken()) == (2, [])
 
 
+@pytest.mark.parametrize("any_database", ["postgresql"], indirect=True)
+def test_two_who_flush_at_once(
+    redis_broker: Broker, world: World, any_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one is sending, the other leaves alone and does not wait for."""
+    world.snapshot_of(world.server("one"))
+    sending, go_on = threading.Event(), threading.Event()
+
+    def slow_broker() -> redis.Redis:
+        sending.set()
+        go_on.wait(10)
+        return redis_broker.client
+
+    monkeypatch.setattr(outbox, "redis_client", slow_broker)
+    first = threading.Thread(target=outbox.flush)
+    first.start()
+    sending.wait(10)
+    assert outbox.flush() == 0
+    go_on.set()
+    world.snapshot_of(world.server("two"))
+    assert outbox.flush() == 1
+    first.join()
+    assert (redis_broker.queued(QUEUE), world.woken()) == (2, [])
+
+
 def test_broker_that_lost_its_memory(redis_broker: Broker, world: World) -> None:
     """Messages lost with the broker's data are sent anew by the reaper."""
     operation = world.snapshot_of(world.server())
