@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from operations.servers import postgres, redis_server  # noqa: F401
@@ -45,3 +46,15 @@ def guest(hypervisor: Hypervisor, workspace: Path) -> Iterator[Guest]:
     """A running guest with a qcow2 root disk and a raw one at /data."""
     with Guest.create(hypervisor, workspace, disks=["qcow2", "raw"]) as made:
         yield made.start()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Where CI runs nothing may be skipped; the reasons stand above, in the summary."""
+    if os.environ.get("CI") == "true" and terminalreporter.stats.get("skipped"):
+        terminalreporter.write_line("CI=true: a skipped test is a failed one", red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") == "true" and reporter and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
