@@ -22,9 +22,9 @@ def make_app(name: str, queues: list[str], imports: list[str]) -> Celery:
         broker_transport_options={
             "global_keyprefix": settings().queue_prefix,
             "socket_connect_timeout": 3,
-            "socket_timeout": 30,
+            "socket_timeout": 10,
             "socket_keepalive": True,
-            "health_check_interval": 25,
+            "health_check_interval": 5,
             "visibility_timeout": 3600,
         },
         broker_connection_retry_on_startup=True,

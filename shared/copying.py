@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from shared.database import by_database_clock
 from shared.disks import engine
 from shared.disks.engine import Capture, CopiedDisk
 from shared.disks.materialise import copy_nvram, materialise
@@ -125,7 +126,7 @@ def _manifest(
         kind=kind,
         id=copy_id,
         server=ManifestServer(id=server.id, name=server.name, uuid=domain.uuid),
-        taken_at=capture.taken_at,
+        taken_at=by_database_clock(capture.taken_at),
         way=capture.way,
         consistency=capture.consistency,
         consistency_reason=capture.consistency_reason,

@@ -8,19 +8,30 @@ import argparse
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import URL, DateTime, Engine, TypeDecorator, create_engine, event, make_url, text
+from sqlalchemy import (
+    URL,
+    Connection,
+    DateTime,
+    Engine,
+    TypeDecorator,
+    create_engine,
+    event,
+    make_url,
+    text,
+)
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlmodel import Session
 
+from shared import postgres
 from shared.settings import settings
 
 
@@ -43,24 +54,44 @@ class UTCDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+NOTABLE = timedelta(seconds=1)
+"""Clocks that differ by less agree: the round trip to the database takes its time too."""
+_ahead = timedelta(0)
+"""How far the database's clock is ahead of this machine's, as last seen."""
+
+
 def now() -> datetime:
-    return datetime.now(UTC)
+    """The time by the database's clock: a host whose own is wrong writes what is true."""
+    return by_database_clock(datetime.now(UTC))
 
 
-_NO_ENDLESS_WAIT = {"connect_timeout": 5, "keepalives_idle": 10, "tcp_user_timeout": 15_000}
-"""libpq's settings: a database that falls silent is an error soon, not after a quarter hour.
-Seconds, the last one milliseconds."""
+def by_database_clock(moment: datetime) -> datetime:
+    """A moment that this machine's clock told, as the database's would have."""
+    return moment + _ahead
+
+
+def _compare_clocks(asked: datetime, told: datetime) -> None:
+    """Learn from an answer that has just come how far the two clocks are apart."""
+    global _ahead
+    ahead = told - (asked + (datetime.now(UTC) - asked) / 2)
+    _ahead = ahead if abs(ahead) > NOTABLE else timedelta(0)
+
+
+POOL_PATIENCE = 5
+"""Seconds to wait for a connection while all are in use."""
 _MOST_CONNECTIONS = 15
 """Of one process; kept once opened, since opening one costs more than most transactions."""
-_FRESH = 2.0
-"""Seconds."""
+_FRESH, _LATELY = 2.0, 10.0
+"""Seconds since a connection was used, and since it was asked, for which it is trusted."""
 
 
 @cache
 def engine() -> Engine:
     url = make_url(settings().database_url.get_secret_value())
-    if url.get_backend_name() != "sqlite":
-        return _postgresql(url)
+    return _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
+
+
+def _sqlite(url: URL) -> Engine:
     if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     made = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
@@ -80,27 +111,46 @@ def engine() -> Engine:
 
 
 def _postgresql(url: URL) -> Engine:
-    """An engine that asks a connection whether it lives only where it has been idle for a
-    while: one that was used a moment ago need not pay for a question with each use."""
+    """An engine that asks a connection whether it lives, and what its clock says, only where it
+    has been idle for a while: one that was used a moment ago need not pay for each use."""
     made = create_engine(
-        url, pool_size=_MOST_CONNECTIONS, max_overflow=0, connect_args=_NO_ENDLESS_WAIT
+        url,
+        pool_size=_MOST_CONNECTIONS,
+        max_overflow=0,
+        pool_timeout=POOL_PATIENCE,
+        connect_args=postgres.NO_ENDLESS_WAIT,
     )
 
+    @event.listens_for(made, "do_connect")
+    def _connect(_dialect: Any, _record: Any, arguments: Any, named: Any) -> Any:
+        return postgres.BoundedConnection.connect(*arguments, **named)
+
     @event.listens_for(made, "connect")
+    def _introduce(connection: Any, record: Any) -> None:
+        postgres.introduce(connection)
+        _ask(connection, record)
+
     @event.listens_for(made, "checkin")
     def _in_use(_connection: Any, record: Any) -> None:
         record.info["used"] = time.monotonic()
 
     @event.listens_for(made, "checkout")
-    def _ask(connection: Any, record: Any, _fairy: Any) -> None:
-        if time.monotonic() - record.info["used"] < _FRESH:
+    def _check(connection: Any, record: Any, _fairy: Any) -> None:
+        moment, info = time.monotonic(), record.info
+        if moment - info["used"] < _FRESH and moment - info["asked"] < _LATELY:
             return
         try:
-            made.dialect.do_ping(connection)
+            _ask(connection, record)
         except made.dialect.loaded_dbapi.Error as error:
             raise InvalidatePoolError from error
 
     return made
+
+
+def _ask(connection: Any, record: Any) -> None:
+    asked = datetime.now(UTC)
+    _compare_clocks(asked, postgres.clock(connection))
+    record.info["used"] = record.info["asked"] = time.monotonic()
 
 
 @contextmanager
@@ -131,9 +181,10 @@ def database_now(session: Session) -> datetime:
     if session.get_bind().dialect.name == "sqlite":
         value = session.connection().scalar(text("SELECT strftime('%Y-%m-%d %H:%M:%f', 'now')"))
         return datetime.fromisoformat(str(value)).replace(tzinfo=UTC)
-    value = session.connection().scalar(text("SELECT clock_timestamp()"))
-    assert isinstance(value, datetime)  # noqa: S101
-    return value.astimezone(UTC)
+    asked = datetime.now(UTC)
+    told: datetime = session.connection().execute(text("SELECT clock_timestamp()")).scalar_one()
+    _compare_clocks(asked, told)
+    return told.astimezone(UTC)
 
 
 class from_now(FunctionElement[datetime]):
@@ -159,6 +210,12 @@ def migrations() -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     return config
+
+
+def unhurried(connection: Connection) -> None:
+    """Let statements on this connection take as long as they do; for migrations."""
+    if connection.dialect.name == "postgresql":
+        connection.connection.driver_connection.patience = None  # type: ignore[union-attr]
 
 
 def migrate() -> None:

@@ -16,7 +16,7 @@ from sqlalchemy import delete, select
 from sqlmodel import Session
 
 from shared.copying import vault, version
-from shared.database import now, transaction
+from shared.database import database_now, transaction
 from shared.disks.reflink import can_reflink
 from shared.hypervisor import inventory
 from shared.hypervisor.connection import connect
@@ -56,7 +56,9 @@ class HostReporter(threading.Thread):
         try:
             with transaction() as session:
                 host = _host_row(session)
-                host.last_seen_at = now()  # it is libvirt that is away, not the workers
+                host.last_seen_at = database_now(
+                    session
+                )  # it is libvirt that is away, not the workers
                 host.problem = f"libvirt does not answer: {reason}"
         except Exception as error:
             log.warning("host.report_failed", reason=str(error))
@@ -69,7 +71,7 @@ def report() -> None:
     facts = _facts(connection)
     with transaction() as session:
         host = _host_row(session)
-        host.last_seen_at, host.problem, host.facts = now(), None, facts
+        host.last_seen_at, host.problem, host.facts = database_now(session), None, facts
         known = {
             row.uuid: row
             for row in session.scalars(select(Domain).where(Domain.host == host.name))  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from shared.database import from_now, transaction
 from shared.models import Operation
 from shared.operations import journal
 from shared.operations.claim import STALLED, held
+from shared.operations.patience import patiently
 from shared.settings import settings
 
 log = structlog.get_logger()
@@ -92,7 +93,7 @@ class Context:
         Where that fails too, the error that began it is raised, and the steps are undone when
         the operation ends, well or not.
         """
-        mark = journal.last(self.id)
+        mark = patiently(self.check, lambda: journal.last(self.id))
         try:
             yield
         except errors.LeaseLost:
@@ -109,11 +110,15 @@ class Context:
             raise
 
     def undo(self, action: str, /, **arguments: Any) -> None:
-        """Write down, before a step, what undoes it."""
+        """Write down, before a step, what undoes it. Waits for a database that is away."""
         self.check()
-        with transaction() as session:
-            held(session, self.id, self.owner)
-            journal.write(session, self.id, "undo", action, **arguments)
+
+        def write() -> None:
+            with transaction() as session:
+                held(session, self.id, self.owner)
+                journal.write(session, self.id, "undo", action, **arguments)
+
+        patiently(self.check, write)
 
     # The heartbeat
 

@@ -20,6 +20,7 @@ from shared.operations.claim import held
 from shared.operations.context import Context, Outcome
 from shared.operations.finish import finish
 from shared.operations.outbox import flush_if_possible
+from shared.operations.patience import DATABASE_AWAY, patiently
 from shared.settings import settings
 
 log = structlog.get_logger()
@@ -68,6 +69,8 @@ def run(operation_id: str) -> None:
             work(operation, owner)
         except errors.LeaseLost:
             log.warning("operation.lease_lost")
+        except DATABASE_AWAY as error:  # whoever takes it over finds all in the journal
+            log.warning("operation.abandoned", reason=str(error).splitlines()[0])
     flush_if_possible()
 
 
@@ -114,8 +117,8 @@ def _attempt(operation: Operation, owner: str) -> None:
             handler = _HANDLERS[operation.kind]
             outcome = handler(context, parse(operation.kind, operation.command))
             context.check()
-            operation = _commit(context, outcome)
-        except errors.LeaseLost:
+            operation = _committed(context, outcome)
+        except (errors.LeaseLost, *DATABASE_AWAY):
             raise
         except Exception as error:
             context.check_lease()  # the error may only tell how the work was stopped
@@ -124,10 +127,24 @@ def _attempt(operation: Operation, owner: str) -> None:
         _complete(operation, owner)
 
 
+def _committed(context: Context, outcome: Outcome) -> Operation:
+    """Commit, however long the database is away, unless the operation is lost meanwhile."""
+    try:
+        return patiently(context.check, lambda: _commit(context, outcome))
+    except errors.LeaseLost:
+        with reading() as session:
+            current = lookups.operation(session, context.id)
+        if current.state == "succeeded" and current.result == outcome.result:
+            return current  # an earlier try had done it; only its answer was lost
+        raise
+
+
 def _commit(context: Context, outcome: Outcome) -> Operation:
     """The point of no return: rows, result and what is left to do, in one transaction."""
     with transaction() as session:
         current = held(session, context.id, context.owner)
+        if current.committed:  # by an earlier try, whose answer was lost
+            return current
         if current.cancel_requested_at:
             raise errors.Cancelled("Cancelled on request; everything is as it was before.")
         left_to_do = outcome.apply(session) or []

@@ -11,6 +11,8 @@ from lab.composed import Deployment, deployed
 from lab.containers import Engine
 from lab.libvirtd import scratch
 
+pytest.register_assert_rewrite("compose.work")
+
 DEMO = ("api", "beat", "demo-snapshotter", "demo-imager", "demo-cloner")
 
 
