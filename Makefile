@@ -2,11 +2,11 @@
 PYTHON := .venv/bin/python
 export PORT ?= 8000
 
-.PHONY: help setup demo test lint up down bench lock clean
+.PHONY: help setup demo test test-deployment lint up down bench lock clean
 .DEFAULT_GOAL := help
 
 help:            ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 setup:           ## Install what is missing: system packages and the virtual environment
 	@scripts/setup
@@ -14,9 +14,13 @@ setup:           ## Install what is missing: system packages and the virtual env
 demo: setup      ## Do the main job on a real VM built for it; KEEP=1 leaves it running
 	@$(PYTHON) -m lab.demo $(if $(KEEP),--keep)
 
-test:            ## Run all tests (real libvirt, QEMU, Redis); ARGS="-k name" for some
+test:            ## Run the tests (real libvirt, QEMU, Redis, PostgreSQL); ARGS="-k name" for some
 	@scripts/setup tests
-	@$(PYTHON) -m pytest $(ARGS)
+	@$(PYTHON) -m pytest $(or $(ARGS),--ignore=tests/compose)
+
+test-deployment: ## Run the tests of the deployment by docker compose, faults of minutes included
+	@scripts/setup tests
+	@$(PYTHON) -m pytest tests/compose $(ARGS)
 
 lint: setup      ## ruff, mypy and the import contracts
 	@$(PYTHON) -m ruff check .
