@@ -6,7 +6,7 @@ export PORT ?= 8000
 .DEFAULT_GOAL := help
 
 help:            ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 26
 
 setup:           ## Install what is missing: system packages and the virtual environment
 	@scripts/setup
