@@ -25,10 +25,13 @@ RATE = 20
 """Commands a second of the steady phase; they arrive at random (Poisson), whatever the answers."""
 STEADY = 1200
 """Commands of the steady phase: its p99 is the twelfth slowest."""
+WARM_UP = 100
+"""Commands at the same rate before: what a process does for the first time takes longer."""
 THOUSAND = 1000
 SENDERS = 10
 READS = 2000
 TOO_LONG_S = 180
+_NUMBERS = itertools.count()
 
 
 def measure() -> dict[str, Result]:
@@ -41,10 +44,11 @@ async def drive(target: Target) -> dict[str, Result]:
     api = Api(target.url, target.token)
     try:
         servers = await _registered(api)
-        results = await _steady(api, servers)
+        await _steady(api, servers, WARM_UP)
+        results = await _steady(api, servers, STEADY)
         results |= await _reading(api, servers)
         results |= await _thousand(api, servers)
-        _check(target, await api.pages("/operations"))
+        _check(target, await api.pages("/operations"), accepted=next(_NUMBERS))
     finally:
         api.close()
     for name, size in target.memory().items():
@@ -61,8 +65,9 @@ async def _registered(api: Api) -> list[str]:
     return [server["id"] for server in await api.pages("/servers")]
 
 
-def _command(server: str, number: int) -> tuple[str, dict[str, Any]]:
+def _command(server: str) -> tuple[str, dict[str, Any]]:
     """Path and body of a command, to each of the three services in turn."""
+    number = next(_NUMBERS)
     bodies: dict[str, dict[str, Any]] = {
         "snapshot": {"replace": True},
         "images": {},
@@ -72,25 +77,25 @@ def _command(server: str, number: int) -> tuple[str, dict[str, Any]]:
     return f"/v1/servers/{server}/{noun}", body
 
 
-async def _steady(api: Api, servers: list[str]) -> dict[str, Result]:
+async def _steady(api: Api, servers: list[str], count: int) -> dict[str, Result]:
     """Commands at a rate, each read once afterwards as its client would."""
     arrivals = random.Random(RATE)  # noqa: S311  the same ones in each run
     accepted, read, asked = [], [], []
 
-    async def ask(number: int) -> None:
-        path, body = _command(servers[number % len(servers)], number)
-        answer = await api.post(path, body)
+    async def ask(server: str) -> None:
+        answer = await api.post(*_command(server))
         accepted.append(answer.seconds)
         answer = await api.get(f"/v1/operations/{answer.json()['id']}")
         read.append(answer.seconds)
 
     due = time.monotonic()
-    for number in range(STEADY):
+    for number in range(count):
         due += arrivals.expovariate(RATE)
         await asyncio.sleep(due - time.monotonic())
-        asked.append(asyncio.create_task(ask(number)))
+        asked.append(asyncio.create_task(ask(servers[number % len(servers)])))
     await asyncio.gather(*asked)
-    waits = [_moment(each, "started_at") - _moment(each, "created_at") for each in await _done(api)]
+    done = (await _done(api))[:count]
+    waits = [_moment(each, "started_at") - _moment(each, "created_at") for each in done]
     return {
         "accept_to_start_p50": _of(statistics.median(waits), waits),
         "accept_to_start_p99": _of(_p99(waits), waits),
@@ -115,11 +120,10 @@ async def _thousand(api: Api, servers: list[str]) -> dict[str, Result]:
     """Commands as fast as they are accepted, then wait until the workers have done them all.
 
     Each sender has servers of its own, so that what was accepted first is beyond dispute."""
-    numbers = itertools.count(STEADY)
     mine = [itertools.cycle(servers[first::SENDERS]) for first in range(SENDERS)]
 
     async def send(servers: Any) -> None:
-        await api.post(*_command(next(servers), next(numbers)))
+        await api.post(*_command(next(servers)))
 
     rate = await _rate(THOUSAND, *(lambda own=own: send(own) for own in mine))
     newest = (await _done(api))[:THOUSAND]
@@ -155,8 +159,10 @@ async def _done(api: Api) -> list[Any]:
     return await api.pages("/operations")
 
 
-def _check(target: Target, operations: list[Any]) -> None:
+def _check(target: Target, operations: list[Any], accepted: int) -> None:
     """Compare what was accepted with what the workers wrote down. Raises RuntimeError."""
+    if len(operations) != accepted:
+        raise RuntimeError(f"{accepted} commands were accepted, {len(operations)} are known")
     expected: dict[str, list[tuple[str, str]]] = defaultdict(list)
     happened: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for operation in reversed(operations):
