@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.client import Api
 from bench.result import Result
-from bench.target import Target, embedded_stack
+from bench.target import Target, composed_stack
 
 RATE = 20
 """Commands a second of the steady phase; they arrive at random (Poisson), whatever the answers."""
@@ -35,7 +35,7 @@ _NUMBERS = itertools.count()
 
 
 def measure() -> dict[str, Result]:
-    with embedded_stack() as target:
+    with composed_stack() as target:
         return asyncio.run(drive(target))
 
 

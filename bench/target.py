@@ -1,4 +1,4 @@
-"""What `bench.load` drives: a running stack whose workers have `bench.faked_disks` for disks."""
+"""What `bench.load` drives: the composed deployment, whose workers have `bench.faked_disks`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedded.stack import SERVICES, Stack, free_port
-from lab.postgres import postgres
+from embedded.stack import SERVICES
+from lab.composed import Deployment, deployed
+from lab.containers import engine
 
 SERVERS = 100
 KIB = 1024
+PROCESSES = ("api", "beat", "redis", "postgres", *SERVICES)
 
 
 @dataclass
 class Target:
-    """`executions` is the file that the workers write, `memory` tells bytes by process."""
+    """`executions` is the file that the workers write, `memory` tells bytes by container."""
 
     url: str
     token: str
@@ -26,34 +28,28 @@ class Target:
 
 
 @contextlib.contextmanager
-def embedded_stack() -> Iterator[Target]:
-    """The processes of `make up`, with PostgreSQL, and a made-up host of 100 domains."""
-    with (
-        postgres(durable=True) as cluster,
-        tempfile.TemporaryDirectory(prefix="triptych-bench-") as directory,
-    ):
+def composed_stack() -> Iterator[Target]:
+    """The deployment as users get it, but for the disks, with a made-up host of 100 domains."""
+    with engine() as found, tempfile.TemporaryDirectory(prefix="triptych-bench-") as directory:
         state = Path(directory)
         inventory = state / "inventory.xml"
         inventory.write_text(made_up_host(SERVERS))
-        stack = Stack(
+        deployment = Deployment(
+            found,
             state,
-            port=free_port(),
-            settings={
-                "TRIPTYCH_DATABASE_URL": cluster.create("load"),
-                "TRIPTYCH_LIBVIRT_URI": f"test://{inventory}",
-            },
-            worker_app="bench.faked_disks:{service}",
+            "triptych-bench",
+            profiles=(),
+            files=("docker-compose.yml", "bench/composed.yml"),
+            settings={"BENCH_INVENTORY": str(inventory), "TRIPTYCH_TICK": "30"},
         )
-        try:
-            stack.start()
+        with deployed(deployment):
+            vault = Path(deployment.environment["TRIPTYCH_VAULT"])
             yield Target(
-                stack.url,
-                stack.token,
-                Path(stack.environment["TRIPTYCH_VAULT"]) / "executions",
-                lambda: memory_of(stack),
+                deployment.url,
+                deployment.token,
+                vault / "executions",
+                lambda: {name: _memory(deployment, name) for name in PROCESSES},
             )
-        finally:
-            stack.stop()
 
 
 def made_up_host(domains: int) -> str:
@@ -71,12 +67,10 @@ def made_up_host(domains: int) -> str:
     )
 
 
-def memory_of(stack: Stack) -> dict[str, int]:
-    """Bytes by process, a worker with its children; shared pages in equal parts (Pss)."""
-    return {
-        name: sum(_proportional(pid) for pid in _family(stack.pid(name)))
-        for name in ("api", "beat", "redis", *SERVICES)
-    }
+def _memory(deployment: Deployment, service: str) -> int:
+    """Bytes of a container's processes; pages they share are counted in equal parts (Pss)."""
+    first = int(deployment.inspect(service)["State"]["Pid"])
+    return sum(_proportional(pid) for pid in _family(first))
 
 
 def _family(pid: int) -> list[int]:

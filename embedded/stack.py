@@ -47,13 +47,11 @@ def free_port() -> int:
 
 @dataclass
 class Stack:
-    """One stack in `state`; `settings` are TRIPTYCH_ variables that win over the environment,
-    `worker_app` is where the Celery app of each service's worker is found."""
+    """One stack in `state`; `settings` are TRIPTYCH_ variables that win over the environment."""
 
     state: Path
     port: int = 8000
     settings: dict[str, str] = field(default_factory=dict)
-    worker_app: str = "services.{service}.tasks"
 
     @property
     def url(self) -> str:
@@ -109,7 +107,7 @@ class Stack:
         self._spawn("api", [sys.executable, "-m", "services.api", "--port", str(self.port)])
 
     def start_worker(self, service: str) -> None:
-        app = self.worker_app.format(service=service)
+        app = f"services.{service}.tasks"
         self._spawn(service, [*CELERY, "-A", app, "worker", *ALONE])
 
     def start_beat(self) -> None:

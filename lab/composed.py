@@ -112,9 +112,17 @@ class Deployment:
         """What the command line in the API's container answers, as JSON."""
         return json.loads(self.execute("api", "triptych", "--json", *arguments))
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def token(self) -> str:
+        return (self.secrets / "token").read_text()
+
     @cached_property
     def client(self) -> Client:
-        return Client(f"http://127.0.0.1:{self.port}", (self.secrets / "token").read_text())
+        return Client(self.url, self.token)
 
     # The demo's hypervisor, whose guests are looked into from outside
 
