@@ -33,17 +33,19 @@ class BoundedConnection(psycopg.Connection[Any]):
     """Gives up, and is closed, where an answer takes longer than `patience` (None: never)."""
 
     patience: float | None = STATEMENT_PATIENCE
+    hurried = False
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         if timeout is not None or self.patience is None:
             return super().wait(gen, interval, timeout)
+        bound = PING_PATIENCE if self.hurried else self.patience
         try:
-            return super().wait(gen, interval, self.patience)
+            return super().wait(gen, interval, bound)
         except psycopg.OperationalError as error:
             if error.sqlstate or self.pgconn.status != psycopg.pq.ConnStatus.OK:
                 raise  # it did answer, or is gone
             self.pgconn.finish()  # what it answers later is not for the next statement
-            raise psycopg.OperationalError(f"no answer within {self.patience:g} s") from error
+            raise psycopg.OperationalError(f"no answer within {bound:g} s") from error
 
 
 def introduce(connection: BoundedConnection) -> None:
@@ -55,12 +57,12 @@ def introduce(connection: BoundedConnection) -> None:
 
 def clock(connection: BoundedConnection) -> datetime:
     """The server's clock, if it answers soon; raises psycopg.Error. Outside of transactions."""
-    usual, connection.patience = connection.patience, PING_PATIENCE
+    connection.hurried = True
     within, connection.autocommit = connection.autocommit, True
     try:
         row = connection.execute("SELECT clock_timestamp()").fetchone()
     finally:
-        connection.patience = usual
+        connection.hurried = False
         if not connection.closed:
             connection.autocommit = within
     assert row is not None  # noqa: S101  a SELECT without FROM

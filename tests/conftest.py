@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from operations.servers import postgres, redis_server  # noqa: F401
+from operations.spine import postgres_template, sqlite_template  # noqa: F401
 
 from lab.containers import Engine
 from lab.containers import engine as docker_engine

@@ -12,8 +12,6 @@ from operations.spine import (  # noqa: F401
     any_database,
     database_url,
     forget_caches,
-    postgres_template,
-    sqlite_template,
 )
 
 from services.api.app import create_app

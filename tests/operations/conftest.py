@@ -4,8 +4,6 @@ from operations.spine import (  # noqa: F401
     any_database,
     database_url,
     environment,
-    postgres_template,
     redis_broker,
-    sqlite_template,
     world,
 )

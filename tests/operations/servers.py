@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +42,19 @@ class Server:
     def start(self) -> None:
         self._container.get_wrapped_container().start()
         self._wait()
+
+    def process(self, inside: int) -> int:
+        """The number that a process of the container has on this machine."""
+        container = self._container.get_wrapped_container()
+        container.reload()
+        space = Path(f"/proc/{container.attrs['State']['Pid']}/ns/pid").readlink()
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                numbers = re.search(r"^NSpid:(.*)$", (entry / "status").read_text(), re.MULTILINE)
+                ours = (entry / "ns/pid").readlink() == space
+                if ours and numbers and int(numbers[1].split()[-1]) == inside:
+                    return int(entry.name)
+        raise ProcessLookupError(inside)
 
     def remove(self) -> None:
         self._container.stop()

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import redis
-from operations.spine import Broker, World
+from operations.servers import Broker, Postgres
+from operations.spine import World
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from shared import broker, database, postgres
+from shared import broker, database
 from shared.database import database_now, engine, now, reading, transaction
+from shared.postgres import BoundedConnection
 
 ON_POSTGRESQL = pytest.mark.usefixtures("any_database")
 
@@ -46,13 +48,14 @@ def stopped(process: int) -> Iterator[None]:
 
 @ON_POSTGRESQL
 def test_a_statement_without_an_answer_is_an_error(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is given up in time with its connection, and the next one has another."""
-    monkeypatch.setattr(postgres.BoundedConnection, "patience", 0.5)
+    monkeypatch.setattr(BoundedConnection, "patience", 0.5)
     with transaction() as session:
         pid = int(session.connection().execute(text("SELECT pg_backend_pid()")).scalar_one())
-        with stopped(pid), pytest.raises(OperationalError, match=r"no answer within 0\.5 s"):
+        backend = postgres.process(pid)
+        with stopped(backend), pytest.raises(OperationalError, match=r"no answer within 0\.5 s"):
             session.execute(text("SELECT 1"))
         session.rollback()
 
@@ -61,12 +64,13 @@ def test_a_statement_without_an_answer_is_an_error(
 
 @ON_POSTGRESQL
 def test_a_pooled_connection_that_fell_silent_is_replaced(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The ping before its use finds out, and whoever asked for it does not notice."""
-    monkeypatch.setattr(postgres, "PING_PATIENCE", 0.5)
+    """The question before its use finds out, and whoever asked for it does not notice."""
+    monkeypatch.setattr("shared.postgres.PING_PATIENCE", 0.5)
+    monkeypatch.setattr(database, "_FRESH", 0)
     silent = _backend()
-    with stopped(silent):
+    with stopped(postgres.process(silent)):
         assert _backend() != silent
 
 
@@ -127,7 +131,7 @@ def test_a_silent_broker_is_asked_once(world: World, redis_broker: Broker) -> No
     """The client's own ten tries would be half a minute, in which a health check gives up."""
     assert broker.redis_client().ping()
     began = time.monotonic()
-    with stopped(redis_broker._process.pid), pytest.raises(redis.TimeoutError):
+    with stopped(redis_broker.process(1)), pytest.raises(redis.TimeoutError):
         broker.redis_client().ping()
 
     assert time.monotonic() - began < 10
