@@ -256,7 +256,7 @@ def test_through_the_vault_and_out_again(
     guest: Guest, domain: Domain, watchdog: Watchdog, xfs: Path, workspace: Path
 ) -> None:
     """A published copy is materialised by reflink and by stream, equal to the stored one."""
-    vault = Vault(xfs / "vault-root")
+    vault = Vault(xfs / f"vault-of-{domain.uuid}")
     with vault.begin("snapshot", "srv1", "snap1") as partial:
         taken = capture(domain, partial.path, watchdog=watchdog)
         final = partial.publish(
