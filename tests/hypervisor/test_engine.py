@@ -284,7 +284,8 @@ def test_through_the_vault_and_out_again(
         engine.CopiedDisk(d.target, final / d.file, d.format, d.virtual_bytes, d.bytes)
         for d in read_manifest(final).disks
     ]
-    for place, way in ((xfs / "out", "reflink"), (workspace / "out", "stream")):
+    out = f"out-of-{domain.uuid}"
+    for place, way in ((xfs / out, "reflink"), (workspace / out, "stream")):
         place.mkdir()
         destinations = {d.target: place / d.path.name for d in stored}
         assert materialise(stored, destinations) == way
