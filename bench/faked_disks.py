@@ -14,13 +14,13 @@ from typing import Any
 
 from celery import Celery
 
-from shared import commands, worker  # noqa: F401  connects the signals
-from shared.celery_app import make_app
+from shared import commands
 from shared.entry import receive
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import action
 from shared.operations.runner import handles
 from shared.settings import settings
+from shared.worker import service_app
 
 COPY_S = 0.01
 """About what the copy of a running server takes by reflink."""
@@ -56,8 +56,7 @@ def _entry(command: type[commands.Command]) -> Callable[..., None]:
 
 
 def _app(service: str) -> Celery:
-    app = make_app(service, [commands.queue_of(service, settings().host)], [__name__])
-    app.conf.triptych_service = service
+    app = service_app(service, tasks=__name__)
     for command in commands.BY_KIND.values():
         if command.service == service:
             handles(command)(_pretend)

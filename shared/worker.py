@@ -23,9 +23,13 @@ from shared.operations.reconcile import adopt_orphans
 from shared.settings import settings
 
 
-def service_app(service: str) -> Celery:
-    """The app of one of the three services on this host; reads `<queue>.<host>`."""
-    app = make_app(service, [queue_of(service, settings().host)], [f"services.{service}.tasks"])
+def service_app(service: str, tasks: str | None = None) -> Celery:
+    """The app of one of the three services on this host; reads `<queue>.<host>`.
+
+    `tasks` names the module that holds them, if that is not the service's own.
+    """
+    module = tasks or f"services.{service}.tasks"
+    app = make_app(service, [queue_of(service, settings().host)], [module])
     app.conf.triptych_service = service
     liveness.install(app)
     return app
