@@ -147,6 +147,7 @@ def _first(inspected: str) -> dict[str, Any]:
 def deployed(deployment: Deployment, *services: str) -> Iterator[Deployment]:
     """The deployment, built and up (these services and what they need); gone afterwards."""
     deployment.build()
+    deployment.down()  # what a run that was killed has left, with secrets that are no more
     try:
         deployment.up(*services)
         yield deployment
