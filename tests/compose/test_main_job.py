@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from compose_tools import wait_for
 
 from lab.composed import Deployment
 from lab.guest import Guest
@@ -70,6 +71,11 @@ def test_clones_live_on_their_own(deployment: Deployment, demo: Guest) -> None:
 
 def test_a_schedule_runs_by_itself(deployment: Deployment, demo: Guest) -> None:
     """The image of the schedule that an earlier test set is there soon after its minute."""
-    last = deployment.cli("schedule", "runs", "demo", "daily")
 
-    assert last
+    def made() -> list[str]:
+        runs = deployment.client.schedules.runs("demo", "daily")["items"]
+        return [str(run["image"]) for run in runs if run["state"] == "succeeded"]
+
+    (image,) = wait_for(made, "the schedule's image is made", timeout=150)
+
+    assert deployment.client.images.get(image)["origin"] == "daily"
