@@ -14,7 +14,7 @@ from sqlalchemy.orm import aliased
 from sqlmodel import Session
 
 from shared import errors, lookups
-from shared.database import database_now, from_now, now, transaction
+from shared.database import database_now, from_now, transaction
 from shared.models import Operation
 from shared.operations import presence
 from shared.settings import settings
@@ -86,7 +86,7 @@ def _take(
             phase="starting",
             owner=owner,
             lease_expires_at=from_now(settings().lease),
-            started_at=now(),
+            started_at=from_now(0),
             **values,
         )
         .returning(Operation)

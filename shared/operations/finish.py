@@ -6,7 +6,7 @@ from sqlalchemy import select, update
 from sqlmodel import Session
 
 from shared import events
-from shared.database import now
+from shared.database import from_now
 from shared.models import Clone, Operation, Schedule, ScheduleRun, Server
 from shared.operations.outbox import wake
 from shared.operations.tally import count
@@ -23,10 +23,11 @@ def finish(
     woken by this one, and its own message too early to find the server free.
     """
     server: Any = Server
-    session.execute(select(server.id).where(server.id == operation.server_id).with_for_update())
+    locked = select(from_now(0)).where(server.id == operation.server_id).with_for_update(of=Server)
+    moment = session.scalars(locked).one()
     operation.state = operation.phase = state
     operation.error = error
-    operation.finished_at = now()
+    operation.finished_at = moment
     operation.owner = operation.lease_expires_at = None
     if state == "succeeded":
         operation.progress = 100

@@ -294,3 +294,23 @@ def test_submitted_while_the_one_before_ends(world: World, any_database: str) ->
     message.join()
 
     assert world.row(new[0]).state == "succeeded" or world.woken() == new
+
+
+@pytest.mark.parametrize("any_database", ["sqlite"], indirect=True)
+def test_start_is_told_after_the_wait_for_the_database(world: World, any_database: str) -> None:
+    """A claim that waits for SQLite's one writer did not start when it began to wait: what a
+    server did never seems to overlap (E3)."""
+    server = world.server()
+    before, after = world.snapshot_of(server), world.snapshot_of(server)
+    assert claim.claim(before, DEAD)
+
+    next_claim = threading.Thread(target=claim.claim, args=(after, DEAD))
+    with transaction() as session:
+        current = claim.held(session, before, DEAD)
+        next_claim.start()
+        next_claim.join(0.2)
+        finish(session, current, "succeeded")
+    next_claim.join()
+
+    ended, started = world.row(before).finished_at, world.row(after).started_at
+    assert ended and started and ended <= started
