@@ -151,13 +151,14 @@ def engine() -> Iterator[Engine]:
     if not shutil.which("docker"):
         raise EngineUnavailable("there is no `docker` command: apt-get install docker.io")
     given = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
-    if _answers(given):
+    own = f"unix://{HOME}/docker.sock"
+    # Whoever was told of the private one must be counted too, or it is stopped under them.
+    if given != own and _answers(given):
         HOME.mkdir(parents=True, exist_ok=True)
         yield Engine(given)
         return
     _refuse_unable()
     HOME.mkdir(parents=True, exist_ok=True)
-    own = f"unix://{HOME}/docker.sock"
     with (HOME / "users").open("w") as users:
         with _locked("start"):
             if not _answers(own):

@@ -12,7 +12,13 @@ from collections.abc import Iterator
 import pytest
 from fake_api import NOW, Fake, operation
 
-RUN = "from triptych.cli import main; main()"
+# A terminal's Ctrl-C is not ignored, whatever this process has inherited.
+RUN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from triptych.cli import main
+main()
+"""
 REVERT = "POST /v1/servers/web1/snapshot/revert"
 
 
