@@ -95,6 +95,7 @@ def copy_server(
             cancelled=context.stopping,
             before=lambda step: _journal(context, domain, step),
             free_floor=settings().free_floor,
+            pause_budget_ms=settings().pause_budget.total_seconds() * 1000,
         )
         manifest = _manifest(kind, copy_id, server, domain, capture)
         partial.publish(manifest, capture.definition)

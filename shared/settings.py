@@ -68,6 +68,9 @@ class Settings(BaseSettings):
     lease: float = Field(20, ge=2, description="seconds a worker may be silent before it is lost")
     max_attempts: int = Field(3, ge=1)
     liveness_file: Path | None = Field(None, description="where a worker reports its health")
+    pause_budget: Duration = Field(
+        timedelta(milliseconds=100), gt=timedelta(0), description="longest a copy may hold a guest"
+    )
     free_floor: float = Field(0.05, ge=0, lt=1, description="share of a file system kept free")
 
     @model_validator(mode="before")

@@ -17,14 +17,11 @@ from pathlib import Path
 from typing import Literal
 
 from shared.disks import images
+from shared.disks.catching_up import CatchingUp, catch_up
 from shared.disks.copy import stream_copy
-from shared.disks.errors import CopyFailed, InsufficientSpace
+from shared.disks.errors import CopyFailed, InsufficientSpace, PauseTooLong
 from shared.disks.planning import Choice, Plan, SourceDisk, Way, plan
-from shared.disks.reflink import (
-    clone_into_fd,
-    create_target,
-    sync_source,
-)
+from shared.disks.reflink import create_target, sync_source
 from shared.disks.space import FLOOR, ensure_space
 from shared.errors import Cancelled
 from shared.hypervisor.agent import Consistency, Level, Policy, frozen
@@ -37,6 +34,7 @@ from shared.hypervisor.pause import paused
 from shared.hypervisor.watchdog import Watchdog
 
 Step = Literal["pause", "backup"]
+PAUSE_BUDGET_MS = 100.0
 Progress = Callable[[int, int], None]
 
 
@@ -78,6 +76,7 @@ def capture(
     cancelled: Callable[[], bool] = lambda: False,
     before: Callable[[Step], None] = lambda _step: None,
     free_floor: float = FLOOR,
+    pause_budget_ms: float = PAUSE_BUDGET_MS,
 ) -> Capture:
     """Copy every writable disk (and the UEFI variables) into the folder `destination`.
 
@@ -85,19 +84,40 @@ def capture(
     running guest is frozen and suspended, "backup" before QEMU's copy job. The
     folder must be searchable by QEMU's user (0711) for the stream way. Raises
     InsufficientSpace (before anything is touched), Cancelled, PauseFailed,
-    QuiesceFailed, BackupFailed, ImageDamaged, CopyFailed and what `plan` raises;
-    then no file is left and the guest is as it was.
+    PauseTooLong, QuiesceFailed, BackupFailed, ImageDamaged, CopyFailed and what `plan`
+    raises; then no file is left and the guest is as it was.
     """
+    order = _Order(
+        domain,
+        destination,
+        watchdog,
+        quiesce,
+        progress,
+        cancelled,
+        before,
+        free_floor,
+        pause_budget_ms,
+    )
     chosen = plan(domain, destination, way=way)
-    ensure_space(destination, chosen.needed_bytes, free_floor)
+    try:
+        return _captured(order, chosen)
+    except PauseTooLong as error:
+        if way == "reflink":
+            raise
+        return _captured(order, plan(domain, destination, way="stream", reason=error.detail))
+
+
+def _captured(order: "_Order", chosen: Plan) -> Capture:
+    """Go the chosen way: all files, or none and the error."""
+    domain, destination = order.domain, order.destination
+    ensure_space(destination, chosen.needed_bytes, order.free_floor)
     definition, left_out = _definition(domain, chosen)
-    if cancelled():
-        raise Cancelled(f"The copy of {domain.name} was cancelled before it began.")
+    order.check()
     nvram = _Nvram(definition, destination)
     targets = {
         s.disk.target: destination / f"{s.disk.target}.{s.copy_format}" for s in chosen.sources
     }
-    job = _Job(domain, chosen, targets, watchdog, quiesce, nvram, before, progress, cancelled)
+    job = _Job(order, chosen, targets, nvram)
     guard = _Unchanged(domain, chosen)
     try:
         if chosen.state == "stopped":
@@ -111,7 +131,7 @@ def capture(
             path.unlink(missing_ok=True)
         raise
     total = sum(file.bytes for file in files)
-    progress(total, total)
+    order.progress(total, total)
     return Capture(
         way=chosen.way,
         way_reason=chosen.reason,
@@ -127,19 +147,38 @@ def capture(
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Order:
+    """What the caller asked for, whatever way is gone."""
+
     domain: Domain
-    plan: Plan
-    targets: dict[str, Path]
+    destination: Path
     watchdog: Watchdog
     quiesce: Policy
-    nvram: "_Nvram"
-    before: Callable[[Step], None]
     progress: Progress
     cancelled: Callable[[], bool]
+    before: Callable[[Step], None]
+    free_floor: float
+    pause_budget_ms: float
+
+    def check(self) -> None:
+        """Raises Cancelled."""
+        if self.cancelled():
+            raise Cancelled(
+                f"The copy of {self.domain.name} was cancelled. Nothing of it was kept."
+            )
 
     def frozen(self) -> contextlib.AbstractContextManager[Consistency]:
         return frozen(self.domain, self.watchdog, self.quiesce)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One way being gone."""
+
+    order: _Order
+    plan: Plan
+    targets: dict[str, Path]
+    nvram: "_Nvram"
 
 
 def _definition(domain: Domain, chosen: Plan) -> tuple[str, tuple[LeftOut, ...]]:
@@ -166,30 +205,34 @@ class _Shot:
 
 def _reflink(job: _Job) -> _Shot:
     """Everything that can be done ahead is, so that the pause holds the ioctls alone."""
+    order = job.order
     with contextlib.ExitStack() as opened:
-        pairs = []
+        copies = []
         for source in job.plan.sources:
             source_fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
             opened.callback(os.close, source_fd)
             target_fd = create_target(source_fd, job.targets[source.disk.target])
             opened.callback(os.close, target_fd)
-            pairs.append((source_fd, target_fd))
-        for source_fd, _ in pairs:
-            os.fdatasync(source_fd)
+            copies.append(CatchingUp(source_fd, target_fd))
         job.nvram.warm()
+        if job.plan.catching_up:
+            catch_up(copies, order.pause_budget_ms, order.check)
+        else:
+            for copy in copies:
+                os.fdatasync(copy.source)
         if job.plan.state == "running":
-            job.before("pause")
-        with job.frozen() as consistency:
+            order.before("pause")
+        with order.frozen() as consistency:
             # What was written meanwhile, and what a freeze made the guest write out.
-            for source_fd, _ in pairs:
-                os.fdatasync(source_fd)
-            with paused(job.domain, job.watchdog) as pause:
+            for copy in copies:
+                copy.round() if job.plan.catching_up else os.fdatasync(copy.source)
+            with paused(order.domain, order.watchdog) as pause:
                 taken_at = datetime.now(UTC)
-                for source_fd, target_fd in pairs:
-                    clone_into_fd(source_fd, target_fd)
+                for copy in copies:
+                    copy.finish(order.pause_budget_ms)
                 job.nvram.take()
-        for _, target_fd in pairs:
-            os.fsync(target_fd)
+        for copy in copies:
+            os.fsync(copy.target)
     return _Shot(taken_at, consistency, pause.ms)
 
 
@@ -204,19 +247,20 @@ def _stream_active(job: _Job) -> _Shot:
 
     @contextlib.contextmanager
     def instant() -> Iterator[None]:
-        with job.frozen() as consistency:
+        with job.order.frozen() as consistency:
             shots.append(_Shot(datetime.now(UTC), consistency))
             yield
             job.nvram.take()
 
-    job.before("backup")
+    order = job.order
+    order.before("backup")
     copies = {s.disk.target: (job.targets[s.disk.target], s.copy_format) for s in job.plan.sources}
     try:
-        push_backup(job.domain, copies, job.progress, job.cancelled, instant=instant())
+        push_backup(order.domain, copies, order.progress, order.cancelled, instant=instant())
     except BackupFailed as error:
         if "No space left" in error.detail:
             raise InsufficientSpace(
-                f"The file system of the copy became full. The copy of {job.domain.name} was "
+                f"The file system of the copy became full. The copy of {order.domain.name} was "
                 "not kept and the server was not touched; make room and try again."
             ) from error
         raise
@@ -224,17 +268,19 @@ def _stream_active(job: _Job) -> _Shot:
 
 
 def _stream_stopped(job: _Job) -> _Shot:
-    with job.frozen() as consistency:  # nothing is frozen; it says what this is worth
+    with job.order.frozen() as consistency:  # nothing is frozen; it says what this is worth
         shot = _Shot(datetime.now(UTC), consistency)
     job.nvram.take()
     done = 0
     for source in job.plan.sources:
 
         def tell(part: int, _total: int, base: int = done) -> None:
-            job.progress(base + part, job.plan.needed_bytes)
+            job.order.progress(base + part, job.plan.needed_bytes)
 
         target, image_format = job.targets[source.disk.target], source.disk.format
-        stream_copy(source.path, target, image_format, source.copy_format, tell, job.cancelled)
+        stream_copy(
+            source.path, target, image_format, source.copy_format, tell, job.order.cancelled
+        )
         done += target.stat().st_blocks * 512
     return shot
 

@@ -24,6 +24,20 @@ class ReflinkRefused(DiskError):
     status = 500
 
 
+class PauseTooLong(DiskError):
+    """The guest would be paused for longer than is allowed"""
+
+    code = "pause_too_long"
+    status = 409
+
+    @classmethod
+    def expected(cls, pause_ms: float, budget_ms: float) -> "PauseTooLong":
+        return cls(
+            "the disks are so fragmented, or written so much, that the guest would pause for "
+            f"{pause_ms:.0f} ms, more than the {budget_ms:.0f} ms that are allowed"
+        )
+
+
 class ImageDamaged(DiskError):
     """A disk image is damaged"""
 

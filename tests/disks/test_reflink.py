@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shared.disks.errors import ReflinkRefused
-from shared.disks.reflink import can_reflink, extent_count, reflink, sync_source
+from shared.disks.reflink import can_reflink, reflink
 
 
 def allocated(path: Path) -> int:
@@ -64,14 +64,3 @@ def test_probe_tells_the_file_systems_apart(xfs: Path, btrfs: Path, ext4: Path) 
     assert not can_reflink(ext4, ext4)
     assert not can_reflink(xfs, btrfs)
     assert not list(xfs.glob(".triptych-probe-*"))
-
-
-def test_extents_are_counted(on_xfs: Path) -> None:
-    """The count follows a file's fragments (XFS may split off what it preallocated)."""
-    path = on_xfs / "fragmented"
-    with path.open("wb") as file:
-        for index in range(20):
-            file.seek(index * 131072)
-            file.write(b"x" * 4096)
-    sync_source(path)
-    assert 20 <= extent_count(path) <= 40

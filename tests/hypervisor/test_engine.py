@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from lab import offline
 from lab.guest import Guest
 from lab.libvirtd import Hypervisor
-from shared.disks import engine, images
+from shared.disks import catching_up, engine, images
 from shared.disks.copy import stream_copy
 from shared.disks.engine import capture
-from shared.disks.errors import CopyFailed, InsufficientSpace
+from shared.disks.errors import CopyFailed, InsufficientSpace, PauseTooLong
 from shared.disks.materialise import materialise
 from shared.disks.planning import plan
 from shared.errors import Cancelled
@@ -176,13 +177,13 @@ def test_a_server_that_starts_meanwhile_is_not_copied(
     stopped: Domain, watchdog: Watchdog, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy of a server that was started in the middle is thrown away."""
-    real = engine.clone_into_fd
+    real = catching_up.clone_into_fd
 
     def start_in_between(source: int, target: int) -> None:
         real(source, target)
         stopped.start()
 
-    monkeypatch.setattr(engine, "clone_into_fd", start_in_between)
+    monkeypatch.setattr(catching_up, "clone_into_fd", start_in_between)
     try:
         with pytest.raises(CopyFailed):
             capture(stopped, folder, watchdog=watchdog)
@@ -214,7 +215,7 @@ def test_a_failing_ioctl_leaves_the_guest_running_and_no_file(
         assert guest.state() == "paused"
         raise CopyFailed("the disk broke")
 
-    monkeypatch.setattr(engine, "clone_into_fd", fail)
+    monkeypatch.setattr(catching_up, "clone_into_fd", fail)
     with pytest.raises(CopyFailed):
         capture(domain, folder, watchdog=watchdog)
     assert list(folder.iterdir()) == []
@@ -242,14 +243,67 @@ def test_cancelled_before_the_pause(domain: Domain, watchdog: Watchdog, folder: 
     assert (steps, list(folder.iterdir())) == ([], [])
 
 
-def test_fragmented_disks_are_streamed(
-    domain: Domain, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def fragmented(hypervisor: Hypervisor, xfs: Path) -> Iterator[Guest]:
+    """A running guest whose data disk lies in thousands of pieces."""
+    with Guest.create(hypervisor, xfs / "fragmented", disks=["qcow2", "raw"]) as made:
+        data = made.disks[1]
+        with data.open("r+b") as file:
+            for offset in range(0, data.stat().st_size, 8192):
+                os.pwrite(file.fileno(), os.pread(file.fileno(), 4096, offset), offset)
+        yield made.start()
+
+
+def test_fragmented_disks_are_shared_ahead_of_the_pause(
+    fragmented: Guest, watchdog: Watchdog, folder: Path
 ) -> None:
-    """Past the pause budget the guest is not paused; a stopped one would be reflinked."""
-    monkeypatch.setattr("shared.disks.planning.extent_count", lambda _path: 10**6)
-    chosen = plan(domain, folder)
-    assert chosen.way == "stream"
-    assert "fragmented" in chosen.reason
+    """Under a writer, thousands of pieces do not show in the pause, and both disks are one
+    instant: a number is written to the root disk before it is written to the other."""
+    domain = find_by_name(connect(fragmented.hypervisor.uri), fragmented.name)
+    assert plan(domain, folder).catching_up
+    count = "n=$((n+1)); echo $n > /root/n; sync /root/n; echo $n > /data/n; sync /data/n"
+    with busy(fragmented, count):
+        taken = capture(domain, folder, watchdog=watchdog, quiesce="never")
+    assert taken.way == "reflink"
+    assert taken.pause_ms < 100
+    print(f"paused {taken.pause_ms:.1f} ms")
+    ahead = int(offline.read_file(folder / "vda.qcow2", "/root/n"))
+    behind = int(offline.read_file(folder / "vdb.raw", "/n"))
+    assert behind > 0
+    assert 0 <= ahead - behind <= 1
+    assert complaints(folder / "vdb.raw") == ""
+
+
+def test_a_pause_over_the_budget_is_not_made(
+    fragmented: Guest, watchdog: Watchdog, folder: Path
+) -> None:
+    """What cannot be found and shared within the budget is streamed, and the result says why."""
+    domain = find_by_name(connect(fragmented.hypervisor.uri), fragmented.name)
+    another = folder / "another"
+    another.mkdir(mode=0o711)
+    steps: list[str] = []
+    with busy(fragmented, "echo x >> /data/x; sync /data/x"):
+        taken = capture(
+            domain,
+            folder,
+            watchdog=watchdog,
+            quiesce="never",
+            pause_budget_ms=0.001,
+            before=steps.append,
+        )
+        with pytest.raises(PauseTooLong):
+            capture(
+                domain,
+                another,
+                watchdog=watchdog,
+                quiesce="never",
+                pause_budget_ms=0.001,
+                way="reflink",
+            )
+    assert (taken.way, taken.pause_ms) == ("stream", 0)
+    assert "the guest would pause for" in taken.way_reason
+    assert steps[-1] == "backup"
+    assert complaints(folder / "vdb.raw") == ""
 
 
 def test_through_the_vault_and_out_again(
