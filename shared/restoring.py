@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from sqlmodel import Session
 
-from shared import errors, events, lookups
+from shared import errors, events, faults, lookups
 from shared.copying import NVRAM, write_out
 from shared.database import now, reading
 from shared.disks import setaside
@@ -194,6 +194,7 @@ def _stop(
     if state != "stopped":
         context.undo("start_domain", uuid=domain.uuid, paused=state == "paused")
         domain.destroy()
+        faults.point("stopped")
     refuse_if_open(live.values(), "replaced")
     return state
 
@@ -207,13 +208,16 @@ def _define(
         return domains.find(connection, server.domain_uuid)
     else:
         context.undo("define_domain", xml=previous)
-    return domains.define(connection, wanted)
+    domain = domains.define(connection, wanted)
+    faults.point("defined")
+    return domain
 
 
 def _start(context: Context, domain: Domain, state: State) -> None:
     if state != "stopped":
         context.undo("stop_domain", uuid=domain.uuid)
         domain.start(paused=state == "paused", discard_saved_state=True)
+        faults.point("started")
 
 
 def undo(context: Context, operation_id: str) -> Outcome:

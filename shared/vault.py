@@ -23,6 +23,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from shared import faults
 from shared.errors import TriptychError
 
 Kind = Literal["snapshot", "image", "farm"]
@@ -148,7 +149,9 @@ class Partial:
         _sync(self.path)
         if self.final.exists():
             raise CopyExists(f"{self.final.name} is in the vault already; nothing was changed.")
+        faults.point("publish:sealed")
         self.path.rename(self.final)
+        faults.point("publish:renamed")
         _sync(self.final.parent)
         self._published = True
         return self.final
@@ -201,6 +204,7 @@ class Vault:
                 shutil.rmtree(doomed)
             path.rename(doomed)
             _sync(path.parent)
+            faults.point("remove:renamed")
         if doomed.exists():
             shutil.rmtree(doomed)
             _sync(doomed.parent)

@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlmodel import Session
 
 from services.cloner import identity
-from shared import errors, events, lookups
+from shared import errors, events, faults, lookups
 from shared.commands import CreateClones
 from shared.copying import NVRAM, copy_server, vault, write_out
 from shared.database import reading
@@ -121,9 +121,11 @@ def _make(context: Context, command: CreateClones, source: Path, clone: Clone, h
         context.undo("remove_file", path=path)
     context.undo("undefine_domain", uuid=definition.uuid)
     domain = domains.define(connection, definition.xml)
+    faults.point("clone:defined")
     clone.way = write_out(context, source, manifest, files)
     if command.start:
         domain.start()
+        faults.point("clone:started")
     clone.identity = identity.report(definition, NVRAM in files)
     clone.state = "ready"
     server = Server(name=clone.name, host=host, domain_uuid=definition.uuid)

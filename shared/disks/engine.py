@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from shared import faults
 from shared.disks import images
 from shared.disks.catching_up import CatchingUp, catch_up
 from shared.disks.copy import stream_copy
@@ -215,22 +216,28 @@ def _reflink(job: _Job) -> _Shot:
             opened.callback(os.close, target_fd)
             copies.append(CatchingUp(source_fd, target_fd))
         job.nvram.warm()
+        faults.point("reflink:opened")
         if job.plan.catching_up:
             catch_up(copies, order.pause_budget_ms, order.check)
+            faults.point("reflink:caught-up")
         else:
             for copy in copies:
                 os.fdatasync(copy.source)
         if job.plan.state == "running":
             order.before("pause")
         with order.frozen() as consistency:
+            faults.point("reflink:frozen")
             # What was written meanwhile, and what a freeze made the guest write out.
             for copy in copies:
                 copy.round() if job.plan.catching_up else os.fdatasync(copy.source)
             with paused(order.domain, order.watchdog) as pause:
                 taken_at = datetime.now(UTC)
+                faults.point("reflink:paused")
                 for copy in copies:
                     copy.finish(order.pause_budget_ms)
                 job.nvram.take()
+                faults.point("reflink:shared")
+        faults.point("reflink:resumed")
         for copy in copies:
             os.fsync(copy.target)
     return _Shot(taken_at, consistency, pause.ms)
@@ -248,8 +255,10 @@ def _stream_active(job: _Job) -> _Shot:
     @contextlib.contextmanager
     def instant() -> Iterator[None]:
         with job.order.frozen() as consistency:
+            faults.point("stream:frozen")
             shots.append(_Shot(datetime.now(UTC), consistency))
             yield
+            faults.point("stream:begun")
             job.nvram.take()
 
     order = job.order
@@ -264,6 +273,7 @@ def _stream_active(job: _Job) -> _Shot:
                 "not kept and the server was not touched; make room and try again."
             ) from error
         raise
+    faults.point("stream:copied")
     return shots[0]
 
 
@@ -282,6 +292,7 @@ def _stream_stopped(job: _Job) -> _Shot:
             source.path, target, image_format, source.copy_format, tell, job.order.cancelled
         )
         done += target.stat().st_blocks * 512
+        faults.point("stream:disk-copied")
     return shot
 
 

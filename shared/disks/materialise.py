@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from shared import faults
 from shared.disks import images
 from shared.disks.copy import stream_copy
 from shared.disks.engine import CopiedDisk
@@ -64,6 +65,7 @@ def materialise(
             else:
                 stream_copy(file.path, path, file.format, wanted[file.target], tell, cancelled)
             _verify(file, path, wanted[file.target])
+            faults.point("materialise:written")
             done += needs[file.target]
             progress(done, total)
     except BaseException:

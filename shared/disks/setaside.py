@@ -17,6 +17,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from shared import faults
 from shared.disks.errors import DiskError, SetAsideConflict
 
 
@@ -80,7 +81,9 @@ def swap(live: Mapping[str, Path], operation_id: str) -> None:
             _take_over_owner(path, new)
             _link(path, old)
             _sync_folder(old.parent)
+        faults.point("swap:linked")
         new.replace(path)
+        faults.point("swap:replaced")
         _sync_folder(path.parent)
         _sync_folder(new.parent)
 
@@ -102,7 +105,9 @@ def swap_back(live: Mapping[str, Path], operation_id: str) -> None:
                 _take_over_owner(old, path)
                 _link(path, new)
                 _sync_folder(new.parent)
+            faults.point("swap_back:linked")
             old.replace(path)
+            faults.point("swap_back:replaced")
         _sync_folder(path.parent)
         _sync_folder(old.parent)
 

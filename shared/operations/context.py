@@ -16,7 +16,7 @@ import structlog
 from sqlalchemy import update
 from sqlmodel import Session
 
-from shared import errors
+from shared import errors, faults
 from shared.database import from_now, transaction
 from shared.models import Operation
 from shared.operations import journal
@@ -119,6 +119,7 @@ class Context:
                 journal.write(session, self.id, "undo", action, **arguments)
 
         patiently(self.check, write)
+        faults.point(f"journalled:{action}")
 
     # The heartbeat
 

@@ -12,6 +12,7 @@ import structlog
 from sqlalchemy import delete, func, select, update
 from sqlmodel import Session
 
+from shared import faults
 from shared.database import reading, transaction
 from shared.models import JournalEntry
 from shared.operations.claim import held
@@ -93,6 +94,8 @@ def play(operation_id: str, owner: str, side: Side, after: int = 0) -> None:
         with transaction() as session:
             held(session, operation_id, owner)
         log.info("journal.play", operation=operation_id, side=side, action=entry.action)
+        faults.point(f"{side}:{entry.action}")
         _ACTIONS[entry.action](**entry.arguments)
+        faults.point(f"{side}:{entry.action}:done")
         with transaction() as session:
             session.execute(delete(JournalEntry).where(JournalEntry.seq == entry.seq))  # type: ignore[arg-type]

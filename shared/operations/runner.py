@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from shared import errors, lookups
+from shared import errors, faults, lookups
 from shared.commands import Command, parse
 from shared.database import database_now, reading, transaction
 from shared.models import Operation
@@ -65,6 +65,7 @@ def run(operation_id: str) -> None:
         operation = take(operation_id, owner)
         if operation is None:
             return
+        faults.point("claimed")
         try:
             work(operation, owner)
         except errors.LeaseLost:
@@ -117,6 +118,7 @@ def _attempt(operation: Operation, owner: str) -> None:
             handler = _HANDLERS[operation.kind]
             outcome = handler(context, parse(operation.kind, operation.command))
             context.check()
+            faults.point("committing")
             operation = _committed(context, outcome)
         except (errors.LeaseLost, *DATABASE_AWAY):
             raise
@@ -165,6 +167,7 @@ def _commit(context: Context, outcome: Outcome) -> Operation:
 
 def _complete(operation: Operation, owner: str) -> None:
     """Finish what was committed: done now, or again after the next tick."""
+    faults.point("committed")
     if operation.state == "succeeded":
         return
     try:
@@ -174,6 +177,7 @@ def _complete(operation: Operation, owner: str) -> None:
     except Exception as error:
         _try_again_later(operation, owner, "finishing", error)
         return
+    faults.point("finishing")
     with transaction() as session:
         finish(session, held(session, operation.id, owner), "succeeded")
     log.info("operation.succeeded", result=operation.result)
@@ -195,6 +199,7 @@ def _fail(operation: Operation, owner: str, error: Exception) -> None:
 
 
 def _end(operation: Operation, owner: str, verdict: dict[str, Any]) -> None:
+    faults.point("ending")
     state = "cancelled" if verdict["code"] == errors.Cancelled.code else "failed"
     with transaction() as session:
         finish(session, held(session, operation.id, owner), state, verdict)

@@ -1,0 +1,48 @@
+"""Named points between the steps of an operation, at which tests make it fail.
+
+Nothing happens at them unless `TRIPTYCH_FAULTS` names a directory, which nobody but the tests
+sets. Then each point that is passed is written to its file `passed`, and its file `armed` lists
+what is to be done, one after the other, each once its point is passed: `kill` (SIGKILL to this
+process), `raise`, or `wait` until a file `go` is there, while the test does something to the
+world. After the last one the file is called `reached`.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+_DIRECTORY = os.environ.get("TRIPTYCH_FAULTS")
+
+
+class Injected(RuntimeError):
+    """A test asked for this error."""
+
+
+def point(name: str) -> None:
+    """Something has just been done, or is about to be; see the callers. May raise Injected."""
+    if _DIRECTORY:
+        _pass(Path(_DIRECTORY), name)
+
+
+def _pass(directory: Path, name: str) -> None:
+    with (directory / "passed").open("a") as passed:
+        passed.write(f"{name}\n")
+    try:
+        (at, fault), *rest = json.loads((directory / "armed").read_text())
+    except FileNotFoundError:
+        return
+    if at != name:
+        return
+    (directory / "armed").rename(directory / "reached")
+    if rest:
+        (directory / "armed").write_text(json.dumps(rest))
+    match fault:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "raise":
+            raise Injected(f"an error was asked for at {name!r}")
+        case "wait":
+            while not (directory / "go").exists():
+                time.sleep(0.005)

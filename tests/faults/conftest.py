@@ -1,0 +1,74 @@
+"""Stacks whose workers can be told where to fail, and the table of what came of it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.walk import Case, Points, Walk
+from system.live_site import Site, open_site
+
+from lab import filesystems
+from lab.libvirtd import Hypervisor, libvirtd
+
+CASES: list[Case] = []
+WHOLE = os.environ.get("TRIPTYCH_FAULTS_ALL") == "1"
+"""Every case, as `make faults` asks for; else a part that touches every point once."""
+
+
+@pytest.fixture(scope="session")
+def hypervisor() -> Iterator[Hypervisor]:
+    """A libvirtd of our own, since it is killed."""
+    with libvirtd(own=True) as found:
+        yield found
+
+
+@pytest.fixture(scope="session", params=["xfs", "ext4"])
+def site(
+    request: pytest.FixtureRequest, hypervisor: Hypervisor, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    directory: Path = tmp_path_factory.mktemp("faults")
+    settings = {"TRIPTYCH_FAULTS": str(directory), "TRIPTYCH_CONCURRENCY": "1"}
+    with open_site(
+        hypervisor,
+        request.param,
+        size=4 * filesystems.GIB,
+        host=f"faults-{request.param}",
+        **settings,
+    ) as made:
+        made.points = Points(directory)
+        yield made
+
+
+@pytest.fixture(scope="session", params=["running", "stopped"])
+def walk(request: pytest.FixtureRequest, site: Site) -> Iterator[Walk]:
+    """A server with two disks."""
+    machine = site.machine(["qcow2", "raw"], request.param)
+    made = Walk(site, machine, site.points)
+    yield made
+    CASES.extend(made.cases)
+    site.remove(machine)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not CASES:
+        return
+    terminalreporter.section("points and outcomes")
+    rows: dict[tuple[str, str], Counter[str]] = {}
+    for case in CASES:
+        at = rows.setdefault((case.point, case.fault), Counter())
+        at[case.outcome or "FAILED"] += 1
+    for (point, fault), outcomes in rows.items():
+        told = ", ".join(f"{count} {state}" for state, count in sorted(outcomes.items()))
+        terminalreporter.write_line(f"{point:34} {fault:9} {told}")
+    distinct = {(c.kind, c.power, c.way, c.point, c.fault) for c in CASES}
+    longest = max(CASES, key=lambda case: case.seconds)
+    terminalreporter.write_line(
+        f"{len(distinct)} distinct cases, {sum(not c.outcome for c in CASES)} failures; the "
+        f"longest took {longest.seconds:.0f} s: {longest.kind} {longest.power} {longest.point} "
+        f"{longest.fault}"
+    )

@@ -1,0 +1,308 @@
+"""What the fault suite walks: kinds of operations, faults, and what must hold afterwards.
+
+The points are not listed anywhere: an operation is carried out once undisturbed, and those that
+it passed are then the ones at which it is disturbed. Each case begins with a server whose disks
+read "changed" and ends with all the checks; the next case is the proof that work goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from system.live_site import Machine, Site, fill, wait_for
+
+from lab.guest import attach
+
+RECOVERY_S = 60.0
+"""How long an operation may take to end after a fault."""
+COMMITTED = ("committed", "finishing", "redo:")
+"""From here on the operation has succeeded; what is left is done, however often it fails."""
+
+
+@dataclass
+class Points:
+    """The test's end of `shared.faults`: a directory that the workers look into."""
+
+    directory: Path
+
+    def clear(self) -> None:
+        for name in ("passed", "armed", "reached", "go"):
+            (self.directory / name).unlink(missing_ok=True)
+
+    def passed(self) -> list[str]:
+        file = self.directory / "passed"
+        return list(dict.fromkeys(file.read_text().split("\n")[:-1])) if file.exists() else []
+
+    def arm(self, *faults: tuple[str, str]) -> None:
+        """Faults by their points, one after the other."""
+        self.clear()
+        fresh = self.directory / "armed.new"
+        fresh.write_text(json.dumps(faults))
+        fresh.rename(self.directory / "armed")
+
+    @property
+    def reached(self) -> bool:
+        """Whether all that was armed has happened."""
+        return not (self.directory / "armed").exists()
+
+    def go(self) -> None:
+        (self.directory / "go").touch()
+
+
+@dataclass
+class Kind:
+    """One kind of operation: what it needs, how it is asked for, what the disks read after it."""
+
+    name: str
+    ask: Callable[[Site, Machine], Any]
+    prepare: Callable[[Site, Machine], None] = lambda site, machine: machine.write("changed")
+    succeeded: str = "changed"
+    failed: str = "changed"
+
+
+_copies: set[str] = set()
+"""Snapshots and images whose disks read "before"."""
+
+
+def _with_snapshot(site: Site, machine: Machine) -> None:
+    if site.client.servers.get(machine.id)["snapshot"] not in _copies:
+        machine.write("before")
+        taken = site.done(site.client.snapshots.take(machine.id, replace=True))
+        _copies.add(taken["result"]["snapshot"])
+    machine.write("changed")
+
+
+def _with_image(site: Site, machine: Machine) -> None:
+    if site.client.servers.get(machine.id)["newest_image"] not in _copies:
+        machine.write("before")
+        _copies.add(site.done(site.client.images.create(machine.id))["result"]["image"])
+    machine.write("changed")
+
+
+def _reverted(site: Site, machine: Machine) -> None:
+    _with_snapshot(site, machine)
+    machine.last = site.done(site.client.snapshots.revert(machine.id))["id"]
+
+
+def _newest_image(site: Site, machine: Machine) -> str:
+    return str(site.client.servers.get(machine.id)["newest_image"])
+
+
+def _clone(site: Site, machine: Machine, kind: str = "server", start: bool = False) -> Any:
+    source = _newest_image(site, machine) if kind == "image" else machine.id
+    return site.client.clones.create(
+        source, source_kind=kind, name=f"{machine.name}-c{{n}}", count=2, start=start
+    )
+
+
+KINDS = {
+    each.name: each
+    for each in (
+        Kind("snapshot.take", lambda site, m: site.client.snapshots.take(m.id, replace=True)),
+        Kind(
+            "snapshot.revert",
+            lambda site, m: site.client.snapshots.revert(m.id),
+            _with_snapshot,
+            succeeded="before",
+        ),
+        Kind(
+            "snapshot.undo",
+            lambda site, m: site.client.operations.undo(m.last),
+            _reverted,
+            failed="before",
+        ),
+        Kind(
+            "snapshot.promote", lambda site, m: site.client.snapshots.promote(m.id), _with_snapshot
+        ),
+        Kind("snapshot.delete", lambda site, m: site.client.snapshots.delete(m.id), _with_snapshot),
+        Kind("image.create", lambda site, m: site.client.images.create(m.id)),
+        Kind(
+            "image.restore",
+            lambda site, m: site.client.images.restore(_newest_image(site, m)),
+            _with_image,
+            succeeded="before",
+        ),
+        Kind(
+            "image.delete",
+            lambda site, m: site.client.images.delete(_newest_image(site, m)),
+            _with_image,
+        ),
+        Kind("clone.server", _clone),
+        Kind("clone.snapshot", lambda site, m: _clone(site, m, "snapshot"), _with_snapshot),
+        Kind("clone.image", lambda site, m: _clone(site, m, "image", start=True), _with_image),
+    )
+}
+
+
+@dataclass
+class Case:
+    """What was done, and how it ended."""
+
+    kind: str
+    power: str
+    way: str
+    point: str
+    fault: str
+    outcome: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Walk:
+    """A server on a site, and the faults that befall what is done to it."""
+
+    site: Site
+    machine: Machine
+    points: Points
+    cases: list[Case] = field(default_factory=list)
+
+    def passed_by(self, kind: Kind) -> list[str]:
+        """The points of an operation that nothing happens to."""
+        kind.prepare(self.site, self.machine)
+        self.points.clear()
+        operation = kind.ask(self.site, self.machine)
+        self._settle(kind, self.site.done(operation))
+        return self.points.passed()
+
+    def undone_by(self, kind: Kind) -> list[str]:
+        """The points of undoing it, when it fails at its very end."""
+        self.disturb(kind, "committing", "raise")
+        passed = self.points.passed()
+        return passed[passed.index("committing") + 1 :]
+
+    def disturb(self, kind: Kind, point: str, fault: str) -> Case:
+        """One case: prepared, disturbed at the point, ended, and all of it checked."""
+        case = Case(kind.name, self.machine.power, self.site.way, point, fault)
+        self.cases.append(case)
+        kind.prepare(self.site, self.machine)
+        self.site.mark_logs()
+        first = [("committing", "raise")] if fault == "raise, kill" else []
+        plain = "kill" if first else "wait" if fault in EVENTS else fault
+        self.points.arm(*first, (point, plain))
+        started = time.monotonic()
+        operation = kind.ask(self.site, self.machine)
+        if fault in EVENTS:
+            self._wait_reached(operation, point)
+            with EVENTS[fault](self.site, self.machine, self.points):
+                ended = self.site.ended(operation, RECOVERY_S)
+        else:
+            ended = self.site.ended(operation, RECOVERY_S)
+        case.seconds = time.monotonic() - started
+        assert self.points.reached, f"{point} was not passed again"
+        case.outcome = ended["state"]
+        self._judge(case, ended)
+        self._settle(kind, ended)
+        return case
+
+    def _wait_reached(self, operation: Any, point: str) -> None:
+        wait_for(lambda: self.points.reached, f"{operation['kind']} reaches {point}")
+
+    def _judge(self, case: Case, ended: dict[str, Any]) -> None:
+        """A dead worker's work is done by the next one; an error undoes it, before the end."""
+        if case.fault == "kill":
+            assert ended["state"] == "succeeded", ended
+        if case.fault.startswith("raise"):
+            assert ended["state"] == "failed", ended
+            assert "Injected" in ended["error"]["message"]
+
+    def _settle(self, kind: Kind, ended: dict[str, Any]) -> None:
+        """The server is as the operation says it is, nothing is left over, and it can go on."""
+        site, machine = self.site, self.machine
+        with contextlib.suppress(AssertionError):  # a moment after the end it may not be yet
+            wait_for(self._tidy, "nothing is left over", 20)
+        site.assert_tidy()
+        succeeded = ended["state"] == "succeeded"
+        if machine.power == "running" and machine.state() == "stopped":
+            machine.guest.start()  # a test had cut its power, or it came back without it
+        assert machine.state() == machine.power
+        expected = {kind.succeeded if succeeded else kind.failed}
+        assert machine.read() == expected, (machine.read(), ended)
+        for clone in (ended["result"] or {}).get("clones", []):
+            made = attach(site.hypervisor, clone["name"])
+            assert made.state() == ("running" if kind.name == "clone.image" else "stopped")
+            made.remove()
+        names = {each.name() for each in site.hypervisor_connection().listAllDomains()}
+        assert not [name for name in names if name.startswith(f"{machine.name}-c")]
+
+    def _tidy(self) -> bool:
+        with contextlib.suppress(AssertionError):
+            self.site.assert_tidy()
+            return True
+        return False
+
+
+@contextmanager
+def _without_libvirtd(site: Site, _machine: Machine, points: Points) -> Iterator[None]:
+    """libvirtd is killed, and back two seconds later."""
+    site.hypervisor.stop(kill=True)
+    points.go()
+    time.sleep(2)
+    site.hypervisor.start()
+    yield
+
+
+@contextmanager
+def _without_qemu(_site: Site, machine: Machine, points: Points) -> Iterator[None]:
+    """QEMU is killed, as by the kernel when memory runs out."""
+    if machine.state() != "stopped":
+        os.kill(qemu_of(machine), signal.SIGKILL)
+    points.go()
+    yield
+
+
+@contextmanager
+def _powered_off(_site: Site, machine: Machine, points: Points) -> Iterator[None]:
+    """The owner cuts the guest's power."""
+    machine.guest.destroy()
+    points.go()
+    yield
+
+
+@contextmanager
+def _full(site: Site, _machine: Machine, points: Points) -> Iterator[None]:
+    """Something else fills the file system that vault and disks are on."""
+    ballast = fill(site.folder)
+    points.go()
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
+@contextmanager
+def _hanging(site: Site, machine: Machine, points: Points) -> Iterator[None]:
+    """The worker hangs there for longer than a guest may be held."""
+    if machine.power == "running":
+        wait_for(lambda: machine.state() == "running", "the watchdog resumes the guest", 40)
+    points.go()
+    yield
+
+
+EVENTS: dict[str, Callable[[Site, Machine, Points], Any]] = {
+    "libvirtd": _without_libvirtd,
+    "qemu": _without_qemu,
+    "power": _powered_off,
+    "full": _full,
+    "hang": _hanging,
+}
+
+
+def qemu_of(machine: Machine) -> int:
+    """The pid of the QEMU process that runs the machine."""
+    wanted = f"guest={machine.name},".encode()
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if wanted in entry.read_bytes():
+                return int(entry.parent.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no QEMU runs {machine.name}")
