@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 export PORT ?= 8000
 
-.PHONY: help setup demo test test-deployment lint up down bench lock clean
+.PHONY: help setup demo test test-deployment faults lint up down bench lock clean
 .DEFAULT_GOAL := help
 
 help:            ## Show this list
@@ -16,11 +16,15 @@ demo: setup      ## Do the main job on a real VM built for it; KEEP=1 leaves it 
 
 test:            ## Run the tests (real libvirt, QEMU, Redis, PostgreSQL); ARGS="-k name" for some
 	@scripts/setup tests
-	@$(PYTHON) -m pytest $(or $(ARGS),--ignore=tests/compose)
+	@$(PYTHON) -m pytest $(or $(ARGS),--ignore=tests/compose --ignore=tests/faults)
 
 test-deployment: ## Run the tests of the deployment by docker compose, faults of minutes included
 	@scripts/setup tests
 	@$(PYTHON) -m pytest tests/compose $(ARGS)
+
+faults:          ## Walk all points of all operations with faults (40 min); PART=1 each point once
+	@scripts/setup tests
+	@$(if $(PART),,TRIPTYCH_FAULTS_ALL=1) $(PYTHON) -m pytest tests/faults $(ARGS)
 
 lint: setup      ## ruff, mypy and the import contracts
 	@$(PYTHON) -m ruff check .

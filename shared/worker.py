@@ -18,6 +18,7 @@ from shared import liveness, logs, recovery  # noqa: F401  registers the journal
 from shared.celery_app import make_app
 from shared.commands import queue_of
 from shared.hosts import HostReporter
+from shared.operations.bystander import Bystander
 from shared.operations.outbox import flush_if_possible
 from shared.operations.reconcile import adopt_orphans
 from shared.settings import settings
@@ -38,6 +39,7 @@ def service_app(service: str, tasks: str | None = None) -> Celery:
 @worker_ready.connect
 def _on_worker_ready(sender: Any, **_: Any) -> None:
     HostReporter().start()
+    Bystander().start()
     liveness.start()
     _clear_up(sender.app)
 

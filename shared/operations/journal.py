@@ -84,6 +84,11 @@ def pending(operation_id: str, side: Side, after: int = 0) -> list[JournalEntry]
         return list(session.scalars(query.order_by(order)))  # type: ignore[arg-type]
 
 
+def act(entry: JournalEntry) -> None:
+    """Carry out an entry. Raises what its action raises."""
+    _ACTIONS[entry.action](**entry.arguments)
+
+
 def play(operation_id: str, owner: str, side: Side, after: int = 0) -> None:
     """Carry out the entries of one side and strike each off.
 
@@ -95,7 +100,7 @@ def play(operation_id: str, owner: str, side: Side, after: int = 0) -> None:
             held(session, operation_id, owner)
         log.info("journal.play", operation=operation_id, side=side, action=entry.action)
         faults.point(f"{side}:{entry.action}")
-        _ACTIONS[entry.action](**entry.arguments)
+        act(entry)
         faults.point(f"{side}:{entry.action}:done")
         with transaction() as session:
             session.execute(delete(JournalEntry).where(JournalEntry.seq == entry.seq))  # type: ignore[arg-type]

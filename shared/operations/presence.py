@@ -47,10 +47,11 @@ def _locked(path: Path) -> int:
         os.close(lock)
 
 
-def sweep() -> None:
-    """Remove the files of the dead that no operation names: killed before they had claimed."""
-    for path in _file("any").parent.iterdir():
-        of(path.name.replace("~", "/"))
+def dead() -> set[str]:
+    """The owners that have died on this host and left their file, which is removed."""
+    left = [path.name.replace("~", "/") for path in _file("any").parent.iterdir()]
+    # One that ends in between takes its file with it.
+    return {owner for owner in left if _file(owner).exists() and of(owner) == "dead"}
 
 
 def of(owner: str) -> Literal["alive", "dead", "unknown"]:

@@ -170,7 +170,7 @@ class Walk:
         kind.prepare(self.site, self.machine)
         self.points.clear()
         operation = kind.ask(self.site, self.machine)
-        self._settle(kind, self.site.done(operation))
+        self.settle(kind, self.site.done(operation))
         return self.points.passed()
 
     def undone_by(self, kind: Kind) -> list[str]:
@@ -200,7 +200,7 @@ class Walk:
         assert self.points.reached, f"{point} was not passed again"
         case.outcome = ended["state"]
         self._judge(case, ended)
-        self._settle(kind, ended)
+        self.settle(kind, ended)
         return case
 
     def _wait_reached(self, operation: Any, point: str) -> None:
@@ -214,7 +214,7 @@ class Walk:
             assert ended["state"] == "failed", ended
             assert "Injected" in ended["error"]["message"]
 
-    def _settle(self, kind: Kind, ended: dict[str, Any]) -> None:
+    def settle(self, kind: Kind, ended: dict[str, Any]) -> None:
         """The server is as the operation says it is, nothing is left over, and it can go on."""
         site, machine = self.site, self.machine
         with contextlib.suppress(AssertionError):  # a moment after the end it may not be yet
@@ -232,6 +232,12 @@ class Walk:
             made.remove()
         names = {each.name() for each in site.hypervisor_connection().listAllDomains()}
         assert not [name for name in names if name.startswith(f"{machine.name}-c")]
+
+    def watchdogs(self, worker: int) -> list[int]:
+        """The pids of the helpers of a worker process."""
+        children = Path(f"/proc/{worker}/task").glob("*/children")
+        pids = [int(pid) for each in children for pid in each.read_text().split()]
+        return [p for p in pids if b"watchdog" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
     def _tidy(self) -> bool:
         with contextlib.suppress(AssertionError):

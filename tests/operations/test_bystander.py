@@ -1,0 +1,109 @@
+"""What the other workers of a host do when one of them dies (E2)."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from operations.spine import World, nothing
+from operations.waiting import wait_for
+
+from shared.database import transaction
+from shared.operations import bystander, claim, journal, presence
+from shared.operations.bystander import Bystander, attend
+from shared.settings import settings
+
+pytestmark = pytest.mark.usefixtures("any_database")
+
+
+@pytest.fixture
+def held(world: World) -> str:
+    """An operation that holds a guest."""
+    world.action("resume_domain", lambda step: None)
+    world.action("remove_copy", lambda step: None)
+    operation = world.snapshot_of(world.server())
+    assert claim.claim(operation, owner())
+    with transaction() as session:
+        journal.write(session, operation, "undo", "remove_copy", step="remove")
+        journal.write(session, operation, "undo", "resume_domain", step="resume")
+    world.clear_outbox()
+    return operation
+
+
+def owner() -> str:
+    return f"{settings().host}/snapshotter/of-somebody"
+
+
+@pytest.fixture
+def running() -> Iterator[Bystander]:
+    thread = Bystander()
+    thread.start()
+    yield thread
+    thread.stop()
+    thread.join(10)
+
+
+def test_guest_is_given_back_and_the_rest_left_to_the_successor(world: World, held: str) -> None:
+    """Only the guest cannot wait. The journal stays as it is: the successor plays all of it."""
+    attend(owner())
+
+    assert world.played == ["resume"]
+    assert world.woken() == [held]
+    assert world.row(held).owner == owner()
+    assert [step for _, step in world.journal(held)] == ["remove", "resume"]
+
+
+def test_work_that_somebody_took_over_is_left_alone(world: World, held: str) -> None:
+    """Whoever has it now may hold the guest for a reason."""
+    world.change(held, owner=f"{settings().host}/snapshotter/another")
+
+    attend(owner())
+
+    assert world.played == world.woken() == []
+
+
+def test_death_is_seen_within_a_second(world: World, held: str, running: Bystander) -> None:
+    """The file of an attempt whose process is gone is locked by nobody."""
+    died = time.monotonic()
+    (settings().vault / ".workers").mkdir(parents=True)
+    (settings().vault / ".workers" / owner().replace("/", "~")).touch()
+
+    wait_for(lambda: world.played, 5)
+
+    assert time.monotonic() - died < 1
+    wait_for(lambda: world.woken() == [held], 5)
+    assert presence.dead() == set()
+
+
+def test_libvirt_that_is_away_is_waited_for(
+    world: World, held: str, running: Bystander, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be done is tried again, and nothing is forgotten meanwhile."""
+    tries: list[str] = []
+
+    def fail_first(step: str) -> None:
+        tries.append(step)
+        if len(tries) == 1:
+            raise ConnectionError("libvirt is away")
+
+    world.action("resume_domain", fail_first)
+    (settings().vault / ".workers").mkdir(parents=True, exist_ok=True)
+    (settings().vault / ".workers" / owner().replace("/", "~")).touch()
+
+    wait_for(lambda: world.woken() == [held], 10)
+
+    assert tries == ["resume", "resume"]
+
+
+def test_living_attempts_are_left_alone(
+    world: World, running: Bystander, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is at work is no business of others, nor is one that has ended."""
+    attended: list[str] = []
+    monkeypatch.setattr(bystander, "attend", attended.append)
+    world.handler(nothing)
+
+    with presence.attempt("snapshotter"):
+        time.sleep(3 * bystander.EVERY_S)
+    time.sleep(2 * bystander.EVERY_S)
+
+    assert attended == []
