@@ -22,12 +22,13 @@ from shared.hypervisor.agent import Policy
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.watchdog import Watchdog
-from shared.models import Server
+from shared.models import Image, Server, Snapshot
 from shared.operations.context import Context
 from shared.settings import settings
 from shared.vault import (
     Kind,
     Manifest,
+    ManifestAbout,
     ManifestDisk,
     ManifestLeftOut,
     ManifestServer,
@@ -57,6 +58,42 @@ class Stored:
     def left_out(self) -> list[dict[str, Any]]:
         return [each.model_dump() for each in self.manifest.left_out]
 
+    def snapshot_row(self) -> Snapshot:
+        """The row of a snapshot; it expires that long after it was taken (S2)."""
+        return Snapshot(
+            **self._columns(),
+            taken_at=self.taken_at,
+            expires_at=self.taken_at + settings().snapshot_retention,
+        )
+
+    def image_row(self) -> Image:
+        """The row of an image, by the name it was given, or one made of server and time."""
+        about = self.manifest.about
+        return Image(
+            **self._columns(),
+            name=about.name or self._default_name(),
+            created_at=self.taken_at,
+            pinned=about.pinned,
+            origin=about.origin,
+            left_out=self.left_out,
+        )
+
+    def _columns(self) -> dict[str, Any]:
+        return {
+            "id": self.manifest.id,
+            "server_id": self.manifest.server.id,
+            "description": self.manifest.about.description,
+            "consistency": self.manifest.consistency,
+            "way": self.manifest.way,
+            "pause_ms": self.manifest.pause_ms,
+            "bytes": self.bytes,
+        }
+
+    def _default_name(self) -> str:
+        plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in self.manifest.server.name)
+        start = plain[:36].strip("._-") or "image"
+        return f"{start}-{self.taken_at:%Y%m%d-%H%M%S}-{self.manifest.id[-4:]}"
+
     def facts(self) -> dict[str, Any]:
         """What the operation's result tells about the copy."""
         return {
@@ -74,7 +111,13 @@ def vault() -> Vault:
 
 
 def copy_server(
-    context: Context, server: Server, kind: Kind, copy_id: str, *, quiesce: Policy
+    context: Context,
+    server: Server,
+    kind: Kind,
+    copy_id: str,
+    *,
+    quiesce: Policy,
+    about: ManifestAbout | None = None,
 ) -> Stored:
     """Copy every writable disk of the server into the vault, at one instant.
 
@@ -98,6 +141,7 @@ def copy_server(
             pause_budget_ms=settings().pause_budget.total_seconds() * 1000,
         )
         manifest = _manifest(kind, copy_id, server, domain, capture)
+        manifest = manifest.model_copy(update={"about": about or ManifestAbout()})
         partial.publish(manifest, capture.definition)
     return Stored(manifest)
 
@@ -164,7 +208,14 @@ def version(number: int) -> str:
     return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
 
 
-def copy_stored(context: Context, source: Path, server: Server, kind: Kind, copy_id: str) -> Stored:
+def copy_stored(
+    context: Context,
+    source: Path,
+    server: Server,
+    kind: Kind,
+    copy_id: str,
+    about: ManifestAbout,
+) -> Stored:
     """Make another whole copy in the vault from the one in `source`."""
     context.phase("copying")
     folder = vault().folder(kind, server.id, copy_id)
@@ -175,7 +226,8 @@ def copy_stored(context: Context, source: Path, server: Server, kind: Kind, copy
         if manifest.nvram:
             files[NVRAM] = partial.path / manifest.nvram
         way = write_out(context, source, manifest, files)
-        copied = manifest.model_copy(update={"kind": kind, "id": copy_id, "way": way})
+        changed = {"kind": kind, "id": copy_id, "way": way, "about": about}
+        copied = manifest.model_copy(update=changed)
         partial.publish(copied, (source / manifest.definition).read_text())
     return Stored(copied)
 

@@ -89,6 +89,15 @@ class ManifestLeftOut(_Model):
     reason: str
 
 
+class ManifestAbout(_Model):
+    """What it was called when it was made; names may change later, in the database alone."""
+
+    name: str | None = None
+    description: str = ""
+    origin: str = "manual"
+    pinned: bool = False
+
+
 class Manifest(_Model):
     """What a copy is, in its own folder."""
 
@@ -96,6 +105,7 @@ class Manifest(_Model):
     kind: Kind
     id: str
     server: ManifestServer
+    about: ManifestAbout = ManifestAbout()
     taken_at: datetime
     way: str
     consistency: str
@@ -210,6 +220,10 @@ class Vault:
             _sync(doomed.parent)
         with contextlib.suppress(OSError):  # other copies of the server are there
             path.parent.rmdir()
+
+    def is_in_place(self, folder: Path, manifest: Manifest) -> bool:
+        """Whether a folder is where the copy that its manifest describes belongs."""
+        return folder == self.folder(manifest.kind, manifest.server.id, manifest.id)
 
     def copies(self, kind: Kind | None = None) -> Iterator[Path]:
         """The folders of all whole copies."""

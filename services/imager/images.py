@@ -1,7 +1,5 @@
 """The story of an image: created, restored (and undone), promoted from a snapshot, deleted."""
 
-from datetime import datetime
-
 from sqlalchemy import select
 from sqlmodel import Session
 
@@ -22,6 +20,7 @@ from shared.models import Image, Schedule, ScheduleRun, Server
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import handles
+from shared.vault import ManifestAbout
 
 
 @handles(CreateImage)
@@ -31,9 +30,9 @@ def create(context: Context, command: CreateImage) -> Outcome:
         server = lookups.server(session, command.server)
         schedule = _schedule_of(session, context.id)
     image_id = new_id("img")
-    stored = copy_server(context, server, "image", image_id, quiesce=command.quiesce)
-    origin = schedule.kind if schedule else "manual"
-    image = _row(server, image_id, stored, command, origin=origin)
+    about = _about(command, schedule.kind if schedule else "manual")
+    stored = copy_server(context, server, "image", image_id, quiesce=command.quiesce, about=about)
+    image = stored.image_row()
     image.schedule_id = schedule.id if schedule else None
     return _created(server, image, stored)
 
@@ -46,8 +45,18 @@ def promote(context: Context, command: PromoteSnapshot) -> Outcome:
         snapshot = lookups.snapshot(session, server)
     image_id = new_id("img")
     source = vault().folder("snapshot", server.id, snapshot.id)
-    stored = copy_stored(context, source, server, "image", image_id)
-    return _created(server, _row(server, image_id, stored, command, origin="promoted"), stored)
+    about = _about(command, "promoted")
+    stored = copy_stored(context, source, server, "image", image_id, about)
+    return _created(server, stored.image_row(), stored)
+
+
+def _about(command: CreateImage | PromoteSnapshot, origin: str) -> ManifestAbout:
+    return ManifestAbout(
+        name=command.name,
+        description=command.description,
+        origin=origin,
+        pinned=command.pinned,
+    )
 
 
 def _schedule_of(session: Session, operation_id: str) -> Schedule | None:
@@ -58,34 +67,6 @@ def _schedule_of(session: Session, operation_id: str) -> Schedule | None:
         .where(ScheduleRun.operation_id == operation_id)  # type: ignore[arg-type]
     )
     return session.scalars(query).one_or_none()
-
-
-def _row(
-    server: Server,
-    image_id: str,
-    stored: Stored,
-    command: CreateImage | PromoteSnapshot,
-    origin: str,
-) -> Image:
-    return Image(
-        id=image_id,
-        name=command.name or _default_name(server, image_id, stored.taken_at),
-        server_id=server.id,
-        created_at=stored.taken_at,
-        description=command.description,
-        pinned=command.pinned,
-        origin=origin,
-        consistency=stored.manifest.consistency,
-        way=stored.manifest.way,
-        pause_ms=stored.manifest.pause_ms,
-        bytes=stored.bytes,
-        left_out=stored.left_out,
-    )
-
-
-def _default_name(server: Server, image_id: str, taken_at: datetime) -> str:
-    plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in server.name)[:36]
-    return f"{plain.strip('._-') or 'image'}-{taken_at:%Y%m%d-%H%M%S}-{image_id[-4:]}"
 
 
 def _created(server: Server, image: Image, stored: Stored) -> Outcome:

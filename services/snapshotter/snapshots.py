@@ -11,7 +11,7 @@ from shared.models import Snapshot
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import handles
-from shared.settings import settings
+from shared.vault import ManifestAbout
 
 
 @handles(TakeSnapshot)
@@ -26,18 +26,11 @@ def take(context: Context, command: TakeSnapshot) -> Outcome:
                 conflict=existing.id,
             )
     snapshot_id = new_id("snp")
-    stored = copy_server(context, server, "snapshot", snapshot_id, quiesce=command.quiesce)
-    snapshot = Snapshot(
-        id=snapshot_id,
-        server_id=server.id,
-        taken_at=stored.taken_at,
-        expires_at=stored.taken_at + settings().snapshot_retention,
-        consistency=stored.manifest.consistency,
-        way=stored.manifest.way,
-        pause_ms=stored.manifest.pause_ms,
-        bytes=stored.bytes,
-        description=command.description,
+    about = ManifestAbout(description=command.description)
+    stored = copy_server(
+        context, server, "snapshot", snapshot_id, quiesce=command.quiesce, about=about
     )
+    snapshot = stored.snapshot_row()
 
     def apply(session: Session) -> list[Step]:
         left_to_do: list[Step] = []

@@ -1,0 +1,132 @@
+"""`triptych-admin vault rescan`: rows for what this host's vault holds, from the folders alone.
+
+For a database that was lost, or restored from a backup that is older than the copies. It adds
+rows and changes none but an image's that has no folder (it is `missing`) or has got it back; it
+touches no file. What it does not do it says: a folder that explains nothing, or whose place in
+the database is taken.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlmodel import Session
+
+from shared import events
+from shared.copying import Stored
+from shared.database import now
+from shared.models import Host, Image, JournalEntry, Server, Snapshot
+from shared.settings import settings
+from shared.vault import Manifest, Vault, VaultError, read_manifest
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found about one copy. `verdict`: adopted · known · deleted · under_way · missing ·
+    found_again · conflict · unreadable."""
+
+    path: str
+    verdict: str
+    detail: str = ""
+
+
+def rescan(session: Session, vault: Vault) -> list[Finding]:
+    """Compare the vault with the rows of this host, and add what has none; see the module."""
+    if session.get(Host, settings().host) is None:
+        session.add(Host(name=settings().host))
+        session.flush()
+    found = []
+    for folder in vault.copies():
+        if folder.parent.parent.name == "farms":
+            continue  # of an operation, and gone with it
+        name = str(folder.relative_to(vault.root))
+        # Asked before its row is: an operation's last transaction adds that and ends this.
+        if str(folder) in _under_way(session):
+            found.append(Finding(name, "under_way", "an operation is making or removing it"))
+            continue
+        try:
+            manifest = read_manifest(folder)
+            if not vault.is_in_place(folder, manifest):
+                raise VaultError(f"its manifest says {manifest.kind} {manifest.id}")
+        except VaultError as error:
+            found.append(Finding(name, "unreadable", error.detail))
+            continue
+        found.append(Finding(name, *_judged(session, manifest)))
+    return [*found, *_missing(session, vault)]
+
+
+def _under_way(session: Session) -> set[str]:
+    """Folders that an unfinished operation has yet to keep or to remove."""
+    query = select(JournalEntry).where(JournalEntry.action == "remove_copy")  # type: ignore[arg-type]
+    return {entry.arguments["folder"] for entry in session.scalars(query)}
+
+
+def _judged(session: Session, manifest: Manifest) -> tuple[str, str]:
+    row: Any = session.get(Snapshot if manifest.kind == "snapshot" else Image, manifest.id)
+    if row is None:
+        return _adopted(session, Stored(manifest))
+    if row.deleted_at:
+        return "deleted", f"it was deleted at {row.deleted_at:%Y-%m-%d %H:%M} UTC; remove it"
+    if getattr(row, "state", "") == "missing":
+        row.state = "complete"
+        return "found_again", "verify it before you rely on it"
+    return "known", ""
+
+
+def _adopted(session: Session, stored: Stored) -> tuple[str, str]:
+    manifest = stored.manifest
+    server = _server(session, manifest)
+    row: Snapshot | Image
+    if manifest.kind == "snapshot":
+        taken = _one(session, Snapshot, server_id=server.id)
+        if taken:
+            return "conflict", f"the server has another snapshot, {taken.id}; delete one of them"
+        row = stored.snapshot_row()
+    else:
+        row = stored.image_row()
+        if _one(session, Image, server_id=server.id, name=row.name):
+            row.name = f"{row.name[:50]}-{row.id[-8:]}"
+    session.add(row)
+    session.flush()
+    events.emit(session, f"{manifest.kind}.adopted", server.id, **{manifest.kind: row.id})
+    return "adopted", "as a forgotten server's" if server.forgotten_at else ""
+
+
+def _server(session: Session, manifest: Manifest) -> Server:
+    """The copy's server; one that is not known is added, forgotten if its domain is another's."""
+    about = manifest.server
+    known = session.get(Server, about.id)
+    if known:
+        return known
+    server = Server(id=about.id, name=about.name, host=settings().host, domain_uuid=about.uuid)
+    row: Any = Server
+    active = (row.host == settings().host, row.forgotten_at.is_(None))
+    same = select(Server).where(*active, row.domain_uuid == about.uuid)
+    if session.scalars(same).first():
+        server.forgotten_at = now()
+    session.add(server)
+    session.flush()
+    return server
+
+
+def _one(session: Session, model: Any, **values: Any) -> Any:
+    query = select(model).filter_by(**values).where(model.deleted_at.is_(None))
+    return session.scalars(query).first()
+
+
+def _missing(session: Session, vault: Vault) -> Iterator[Finding]:
+    """Rows of this host whose folder is not there."""
+    for kind, model in (("snapshot", Snapshot), ("image", Image)):
+        row: Any = model
+        query = select(row).join(Server, Server.id == row.server_id)
+        here = query.where(Server.host == settings().host, row.deleted_at.is_(None))  # type: ignore[arg-type]
+        for each in session.scalars(here):
+            folder: Path = vault.folder(kind, each.server_id, each.id)  # type: ignore[arg-type]
+            if folder.is_dir():
+                continue
+            detail = f"row {each.id} has no folder; delete the {kind}"
+            if kind == "image":
+                each.state = "missing"
+            yield Finding(str(folder.relative_to(vault.root)), "missing", detail)
