@@ -11,7 +11,7 @@ import time
 
 import pytest
 from faults.conftest import OF_THE_GUEST, WHOLE
-from faults.walk import COMMITTED, KINDS, Walk
+from faults.walk import KINDS, Walk, before_commit
 from system.live_site import wait_for
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
@@ -43,8 +43,8 @@ def test_worker_killed_at_every_point_of_an_undo(walk: Walk, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_error_at_every_point(walk: Walk, kind: str) -> None:
     """An error: everything is put back, and the operation says why."""
-    for point in walk.passed_by(KINDS[kind]):
-        if point != "claimed" and not point.startswith(COMMITTED):
+    for point in before_commit(walk.passed_by(KINDS[kind])):
+        if point != "claimed":
             walk.disturb(KINDS[kind], point, "raise")
 
 
@@ -52,17 +52,15 @@ def test_error_at_every_point(walk: Walk, kind: str) -> None:
 @pytest.mark.parametrize("kind", OF_THE_GUEST)
 def test_guest_or_libvirtd_gone_at_every_point(walk: Walk, kind: str, fault: str) -> None:
     """What happens to the guest, or to libvirtd, in the middle is not made worse."""
-    for point in walk.passed_by(KINDS[kind]):
-        if not point.startswith(COMMITTED):
-            walk.disturb(KINDS[kind], point, fault)
+    for point in before_commit(walk.passed_by(KINDS[kind])):
+        walk.disturb(KINDS[kind], point, fault)
 
 
 @pytest.mark.parametrize("kind", OF_THE_GUEST)
 def test_disk_full_at_every_point(walk: Walk, kind: str) -> None:
     """Nothing of a copy that did not fit is kept; the server is as it was."""
-    for point in walk.passed_by(KINDS[kind]):
-        if not point.startswith(COMMITTED):
-            walk.disturb(KINDS[kind], point, "full")
+    for point in before_commit(walk.passed_by(KINDS[kind])):
+        walk.disturb(KINDS[kind], point, "full")
 
 
 def test_worker_hangs_while_the_guest_is_held(walk: Walk) -> None:
