@@ -148,6 +148,8 @@ def copy_server(
 
 def _journal(context: Context, domain: Domain, step: engine.Step) -> None:
     """What undoes a step upon the guest, should this worker and its watchdog both die."""
+    if step == "backup":  # a pause may have been given up; one that comes now is the owner's
+        context.strike("resume_domain")
     context.undo("thaw_domain", uuid=domain.uuid)
     if step == "pause":
         context.undo("resume_domain", uuid=domain.uuid)

@@ -6,6 +6,7 @@ after which the connection is given up. The server is told the same of us: else 
 cut off within a transaction would hold its locks for the two hours that Linux waits.
 """
 
+import time
 from datetime import datetime
 from typing import Any
 
@@ -39,11 +40,12 @@ class BoundedConnection(psycopg.Connection[Any]):
         if timeout is not None or self.patience is None:
             return super().wait(gen, interval, timeout)
         bound = PING_PATIENCE if self.hurried else self.patience
+        deadline = time.monotonic() + bound
         try:
             return super().wait(gen, interval, bound)
         except psycopg.OperationalError as error:
-            if error.sqlstate or self.pgconn.status != psycopg.pq.ConnStatus.OK:
-                raise  # it did answer, or is gone
+            if time.monotonic() < deadline or error.sqlstate:
+                raise  # it did answer, or is gone; or a pipeline was aborted by an error in it
             self.pgconn.finish()  # what it answers later is not for the next statement
             raise psycopg.OperationalError(f"no answer within {bound:g} s") from error
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 from shared import faults
 from shared.disks import images
-from shared.disks.catching_up import CatchingUp, catch_up
+from shared.disks.catching_up import CatchingUp, catch_up, finish, follow
 from shared.disks.copy import stream_copy
 from shared.disks.errors import CopyFailed, InsufficientSpace, PauseTooLong
 from shared.disks.planning import Choice, Plan, SourceDisk, Way, plan
@@ -228,13 +228,14 @@ def _reflink(job: _Job) -> _Shot:
         with order.frozen() as consistency:
             faults.point("reflink:frozen")
             # What was written meanwhile, and what a freeze made the guest write out.
+            if job.plan.catching_up:
+                follow(copies, order.pause_budget_ms)
             for copy in copies:
-                copy.round() if job.plan.catching_up else os.fdatasync(copy.source)
+                os.fdatasync(copy.source)
             with paused(order.domain, order.watchdog) as pause:
                 taken_at = datetime.now(UTC)
                 faults.point("reflink:paused")
-                for copy in copies:
-                    copy.finish(order.pause_budget_ms)
+                finish(copies, order.pause_budget_ms)
                 job.nvram.take()
                 faults.point("reflink:shared")
         faults.point("reflink:resumed")

@@ -12,7 +12,7 @@ from typing import Literal
 
 from shared.disks import images
 from shared.disks.extents import extent_count
-from shared.disks.reflink import can_reflink
+from shared.disks.reflink import can_reflink, writes_elsewhere
 from shared.hypervisor.definition import DiskDefinition, DomainDefinition, LeftOut
 from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import DiskNotCopyable
@@ -87,7 +87,7 @@ def plan(
             sources,
             left_out,
             needed,
-            catching_up=pieces * SHARE_COST_MS > CATCH_UP_FROM_MS,
+            catching_up=pieces * SHARE_COST_MS > CATCH_UP_FROM_MS and writes_elsewhere(destination),
         )
     for source in sources:
         if source.disk.encrypted:

@@ -12,18 +12,17 @@ import threading
 import structlog
 from sqlalchemy import select
 
-from shared import errors
-from shared.database import reading, transaction
+from shared.database import database_now, reading, transaction
 from shared.models import Operation
-from shared.operations import journal, presence
-from shared.operations.claim import held
+from shared.operations import claim, journal, presence
 from shared.operations.outbox import flush_if_possible, wake
 
 log = structlog.get_logger()
 
 EVERY_S = 0.25
+RETRY_S = 1.0
 AT_ONCE = ("resume_domain", "thaw_domain")
-"""Undo actions that do not wait for a successor; it carries them out once more."""
+"""Undo actions that do not wait for the successor."""
 
 
 class Bystander(threading.Thread):
@@ -38,34 +37,54 @@ class Bystander(threading.Thread):
 
     def run(self) -> None:
         dead: set[str] = set()
-        while not self._stopped.wait(EVERY_S):
-            dead |= presence.dead()
+        pause = EVERY_S
+        while not self._stopped.wait(pause):
+            pause = EVERY_S
             try:
-                for owner in list(dead):
+                dead |= presence.dead()
+            except OSError as error:
+                log.warning("bystander.blind", reason=str(error))
+                pause = RETRY_S
+            for owner in list(dead):
+                try:
                     attend(owner)
                     dead.discard(owner)
-            except Exception as error:  # database or libvirt are away: tried again
-                log.warning("bystander.waits", reason=str(error))
+                except Exception as error:  # database or libvirt are away
+                    log.warning("bystander.waits", owner=owner, reason=str(error))
+                    pause = RETRY_S
 
 
 def attend(owner: str) -> None:
-    """Give back the guest that a dead owner held, and wake whoever goes on with its work."""
-    row = Operation
+    """Give back the guest that a dead owner held, and wake whoever goes on with its work.
+
+    Meanwhile the operation is ours: nobody who takes it over holds the guest, for a reason of
+    its own, while we give it back. Raises what the actions raise; then it is as it was.
+    """
     with reading() as session:
-        query = select(row).where(row.owner == owner, row.state == "running")  # type: ignore[arg-type]
+        query = select(Operation).where(Operation.owner == owner, Operation.state == "running")  # type: ignore[arg-type]
         left = list(session.scalars(query))
     for operation in left:
-        log.warning("operation.worker_died", operation=operation.id, kind=operation.kind)
-        entries = journal.pending(operation.id, "undo")
-        try:
-            with transaction() as session:
-                # Nobody takes it over meanwhile, and then holds the guest for a reason.
-                current = held(session, operation.id, owner)
-                for entry in entries:
+        with presence.attempt(operation.service) as me:
+            if claim.take_over(operation.id, me) is None:
+                continue  # somebody else was faster, or the owner lives after all
+            log.warning("operation.worker_died", operation=operation.id, kind=operation.kind)
+            try:
+                for entry in journal.pending(operation.id, "undo"):
                     if entry.action in AT_ONCE:
                         journal.act(entry)
-                wake(session, current)
-        except errors.LeaseLost:
-            continue
+            except Exception:
+                _leave(operation.id, me, owner)
+                raise
+            _leave(operation.id, me, None)
     if left:
         flush_if_possible()
+
+
+def _leave(operation_id: str, me: str, to: str | None) -> None:
+    """Hand the operation on, to its dead owner if it is to be looked after once more."""
+    with transaction() as session:
+        current = claim.held(session, operation_id, me)
+        current.owner, current.lease_expires_at = to, database_now(session)
+        if to is None:
+            journal.strike(session, operation_id, *AT_ONCE)  # a later pause is the owner's own
+        wake(session, current)

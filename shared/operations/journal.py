@@ -51,6 +51,17 @@ def clear(session: Session, operation_id: str, side: Side) -> None:
     )
 
 
+def strike(session: Session, operation_id: str, *actions: str) -> None:
+    """Take the undo entries of these actions off the list."""
+    session.execute(
+        delete(JournalEntry).where(
+            JournalEntry.operation_id == operation_id,  # type: ignore[arg-type]
+            JournalEntry.side == "undo",  # type: ignore[arg-type]
+            JournalEntry.action.in_(actions),  # type: ignore[attr-defined]
+        )
+    )
+
+
 def leave(session: Session, operation_id: str, entries: list[int]) -> None:
     """Make undo entries that could not be carried out a part of what is left to do."""
     session.execute(

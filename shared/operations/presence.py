@@ -68,7 +68,10 @@ def of(owner: str) -> Literal["alive", "dead", "unknown"]:
     except BlockingIOError:
         return "alive"
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if not os.path.samestat(path.stat(), os.fstat(lock)):
+                return "alive"  # somebody else removed this one, and its owner made another
+            path.unlink()
         return "dead"
     finally:
         os.close(lock)

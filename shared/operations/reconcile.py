@@ -73,5 +73,4 @@ def adopt_orphans(service: str) -> int:
         for operation in orphans:
             log.warning("operation.orphaned", operation=operation.id, kind=operation.kind)
             wake(session, operation)
-    presence.dead()  # files of those that no operation names: killed before they had claimed
     return len(orphans)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from shared.disks import extents as maps
-from shared.disks.catching_up import MOST_ROUNDS, CatchingUp, catch_up
+from shared.disks.catching_up import MOST_ROUNDS, CatchingUp, catch_up, finish
 from shared.disks.errors import PauseTooLong
 from shared.disks.extents import difference, extent_count, extents
 from shared.disks.reflink import create_target, sync_source
@@ -96,7 +96,7 @@ def test_whatever_is_done_in_between_the_copy_is_equal(place: Path, seed: int) -
             copy.round()
         for _ in range(dice.randint(0, 12)):
             touch_at_random(guest.fileno(), dice)
-        copy.finish(BUDGET_MS)
+        copy.finish()
     assert_equal(source)
 
 
@@ -123,7 +123,7 @@ def test_a_writer_at_work_is_caught_up_with(place: Path) -> None:
         catch_up([copy], BUDGET_MS, lambda: None)
         enough.set()
         writer.join()
-        copy.finish(BUDGET_MS)
+        copy.finish()
     assert rounds > 10
     assert_equal(source)
 
@@ -148,8 +148,8 @@ def test_a_budget_that_cannot_be_kept_is_refused_before_it_is_spent(xfs: Path) -
             catch_up([copy], 0.0001, lambda: os.pwrite(guest.fileno(), b"!", 0) and None)
         os.pwrite(guest.fileno(), b"?", 0)
         with pytest.raises(PauseTooLong):
-            copy.finish(0.0001)
-        copy.finish(BUDGET_MS)
+            finish([copy], 0.0001)
+        finish([copy], BUDGET_MS)
     assert_equal(source)
 
 
@@ -160,7 +160,7 @@ def test_a_disk_that_nobody_wrote_needs_no_look(xfs: Path, monkeypatch: pytest.M
     with both(source) as copy:
         catch_up([copy], 0.0001, lambda: None)
         monkeypatch.setattr("shared.disks.catching_up.extents", pytest.fail)
-        copy.finish(0.0001)
+        finish([copy], 0.0001)
     assert_equal(source)
 
 
@@ -174,7 +174,7 @@ def test_a_write_just_before_or_after_the_last_look_is_seen(xfs: Path) -> None:
             os.pwrite(guest.fileno(), b"before", index * 2 * BLOCK)
             copy.round()
             os.pwrite(guest.fileno(), b"after!", index * 2 * BLOCK)
-            copy.finish(BUDGET_MS)
+            copy.finish()
             assert os.pread(copy.target, 6, index * 2 * BLOCK) == b"after!"
     assert_equal(source)
 
@@ -188,7 +188,7 @@ def test_what_is_left_for_the_pause_is_small(xfs: Path) -> None:
             os.pwrite(guest.fileno(), b"new", index * 100 * BLOCK)
         os.fsync(guest.fileno())
         changed = copy.round()
-        copy.finish(BUDGET_MS)
+        copy.finish()
     assert 10 <= changed <= 20
     assert_equal(source)
 

@@ -43,13 +43,15 @@ def running() -> Iterator[Bystander]:
 
 
 def test_guest_is_given_back_and_the_rest_left_to_the_successor(world: World, held: str) -> None:
-    """Only the guest cannot wait. The journal stays as it is: the successor plays all of it."""
+    """Only the guest cannot wait. All else in the journal is the successor's."""
     attend(owner())
 
     assert world.played == ["resume"]
     assert world.woken() == [held]
-    assert world.row(held).owner == owner()
-    assert [step for _, step in world.journal(held)] == ["remove", "resume"]
+    assert [step for _, step in world.journal(held)] == ["remove"]
+    assert (world.row(held).state, world.row(held).owner) == ("running", None)
+    successor = claim.take_over(held, f"{settings().host}/snapshotter/successor")
+    assert successor and successor.attempt == 1
 
 
 def test_work_that_somebody_took_over_is_left_alone(world: World, held: str) -> None:
@@ -58,6 +60,17 @@ def test_work_that_somebody_took_over_is_left_alone(world: World, held: str) -> 
 
     attend(owner())
 
+    assert world.played == world.woken() == []
+
+
+def test_owner_that_lives_is_not_taken_for_dead(world: World, held: str) -> None:
+    """Whatever was believed of it: its lock is asked for again."""
+    with presence.attempt("snapshotter") as living:
+        world.change(held, owner=living)
+
+        attend(living)
+
+        assert world.row(held).owner == living
     assert world.played == world.woken() == []
 
 
@@ -71,7 +84,7 @@ def test_death_is_seen_within_a_second(world: World, held: str, running: Bystand
 
     assert time.monotonic() - died < 1
     wait_for(lambda: world.woken() == [held], 5)
-    assert presence.dead() == set()
+    wait_for(lambda: not list((settings().vault / ".workers").iterdir()), 5)
 
 
 def test_libvirt_that_is_away_is_waited_for(
@@ -89,9 +102,10 @@ def test_libvirt_that_is_away_is_waited_for(
     (settings().vault / ".workers").mkdir(parents=True, exist_ok=True)
     (settings().vault / ".workers" / owner().replace("/", "~")).touch()
 
-    wait_for(lambda: world.woken() == [held], 10)
+    wait_for(lambda: world.row(held).owner is None, 10)
 
     assert tries == ["resume", "resume"]
+    assert set(world.woken()) == {held}
 
 
 def test_living_attempts_are_left_alone(
