@@ -8,6 +8,7 @@ read "changed" and ends with all the checks; the next case is the proof that wor
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -101,10 +102,14 @@ def _newest_image(site: Site, machine: Machine) -> str:
     return str(site.client.servers.get(machine.id)["newest_image"])
 
 
+_NUMBERS = itertools.count()
+"""The list of domains that names are compared with is a moment behind libvirt's."""
+
+
 def _clone(site: Site, machine: Machine, kind: str = "server", start: bool = False) -> Any:
     source = _newest_image(site, machine) if kind == "image" else machine.id
     return site.client.clones.create(
-        source, source_kind=kind, name=f"{machine.name}-c{{n}}", count=2, start=start
+        source, source_kind=kind, name=f"{machine.name}-c{next(_NUMBERS)}-{{n}}", count=2, start=start
     )
 
 
