@@ -109,7 +109,11 @@ _NUMBERS = itertools.count()
 def _clone(site: Site, machine: Machine, kind: str = "server", start: bool = False) -> Any:
     source = _newest_image(site, machine) if kind == "image" else machine.id
     return site.client.clones.create(
-        source, source_kind=kind, name=f"{machine.name}-c{next(_NUMBERS)}-{{n}}", count=2, start=start
+        source,
+        source_kind=kind,
+        name=f"{machine.name}-c{next(_NUMBERS)}-{{n}}",
+        count=2,
+        start=start,
     )
 
 
