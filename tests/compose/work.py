@@ -27,7 +27,7 @@ def until(look: Callable[[], Found], seconds: float, what: str) -> Found:
     deadline = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.5)
+        time.sleep(0.1)  # what is looked for may last for half a second
     return found
 
 
