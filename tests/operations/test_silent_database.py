@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import psycopg
 import pytest
 import redis
 from operations.servers import Broker, Postgres
@@ -81,6 +82,25 @@ def test_an_error_that_the_server_tells_is_no_silence(world: World) -> None:
     with pytest.raises(OperationalError, match="statement timeout"), transaction() as session:
         session.execute(text("SET LOCAL statement_timeout = 10"))
         session.execute(text("SELECT pg_sleep(1)"))
+
+    assert _backend() == pid
+
+
+@ON_POSTGRESQL
+def test_an_error_among_many_statements_is_no_silence(world: World) -> None:
+    """What is sent in one go is aborted by an error in it; the connection is good after it."""
+    with transaction() as session:
+        pid = int(session.connection().execute(text("SELECT pg_backend_pid()")).scalar_one())
+        for attempt in range(20):
+            connection: Any = session.connection().connection.driver_connection
+            with connection.cursor() as cursor:
+                cursor.execute("CREATE TEMP TABLE one (number integer UNIQUE)")
+                cursor.execute("SAVEPOINT before")
+                with pytest.raises(psycopg.errors.UniqueViolation):
+                    cursor.executemany("INSERT INTO one VALUES (%s)", [[attempt]] * 300)
+                assert not connection.closed
+                cursor.execute("ROLLBACK TO before")
+                cursor.execute("DROP TABLE one")
 
     assert _backend() == pid
 
