@@ -121,20 +121,32 @@ class Work:
         """All of the server's operations since this work began."""
         return [op for op in self._listed("/v1/operations") if op["id"] not in self._before]
 
-    def wait_running(self) -> dict[str, Any]:
-        """The first operation that is seen at work, with others waiting behind it."""
+    def wait_running(self) -> None:
+        """An operation is seen at work; where all have ended unseen, another image is asked for."""
 
-        def running() -> dict[str, Any] | None:
-            return next((op for op in self.operations() if op["state"] == "running"), None)
+        def running() -> bool:
+            states = {op["state"] for op in self.operations()}
+            if states <= set(ENDED):
+                self.image()
+            return "running" in states
 
-        return until(running, 60, "an operation runs") or {}
+        self._until(running, 60, "an operation runs")
 
     def wait_ended(self, seconds: float = 240) -> list[dict[str, Any]]:
         def ended() -> list[dict[str, Any]]:
             found = self.operations()
             return found if all(op["state"] in ENDED for op in found) else []
 
-        return until(ended, seconds, "all operations ended")
+        return self._until(ended, seconds, "all operations ended")
+
+    def _until(self, look: Callable[[], Found], seconds: float, what: str) -> Found:
+        """As `until`; its failure tells what became of the operations, and what was logged."""
+        try:
+            return until(look, seconds, what)
+        except AssertionError as failure:
+            failure.add_note(json.dumps(self.operations(), indent=1))
+            failure.add_note(self.deployment.logs())
+            raise
 
     # Truth
 
