@@ -255,12 +255,19 @@ class Guest:
             time.sleep(0.05)
 
     def agent(self, command: str, timeout: int = 10, **arguments: Any) -> Any:
-        """Send `command` to its agent and return the answer."""
+        """Send `command` to its agent and return the answer, once a copy has thawed the guest."""
         request: dict[str, Any] = {"execute": command}
         if arguments:
             request["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
-        answer = libvirt_qemu.qemuAgentCommand(self.domain, json.dumps(request), timeout, 0)
-        return json.loads(answer)["return"]
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                answer = libvirt_qemu.qemuAgentCommand(self.domain, json.dumps(request), timeout, 0)
+                return json.loads(answer)["return"]
+            except libvirt.libvirtError as error:
+                if "not allowed" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
 
     def run(self, command: str, timeout: float = 60) -> tuple[int, str]:
         """Run a shell command inside; return its exit status and what it printed."""

@@ -60,6 +60,8 @@ class RevertSnapshot(Command):
     kind, service, task = "snapshot.revert", "snapshotter", "snapshotter.revert"
 
     server: Reference
+    with_memory: bool = True
+    """Resume the memory where the snapshot holds it, instead of booting from the disks."""
 
 
 class DeleteSnapshot(Command):

@@ -36,6 +36,8 @@ from shared.vault import (
     read_manifest,
 )
 
+HOLDS = ".holds"
+"""In the vault: whose guest is held by a living worker (`shared.hypervisor.watchdog`)."""
 NVRAM = "nvram"
 """Stands for the UEFI variables wherever files are named by their disk's target."""
 
@@ -52,7 +54,7 @@ class Stored:
 
     @property
     def bytes(self) -> int:
-        return sum(disk.bytes for disk in self.manifest.disks)
+        return sum(disk.bytes for disk in self.manifest.disks) + self.manifest.memory_bytes
 
     @property
     def left_out(self) -> list[dict[str, Any]]:
@@ -63,6 +65,7 @@ class Stored:
         return Snapshot(
             **self._columns(),
             taken_at=self.taken_at,
+            with_memory=self.manifest.memory is not None,
             expires_at=self.taken_at + settings().snapshot_retention,
         )
 
@@ -118,6 +121,7 @@ def copy_server(
     *,
     quiesce: Policy,
     about: ManifestAbout | None = None,
+    memory: bool = False,
 ) -> Stored:
     """Copy every writable disk of the server into the vault, at one instant.
 
@@ -139,6 +143,7 @@ def copy_server(
             before=lambda step: _journal(context, domain, step),
             free_floor=settings().free_floor,
             pause_budget_ms=settings().pause_budget.total_seconds() * 1000,
+            memory=memory,
         )
         manifest = _manifest(kind, copy_id, server, domain, capture)
         manifest = manifest.model_copy(update={"about": about or ManifestAbout()})
@@ -149,7 +154,10 @@ def copy_server(
 def _journal(context: Context, domain: Domain, step: engine.Step) -> None:
     """What undoes a step upon the guest, should this worker and its watchdog both die."""
     if step == "backup":  # a pause may have been given up; one that comes now is the owner's
-        context.strike("resume_domain")
+        context.strike("resume_domain", "release_memory")
+    if step == "memory":
+        context.undo("release_memory", uuid=domain.uuid)
+        return
     context.undo("thaw_domain", uuid=domain.uuid)
     if step == "pause":
         context.undo("resume_domain", uuid=domain.uuid)
@@ -159,7 +167,7 @@ def _journal(context: Context, domain: Domain, step: engine.Step) -> None:
 
 @cache
 def _watchdog_of(pid: int) -> Watchdog:
-    return Watchdog(settings().libvirt_uri)
+    return Watchdog(settings().libvirt_uri, settings().vault / HOLDS)
 
 
 def _watchdog() -> Watchdog:
@@ -192,6 +200,9 @@ def _manifest(
             ManifestLeftOut(target=each.target, reason=each.reason) for each in capture.left_out
         ],
         nvram=capture.nvram.name if capture.nvram else None,
+        memory=capture.memory.name if capture.memory else None,
+        memory_bytes=capture.memory.stat().st_blocks * 512 if capture.memory else 0,
+        memory_paused=capture.memory is not None and capture.memory_paused,
         tools={"python": platform.python_version(), **_versions()},
     )
 
@@ -229,6 +240,7 @@ def copy_stored(
             files[NVRAM] = partial.path / manifest.nvram
         way = write_out(context, source, manifest, files)
         changed = {"kind": kind, "id": copy_id, "way": way, "about": about}
+        changed |= {"memory": None, "memory_bytes": 0}  # disks alone are in images
         copied = manifest.model_copy(update=changed)
         partial.publish(copied, (source / manifest.definition).read_text())
     return Stored(copied)

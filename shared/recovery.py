@@ -31,6 +31,11 @@ def resume_domain(uuid: str) -> None:
 
 
 @action
+def release_memory(uuid: str) -> None:
+    hypervisor.release_memory(settings().libvirt_uri, uuid)
+
+
+@action
 def thaw_domain(uuid: str) -> None:
     hypervisor.thaw_domain(settings().libvirt_uri, uuid)
 

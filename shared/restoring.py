@@ -21,6 +21,7 @@ from shared.hypervisor.definition import DomainDefinition, renamed
 from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import DomainMissing
 from shared.hypervisor.locks import refuse_if_open
+from shared.hypervisor.memory import refuse_other_name, resume_from
 from shared.models import Operation, Server
 from shared.operations.admission import refuse_if_not_undoable
 from shared.operations.context import Context, Outcome
@@ -78,13 +79,19 @@ class Replaced:
 
 
 def put_back(
-    context: Context, server: Server, folder: Path, *, definition: Literal["current", "stored"]
+    context: Context,
+    server: Server,
+    folder: Path,
+    *,
+    definition: Literal["current", "stored"],
+    memory: bool = False,
 ) -> Replaced:
     """Replace the server's disks by those in `folder`; it is running afterwards if it was.
 
     With `current`, the server keeps its definition where that still has the copy's disks;
-    with `stored` it gets the copy's. A domain that is gone is defined again. Raises
-    SavedStatePresent, InsufficientSpace and what libvirt raises.
+    with `stored` it gets the copy's. A domain that is gone is defined again. With `memory`,
+    where the copy holds it, the guest is resumed at that instant, also if it was off. Raises
+    SavedStatePresent, InsufficientSpace, MemoryNotUsable and what libvirt raises.
     """
     context.phase("checking")
     manifest = read_manifest(folder)
@@ -97,6 +104,9 @@ def put_back(
     if domain:
         wanted = renamed(wanted, domain.name)
         _refuse_unsafe(domain)
+    saved = folder / manifest.memory if memory and manifest.memory else None
+    if saved:
+        refuse_other_name(settings().libvirt_uri, saved, domain.name if domain else server.name)
     live = _live_files(wanted, manifest)
     missing = [target for target, path in live.items() if not path.exists()]
 
@@ -111,7 +121,10 @@ def put_back(
     context.undo("swap_back", live=journalled, operation_id=context.id)
     setaside.swap(live, context.id)
     domain = _define(context, connection, server, previous, wanted)
-    _start(context, domain, state)
+    if saved:
+        state = _resume(context, domain, saved, paused=manifest.memory_paused)
+    else:
+        _start(context, domain, state)
     set_aside = setaside.is_swapped(live, context.id)
     return Replaced(context.id, journalled, previous, set_aside, missing, way, state)
 
@@ -218,6 +231,13 @@ def _start(context: Context, domain: Domain, state: State) -> None:
         context.undo("stop_domain", uuid=domain.uuid)
         domain.start(paused=state == "paused", discard_saved_state=True)
         faults.point("started")
+
+
+def _resume(context: Context, domain: Domain, saved: Path, *, paused: bool) -> State:
+    context.undo("stop_domain", uuid=domain.uuid)
+    resume_from(domain, saved, paused=paused)
+    faults.point("started")
+    return "paused" if paused else "running"
 
 
 def undo(context: Context, operation_id: str) -> Outcome:

@@ -116,6 +116,9 @@ class Manifest(_Model):
     definition: str = DEFINITION
     nvram: str | None = None
     memory: str | None = None
+    memory_bytes: int = 0
+    memory_paused: bool = False
+    """Whether the guest, when its memory was saved, was paused by its owner."""
     tools: dict[str, str] = {}
 
 

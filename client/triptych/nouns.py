@@ -106,8 +106,9 @@ class Snapshots(Noun):
         )
         return self._start("servers", server, "snapshot", body=body)
 
-    def revert(self, server: str) -> Operation:
-        return self._start("servers", server, "snapshot", "revert")
+    def revert(self, server: str, *, with_memory: bool = True) -> Operation:
+        body = None if with_memory else {"with_memory": False}
+        return self._start("servers", server, "snapshot", "revert", body=body)
 
     def promote(
         self,

@@ -5,7 +5,7 @@ from pydantic import ConfigDict
 
 from services.api import examples, shapes
 from services.api.problems import refusals
-from services.api.work import Empty, IdempotencyKey, NameOrId, RequestBody, accepted, start
+from services.api.work import IdempotencyKey, NameOrId, RequestBody, accepted, start
 from shared import commands, errors, lookups
 from shared.database import reading
 
@@ -23,6 +23,10 @@ class Taking(RequestBody):
     with_memory: bool = False
     quiesce: commands.Quiesce = "auto"
     description: commands.Description = ""
+
+
+class Reverting(RequestBody):
+    with_memory: bool = True
 
 
 class Promotion(RequestBody):
@@ -89,14 +93,18 @@ def revert(
     request: Request,
     response: Response,
     server: NameOrId,
-    body: Empty,
+    body: Reverting = Body(default_factory=Reverting),
     key: IdempotencyKey = None,
 ) -> shapes.Operation:
     """Puts the server back as it was when the snapshot was taken; the snapshot stays.
 
+    A snapshot with memory resumes the guest at that very instant, also where the server is
+    off now; with `with_memory: false` the server boots from the snapshot's disks, if it runs.
     What it replaces is set aside for 24 hours: undo the operation to get it back.
     """
-    return start(request, response, commands.RevertSnapshot, key, server=server)
+    return start(
+        request, response, commands.RevertSnapshot, key, server=server, **body.model_dump()
+    )
 
 
 @router.post(

@@ -28,7 +28,13 @@ def take(context: Context, command: TakeSnapshot) -> Outcome:
     snapshot_id = new_id("snp")
     about = ManifestAbout(description=command.description)
     stored = copy_server(
-        context, server, "snapshot", snapshot_id, quiesce=command.quiesce, about=about
+        context,
+        server,
+        "snapshot",
+        snapshot_id,
+        quiesce=command.quiesce,
+        about=about,
+        memory=command.with_memory,
     )
     snapshot = stored.snapshot_row()
 
@@ -76,12 +82,17 @@ def delete(context: Context, command: DeleteSnapshot) -> Outcome:
 
 @handles(RevertSnapshot)
 def revert(context: Context, command: RevertSnapshot) -> Outcome:
-    """Put the server's disks back as they were in its snapshot (S4); it can be undone (E1)."""
+    """Put the server's disks back as they were in its snapshot (S4); it can be undone (E1).
+
+    Where the snapshot holds the memory, the guest goes on at that very instant (S5).
+    """
     with reading() as session:
         server = lookups.server(session, command.server)
         snapshot = lookups.snapshot(session, server)
     folder = vault().folder("snapshot", server.id, snapshot.id)
-    replaced = restoring.put_back(context, server, folder, definition="current")
+    replaced = restoring.put_back(
+        context, server, folder, definition="current", memory=command.with_memory
+    )
 
     def apply(session: Session) -> None:
         events.emit(session, "snapshot.reverted", server.id, snapshot=snapshot.id)

@@ -31,11 +31,17 @@ from shared.hypervisor.definition import DomainDefinition, LeftOut, with_live_di
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.errors import BackupFailed
 from shared.hypervisor.locks import refuse_if_open
-from shared.hypervisor.pause import paused
+from shared.hypervisor.memory import memory_saved, refuse_without_memory
+from shared.hypervisor.pause import Pause, paused
 from shared.hypervisor.watchdog import Watchdog
 
-Step = Literal["pause", "backup"]
+Step = Literal["pause", "memory", "backup"]
+MEMORY = "memory.save"
 PAUSE_BUDGET_MS = 100.0
+WITH_MEMORY = (
+    "its memory is of the same instant: a revert goes on right there; its disks alone are as "
+    "after a power cut"
+)
 Progress = Callable[[int, int], None]
 
 
@@ -64,6 +70,9 @@ class Capture:
     left_out: tuple[LeftOut, ...]
     definition: str
     nvram: Path | None
+    memory: Path | None
+    memory_paused: bool
+    """Whether the guest was paused by its owner at that instant."""
 
 
 def capture(
@@ -78,15 +87,17 @@ def capture(
     before: Callable[[Step], None] = lambda _step: None,
     free_floor: float = FLOOR,
     pause_budget_ms: float = PAUSE_BUDGET_MS,
+    memory: bool = False,
 ) -> Capture:
     """Copy every writable disk (and the UEFI variables) into the folder `destination`.
 
-    `before(step)` is called ahead of what the journal must know: "pause" before a
-    running guest is frozen and suspended, "backup" before QEMU's copy job. The
-    folder must be searchable by QEMU's user (0711) for the stream way. Raises
-    InsufficientSpace (before anything is touched), Cancelled, PauseFailed,
-    PauseTooLong, QuiesceFailed, BackupFailed, ImageDamaged, CopyFailed and what `plan`
-    raises; then no file is left and the guest is as it was.
+    With `memory` also what is in the guest's RAM, of the same instant (S5); nothing is frozen
+    then. `before(step)` is called ahead of what the journal must know: "pause" before a
+    running guest is frozen and suspended, "memory" before its memory is saved, "backup"
+    before QEMU's copy job. The folder must be searchable by QEMU's user (0711) for the stream
+    way. Raises InsufficientSpace (before anything is touched), Cancelled, PauseFailed,
+    PauseTooLong, QuiesceFailed, ServerNotRunning, MemoryNotSaved, BackupFailed, ImageDamaged,
+    CopyFailed and what `plan` raises; then no file is left and the guest is as it was.
     """
     order = _Order(
         domain,
@@ -98,6 +109,7 @@ def capture(
         before,
         free_floor,
         pause_budget_ms,
+        memory,
     )
     chosen = plan(domain, destination, way=way)
     try:
@@ -111,7 +123,10 @@ def capture(
 def _captured(order: "_Order", chosen: Plan) -> Capture:
     """Go the chosen way: all files, or none and the error."""
     domain, destination = order.domain, order.destination
-    ensure_space(destination, chosen.needed_bytes, order.free_floor)
+    if order.memory:
+        refuse_without_memory(domain, chosen.state)
+    memory = domain.memory_bytes if order.memory else 0
+    ensure_space(destination, chosen.needed_bytes + memory, order.free_floor)
     definition, left_out = _definition(domain, chosen)
     order.check()
     nvram = _Nvram(definition, destination)
@@ -128,7 +143,7 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
         files = tuple(_copied(s, targets[s.disk.target]) for s in chosen.sources)
         nvram.sync()
     except BaseException:
-        for path in [*targets.values(), nvram.copy]:
+        for path in [*targets.values(), nvram.copy, job.memory]:
             path.unlink(missing_ok=True)
         raise
     total = sum(file.bytes for file in files)
@@ -144,6 +159,8 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
         left_out=left_out,
         definition=definition,
         nvram=nvram.copy if nvram.copy.exists() else None,
+        memory=job.memory if order.memory else None,
+        memory_paused=chosen.state == "paused",
     )
 
 
@@ -160,6 +177,7 @@ class _Order:
     before: Callable[[Step], None]
     free_floor: float
     pause_budget_ms: float
+    memory: bool
 
     def check(self) -> None:
         """Raises Cancelled."""
@@ -169,6 +187,8 @@ class _Order:
             )
 
     def frozen(self) -> contextlib.AbstractContextManager[Consistency]:
+        if self.memory:  # a guest that is resumed from it would still be frozen
+            return contextlib.nullcontext(Consistency("crash", WITH_MEMORY))
         return frozen(self.domain, self.watchdog, self.quiesce)
 
 
@@ -180,6 +200,26 @@ class _Job:
     plan: Plan
     targets: dict[str, Path]
     nvram: "_Nvram"
+
+    @property
+    def memory(self) -> Path:
+        return self.order.destination / MEMORY
+
+    def saved(
+        self, meanwhile: Callable[[], None] = lambda: None
+    ) -> contextlib.AbstractContextManager[Pause]:
+        """The guest held at the instant of its saved memory."""
+        order = self.order
+        if self.plan.state == "running":
+            order.before("memory")
+        return memory_saved(
+            order.domain,
+            order.watchdog,
+            self.memory,
+            self.targets,
+            meanwhile=meanwhile,
+            cancelled=order.cancelled,
+        )
 
 
 def _definition(domain: Domain, chosen: Plan) -> tuple[str, tuple[LeftOut, ...]]:
@@ -223,16 +263,20 @@ def _reflink(job: _Job) -> _Shot:
         else:
             for copy in copies:
                 os.fdatasync(copy.source)
-        if job.plan.state == "running":
-            order.before("pause")
-        with order.frozen() as consistency:
-            faults.point("reflink:frozen")
-            # What was written meanwhile, and what a freeze made the guest write out.
+
+        def close_in() -> None:
             if job.plan.catching_up:
                 follow(copies, order.pause_budget_ms)
             for copy in copies:
                 os.fdatasync(copy.source)
-            with paused(order.domain, order.watchdog) as pause:
+
+        if job.plan.state == "running" and not order.memory:
+            order.before("pause")
+        with order.frozen() as consistency:
+            faults.point("reflink:frozen")
+            close_in()  # what was written meanwhile, and what a freeze made the guest write out
+            hold = job.saved(close_in) if order.memory else paused(order.domain, order.watchdog)
+            with hold as pause:
                 taken_at = datetime.now(UTC)
                 faults.point("reflink:paused")
                 finish(copies, order.pause_budget_ms)
@@ -255,12 +299,15 @@ def _stream_active(job: _Job) -> _Shot:
 
     @contextlib.contextmanager
     def instant() -> Iterator[None]:
-        with job.order.frozen() as consistency:
+        hold = job.saved() if job.order.memory else contextlib.nullcontext(Pause(False))
+        with job.order.frozen() as consistency, hold as pause:
             faults.point("stream:frozen")
-            shots.append(_Shot(datetime.now(UTC), consistency))
+            shot = _Shot(datetime.now(UTC), consistency)
             yield
             faults.point("stream:begun")
             job.nvram.take()
+        shot.pause_ms = pause.ms
+        shots.append(shot)
 
     order = job.order
     order.before("backup")

@@ -59,7 +59,7 @@ def push_backup(
         job.wait(progress, cancelled)
         job.wait_released(targets)
         for path, _ in targets.values():
-            _settle(path)
+            settle(path)
     except BaseException:
         job.abort()
         for path, _ in targets.values():
@@ -224,8 +224,8 @@ def _job_xml(domain: Domain, targets: Mapping[str, tuple[Path, str]]) -> str:
     return etree.tostring(job, encoding="unicode")
 
 
-def _settle(path: Path) -> None:
-    """libvirt gives the file back to the owner it found; make sure, and sync it."""
+def settle(path: Path) -> None:
+    """A file that libvirt wrote is ours and on the disk: it gives it back to whom it found."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fchown(descriptor, os.geteuid(), os.getegid())

@@ -30,6 +30,13 @@ _STATES: dict[int, State] = {
     libvirt.VIR_DOMAIN_CRASHED: "paused",
     libvirt.VIR_DOMAIN_SHUTOFF: "stopped",
 }
+HELD_BY_SAVE = (
+    libvirt.VIR_DOMAIN_PAUSED_UNKNOWN,
+    libvirt.VIR_DOMAIN_PAUSED_USER,
+    libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
+    libvirt.VIR_DOMAIN_PAUSED_SAVE,
+    libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT,
+)
 DESTROY_TIMEOUT_S = 60.0
 _TPM_FLAGS_SINCE = 8_009_000  # libvirt 8.9.0; before, the TPM's state always went
 
@@ -88,6 +95,16 @@ class Domain:
         return bool(state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_USER)
 
     @property
+    def held_by_save(self) -> bool:
+        """Whether it is paused as saving its memory leaves it, or because somebody asked for it.
+
+        To libvirt the reason is unknown when the guest ran until then, and a migration's after
+        a restart of the daemon.
+        """
+        state, reason = self.call("Reading the state of", lambda handle: handle.state())
+        return bool(state == libvirt.VIR_DOMAIN_PAUSED and reason in HELD_BY_SAVE)
+
+    @property
     def was_shut_down(self) -> bool:
         """Whether it is off because its guest shut down in an orderly way."""
         state, reason = self.call("Reading the state of", lambda handle: handle.state())
@@ -100,6 +117,11 @@ class Domain:
         return bool(
             self.call("Looking for a saved state of", lambda handle: handle.hasManagedSaveImage())
         )
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most RAM that it may have."""
+        return int(self.call("Reading the memory of", lambda handle: handle.maxMemory())) * 1024
 
     @property
     def autostart(self) -> bool:

@@ -76,6 +76,27 @@ class PauseFailed(HypervisorError):
     status = 502
 
 
+class ServerNotRunning(HypervisorError):
+    """The server is off"""
+
+    code = "server_not_running"
+    status = 409
+
+
+class MemoryNotSaved(HypervisorError):
+    """The guest's memory could not be saved"""
+
+    code = "memory_not_saved"
+    status = 502
+
+
+class MemoryNotUsable(HypervisorError):
+    """The guest cannot be resumed from the saved memory"""
+
+    code = "memory_not_usable"
+    status = 409
+
+
 class QuiesceFailed(HypervisorError):
     """The guest's file systems could not be frozen"""
 

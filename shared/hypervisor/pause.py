@@ -7,7 +7,7 @@ and verified, and only then is the watchdog told to forget.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from shared.hypervisor.domains import Domain
@@ -48,10 +48,11 @@ def paused(
     held = False
     try:
         _suspend(domain)
+        watchdog.held(arm)
         yield pause
         held = domain.paused_by_user
     finally:
-        _give_back(domain, watchdog, arm)
+        give_back(domain, watchdog, [arm], lambda: domain.paused_by_user)
         pause.ms = (time.perf_counter() - started) * 1000
         fired = watchdog.disarm(arm)
     if fired or not held:
@@ -72,8 +73,13 @@ def _suspend(domain: Domain) -> None:
         ) from error
 
 
-def _give_back(domain: Domain, watchdog: Watchdog, arm: Arm) -> None:
-    """Resume until the guest is seen not to be paused by us any more."""
+def give_back(
+    domain: Domain, watchdog: Watchdog, arms: Iterable[Arm], held: Callable[[], bool]
+) -> None:
+    """Resume until the guest is seen not to be `held` any more.
+
+    Raises PauseFailed where it does not resume; the watchdog goes on trying.
+    """
     deadline = time.monotonic() + RESUME_PATIENCE_S
     delay = 0.01
     while True:
@@ -85,10 +91,11 @@ def _give_back(domain: Domain, watchdog: Watchdog, arm: Arm) -> None:
         except HypervisorError as error:
             failure = error
         with contextlib.suppress(HypervisorError):
-            if not domain.paused_by_user:
+            if not held():
                 return  # it runs, or went down, or stopped on an I/O error of its own
         if time.monotonic() > deadline:
-            watchdog.fire(arm)
+            for arm in arms:
+                watchdog.fire(arm)
             raise PauseFailed(
                 f"{domain.name} does not resume: {failure.detail} The watchdog goes on "
                 f"trying; `virsh resume {domain.name}` does the same by hand."

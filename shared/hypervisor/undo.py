@@ -8,6 +8,8 @@ that the caller tries again later.
 
 import contextlib
 import time
+from collections.abc import Callable
+from typing import Any
 
 import libvirt
 
@@ -15,6 +17,7 @@ from shared.hypervisor.agent import FREEZE_TIMEOUT_S
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, define, find
 from shared.hypervisor.errors import DomainMissing, LibvirtBusy, LibvirtFailed
+from shared.hypervisor.watchdog_helper import saving
 
 _ABORT_PATIENCE_S = 60.0
 
@@ -28,6 +31,22 @@ def resume_domain(uri: str, uuid: str) -> bool:
     domain = _find(uri, uuid)
     if domain is None or not domain.paused_by_user:
         return False
+    domain.resume()
+    return True
+
+
+def release_memory(uri: str, uuid: str) -> bool:
+    """End a save of the memory that still runs, and resume the domain from the pause it leaves.
+
+    Only for domains that ran when the journal entry was made. Raises LibvirtBusy if it does not
+    end.
+    """
+    domain = _find(uri, uuid)
+    if domain is None:
+        return False
+    ended = _end_job(domain, saving)
+    if not domain.held_by_save:
+        return ended
     domain.resume()
     return True
 
@@ -53,26 +72,33 @@ def abort_backup(uri: str, uuid: str) -> bool:
     Jobs of other kinds are left alone. Raises LibvirtBusy if it does not end.
     """
     domain = _find(uri, uuid)
-    if domain is None or not _copying(domain):
-        return False
+    return domain is not None and _end_job(domain, _copying)
+
+
+def _end_job(domain: Domain, ours: Callable[[dict[str, Any]], bool]) -> bool:
+    """Abort the domain's job while it is one of `ours`; whether there was one."""
     deadline = time.monotonic() + _ABORT_PATIENCE_S
-    while _copying(domain):
+    found = False
+    while ours(_job(domain)):
+        found = True
         if time.monotonic() > deadline:
             raise LibvirtBusy(f"The copy job of {domain.name} does not end; try again later.")
         with contextlib.suppress(LibvirtFailed):  # it ended in between
             domain.call("Ending the copy of", lambda handle: handle.abortJob())
         time.sleep(0.5)
-    return True
+    return found
 
 
-def _copying(domain: Domain) -> bool:
-    if not domain.is_active:
-        return False
-    with contextlib.suppress(LibvirtFailed):  # it went down in between
-        stats = domain.call("Following the jobs of", lambda handle: handle.jobStats())
-        ours = stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
-        return bool(ours and stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE))
-    return False
+def _copying(stats: dict[str, Any]) -> bool:
+    ours = stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
+    return bool(ours and stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE))
+
+
+def _job(domain: Domain) -> dict[str, Any]:
+    if domain.is_active:
+        with contextlib.suppress(LibvirtFailed):  # it went down in between
+            return dict(domain.call("Following the jobs of", lambda handle: handle.jobStats()))
+    return {}
 
 
 def undefine_domain(uri: str, uuid: str) -> bool:

@@ -1,46 +1,43 @@
 """The helper that gives a guest back when the worker that paused it is gone.
 
-Owns: the helper process (`python -m shared.hypervisor.watchdog URI PARENT`) and
-its client, `Watchdog`. A worker arms the helper before it suspends or freezes a
-guest. When the worker dies, by SIGKILL too, its pipe ends and the helper
-resumes or thaws what is armed; it does the same when a worker is alive but
-holds a guest past the deadline. It runs in a session of its own and outlives
-the worker just as long as it has something to give back.
+Owns: the worker's end of it; the process itself is `watchdog_helper.py`. A worker arms the
+helper before it suspends or freezes a guest. When the worker dies, by SIGKILL too, its pipe ends
+and the helper resumes or thaws what is armed; it does the same when a worker is alive but holds a
+guest past the deadline. It runs in a session of its own and outlives the worker just as long as
+it has something to give back.
+
+A guest that another worker holds by then is that one's, whose own helper is armed: whoever arms
+holds a lock on a file named after the domain, in a directory that the host's workers share, and
+the helper of a dead worker acts only while it has that lock to itself.
 
 It cannot outlive the container or cgroup it runs in: for that case there is
 the operation's journal.
 
 The helper's lines, each answered by one: `arm TOKEN UUID ACTION SECONDS` -> `ok`;
-`disarm TOKEN` -> `ok` or `fired`; `fire TOKEN` -> `ok`.
+`held TOKEN` -> `ok`; `disarm TOKEN` -> `ok` or `fired`; `fire TOKEN` -> `ok`.
 """
 
 import contextlib
+import fcntl
 import os
 import select
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
-
-import libvirt
+from typing import Literal
 
 from shared.hypervisor.errors import WatchdogUnavailable
 
-Action = Literal["resume", "thaw"]
+Action = Literal["resume", "release", "thaw"]
+"""`release` ends a save of the guest's memory first, which would leave it paused."""
 
 DEADLINE_S = 30.0
-# A suspend that the dead worker had sent may still wait for the domain's job
-# lock, 30 s by libvirt's own hard-coded limit, so a guest found running is
-# looked at again for that long.
-LINGER_S = 35.0
 # libvirtd may be down for long; a guest stays paused meanwhile, and so we stay.
 GIVE_UP_S = 24 * 3600.0
-AGENT_TIMEOUT_S = 10
+HELPER = "shared.hypervisor.watchdog_helper"
 
 
 @dataclass
@@ -54,16 +51,20 @@ class Arm:
 
 
 class Watchdog:
-    """The worker's end. One per process; safe to use from several threads."""
+    """The worker's end. One per process; safe to use from several threads.
 
-    def __init__(self, uri: str, *, answer_timeout_s: float = 10.0) -> None:
-        self.uri = uri
+    `holds` is the directory of the domains' locks, one for all workers of the host.
+    """
+
+    def __init__(self, uri: str, holds: Path, *, answer_timeout_s: float = 10.0) -> None:
+        self.uri, self.holds = uri, holds
         self._answer_timeout_s = answer_timeout_s
         self._lock = threading.Lock()
         self._helper: subprocess.Popen[bytes] | None = None
         self._owner = 0
         self._tokens = 0
         self._armed: dict[int, str] = {}
+        self._locks: dict[str, int] = {}
 
     @property
     def pid(self) -> int | None:
@@ -94,6 +95,8 @@ class Watchdog:
         which the guest must not be paused.
         """
         with self._lock:
+            if uuid not in self._locks:
+                self._locks[uuid] = locked(self.holds, uuid, fcntl.LOCK_SH)
             self._ensure()
             self._tokens += 1
             line = f"arm {self._tokens} {uuid} {action} {deadline_s}"
@@ -105,6 +108,11 @@ class Watchdog:
             self._armed[self._tokens] = line
             return Arm(self._tokens, uuid, action)
 
+    def held(self, arm: Arm) -> None:
+        """Tell that the guest is paused by now: a pause that is seen later is somebody else's."""
+        with self._lock, contextlib.suppress(WatchdogUnavailable):
+            self._ask(f"held {arm.token}")
+
     def disarm(self, arm: Arm) -> bool:
         """Take an action back. True when the helper had already acted on it."""
         with self._lock:
@@ -114,6 +122,7 @@ class Watchdog:
             if self._armed and self.pid is None:
                 with contextlib.suppress(WatchdogUnavailable):
                     self._ensure()  # another thread's guest must not go unguarded
+            self._let_go(arm.uuid)
             return arm.fired
 
     def fire(self, arm: Arm) -> None:
@@ -122,6 +131,7 @@ class Watchdog:
             self._armed.pop(arm.token, None)
             self._ask(f"fire {arm.token}")
             arm.fired = True
+            self._let_go(arm.uuid)
 
     @contextlib.contextmanager
     def armed(
@@ -134,17 +144,22 @@ class Watchdog:
         finally:
             self.disarm(arm)
 
+    def _let_go(self, uuid: str) -> None:
+        """Give up the lock on a domain that nothing is armed for any more."""
+        if uuid in self._locks and not any(uuid in line for line in self._armed.values()):
+            os.close(self._locks.pop(uuid))
+
     def _ensure(self) -> None:
         if self._owner != os.getpid():
             # A fork copied us: the helper and what is armed belong to the parent.
-            self._helper, self._armed = None, {}
+            self._helper, self._armed, self._locks = None, {}, {}
         if self._helper is not None and self._helper.poll() is None:
             return
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         try:
             self._helper = subprocess.Popen(
-                [sys.executable, "-m", __name__, self.uri, str(os.getpid())],
+                [sys.executable, "-m", HELPER, self.uri, str(os.getpid()), str(self.holds)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,
@@ -197,149 +212,22 @@ class Watchdog:
             helper.wait()
 
 
-class _Helper:
-    """The helper's side: what is armed, and a thread for each thing acted upon."""
+def locked(holds: Path, uuid: str, how: int) -> int:
+    """A lock on the domain's file, of this process alone: a child that it forks has no part in it.
 
-    def __init__(self, uri: str, out: IO[bytes]) -> None:
-        self.uri = uri
-        self.out = out
-        self.armed: dict[str, tuple[str, Action, float]] = {}
-        self.fired: set[str] = set()
-        self.rescues: list[threading.Thread] = []
-
-    def serve(self, stdin: int, parent: int) -> None:
-        """Answer lines until the worker's pipe ends or the worker is dead."""
-        poller = select.poll()
-        poller.register(stdin, select.POLLIN | select.POLLHUP)
-        # A process forked off the worker may keep the pipe open after its death.
-        with contextlib.suppress(OSError):
-            poller.register(os.pidfd_open(parent), select.POLLIN)
-        self._answer("ready")
-        rest = b""
-        while os.getppid() == parent:
-            events = dict(poller.poll(self._until_deadline_ms()))
-            self._fire_overdue()
-            if stdin in events:
-                data = os.read(stdin, 65536)
-                if not data:
-                    break
-                *lines, rest = (rest + data).split(b"\n")
-                for line in lines:
-                    self._answer(self.obey(line.decode()))
-            elif events:
-                break  # the worker is dead
-        for token in list(self.armed):
-            self.fire(token)
-        for rescue in self.rescues:
-            rescue.join()
-
-    def obey(self, line: str) -> str:
-        match line.split():
-            case ["arm", token, uuid, ("resume" | "thaw") as action, seconds]:
-                self.armed[token] = (uuid, action, time.monotonic() + float(seconds))
-                return "ok"
-            case ["disarm", token]:
-                self.armed.pop(token, None)
-                if token in self.fired:
-                    self.fired.discard(token)
-                    return "fired"
-                return "ok"
-            case ["fire", token]:
-                self.fire(token)
-                return "ok"
-        return "what?"
-
-    def fire(self, token: str) -> None:
-        if token not in self.armed:
-            return
-        uuid, action, _ = self.armed.pop(token)
-        self.fired.add(token)
-        rescue = threading.Thread(target=give_back, args=(self.uri, uuid, action), daemon=True)
-        rescue.start()
-        self.rescues.append(rescue)
-
-    def _fire_overdue(self) -> None:
-        now = time.monotonic()
-        for token in [t for t, (_, _, deadline) in self.armed.items() if deadline <= now]:
-            self.fire(token)
-
-    def _until_deadline_ms(self) -> int | None:
-        if not self.armed:
-            return None
-        nearest = min(deadline for _, _, deadline in self.armed.values())
-        return max(0, int((nearest - time.monotonic()) * 1000) + 1)
-
-    def _answer(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # nobody is left to read it
-            self.out.write(line.encode() + b"\n")
-            self.out.flush()
-
-
-def give_back(uri: str, uuid: str, action: Action, linger_s: float = LINGER_S) -> bool:
-    """Resume or thaw a domain, trying until it is done. True if something was done.
-
-    Resumes only a domain that is paused because somebody asked for it. Uses
-    connections of its own, without an event loop, so that nothing but libvirtd
-    can be in its way. Gives up `linger_s` seconds after it first saw nothing to
-    do, or a day after it started.
+    Raises WatchdogUnavailable, and BlockingIOError where it is not to wait.
     """
-    begun, reached, pause_s = time.monotonic(), 0.0, 0.05
-    while time.monotonic() - begun < GIVE_UP_S:
-        with contextlib.suppress(libvirt.libvirtError):
-            connection = libvirt.open(uri)
-            try:
-                outcome = _attempt(connection, uuid, action)
-            finally:
-                connection.close()
-            if outcome is not None:
-                _say(f"{action} {uuid}: {'done' if outcome else 'nothing to do'}")
-                return outcome
-            reached = reached or time.monotonic()
-        if reached and time.monotonic() - reached > linger_s:
-            _say(f"{action} {uuid}: nothing to do")
-            return False
-        time.sleep(pause_s)
-        pause_s = min(pause_s * 2, 1.0)
-    return False
-
-
-def _attempt(connection: Any, uuid: str, action: Action) -> bool | None:
-    """One try. True: done; False: nothing to do, ever; None: look again."""
     try:
-        domain = connection.lookupByUUIDString(uuid)
-    except libvirt.libvirtError as error:
-        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-            return False
+        holds.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(holds / uuid, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise WatchdogUnavailable(
+            f"The lock on the guest cannot be had in {holds} ({error}); the guest was not touched. "
+            "Make that directory writable, or make room, and try again."
+        ) from error
+    try:
+        fcntl.lockf(descriptor, how)
+    except BaseException:
+        os.close(descriptor)
         raise
-    state, reason = domain.state()
-    if state == libvirt.VIR_DOMAIN_SHUTOFF:
-        return False
-    paused = state == libvirt.VIR_DOMAIN_PAUSED
-    if action == "resume":
-        if not (paused and reason == libvirt.VIR_DOMAIN_PAUSED_USER):
-            return None
-        domain.resume()
-        return True
-    if paused:
-        return None  # its agent cannot answer
-    domain.agentSetResponseTimeout(AGENT_TIMEOUT_S)
-    domain.fsThaw()
-    return True
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        print(f"triptych watchdog: {line}", file=sys.stderr, flush=True)
-
-
-def main() -> None:
-    """`python -m shared.hypervisor.watchdog URI PARENT-PID`"""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_IGN)
-    libvirt.registerErrorHandler(lambda _context, _error: None, None)
-    helper = _Helper(sys.argv[1], sys.stdout.buffer)
-    helper.serve(sys.stdin.fileno(), int(sys.argv[2]))
-
-
-if __name__ == "__main__":
-    main()
+    return descriptor

@@ -38,10 +38,18 @@ class Admitted(NamedTuple):
     command: Command
 
 
-def _refuse_memory(command: TakeSnapshot | CreateClones) -> None:
+def _refuse_frozen_memory(command: TakeSnapshot) -> None:
+    if command.with_memory and command.quiesce == "require":
+        raise errors.Unsupported(
+            "A snapshot with memory cannot be quiesced: the guest would be frozen whenever it is "
+            "resumed from it. Nothing was started; leave out `with_memory` or `quiesce`."
+        )
+
+
+def _refuse_memory(command: CreateClones) -> None:
     if command.with_memory:
         raise errors.Unsupported(
-            "Copies that hold RAM are not supported by this version. Nothing was started; "
+            "Clones that hold RAM are not supported by this version. Nothing was started; "
             "leave `with_memory` out to copy the disks."
         )
 
@@ -70,7 +78,7 @@ def admit(command: Command, session: Session) -> Admitted:
 
 @admit.register
 def _(command: TakeSnapshot, session: Session) -> Admitted:
-    _refuse_memory(command)
+    _refuse_frozen_memory(command)
     server = lookups.server(session, command.server)
     existing = lookups.snapshot_of(session, server.id)
     if existing and not command.replace:

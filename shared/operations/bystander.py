@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 EVERY_S = 0.25
 RETRY_S = 1.0
-AT_ONCE = ("resume_domain", "thaw_domain")
+AT_ONCE = ("resume_domain", "release_memory", "thaw_domain")
 """Undo actions that do not wait for the successor."""
 
 

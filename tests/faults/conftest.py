@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.walk import Case, Points, Walk
+from faults.walk import KINDS, Case, Points, Walk
 from system.live_site import Site, open_site
 
 from lab import filesystems
@@ -18,7 +18,15 @@ from lab.libvirtd import Hypervisor, libvirtd
 CASES: list[Case] = []
 WHOLE = os.environ.get("TRIPTYCH_FAULTS_ALL") == "1"
 """Every case, as `make faults` asks for; else a part that touches every point once."""
-OF_THE_GUEST = ("snapshot.take", "snapshot.revert", "image.create", "image.restore", "clone.server")
+OF_THE_GUEST = (
+    "snapshot.take",
+    "snapshot.take with memory",
+    "snapshot.revert",
+    "snapshot.revert with memory",
+    "image.create",
+    "image.restore",
+    "clone.server",
+)
 """The operations that are about the server itself, not about what is in the vault."""
 
 KILLED, UNDONE, HELD = (
@@ -36,7 +44,9 @@ PART = {
     },
     ("xfs", "running"): {
         (KILLED, "snapshot.take"),
+        (KILLED, "snapshot.take with memory"),
         (KILLED, "image.restore"),
+        (UNDONE, "snapshot.take with memory"),
         (UNDONE, "image.restore"),
         (UNDONE, "clone.server"),
         (HELD, None),
@@ -58,6 +68,8 @@ def _is_wanted(item: Any) -> bool:
     chosen = item.callspec.params
     where, kind = (chosen["site"], chosen["walk"]), chosen.get("kind")
     name = item.originalname
+    if kind and where[1] not in KINDS[kind].powers:
+        return False
     if not WHOLE:
         return (name, kind) in PART[where]
     if chosen.get("fault") in ("qemu", "power"):

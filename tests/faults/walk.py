@@ -72,10 +72,13 @@ class Kind:
     prepare: Callable[[Site, Machine], None] = lambda site, machine: machine.write("changed")
     succeeded: str = "changed"
     failed: str = "changed"
+    powers: tuple[str, ...] = ("running", "stopped")
 
 
 _copies: set[str] = set()
 """Snapshots and images whose disks read "before"."""
+_memories: set[str] = set()
+"""Such snapshots that hold the memory too."""
 
 
 def _with_snapshot(site: Site, machine: Machine) -> None:
@@ -90,6 +93,14 @@ def _with_image(site: Site, machine: Machine) -> None:
     if site.client.servers.get(machine.id)["newest_image"] not in _copies:
         machine.write("before")
         _copies.add(site.done(site.client.images.create(machine.id))["result"]["image"])
+    machine.write("changed")
+
+
+def _with_memory(site: Site, machine: Machine) -> None:
+    if site.client.servers.get(machine.id)["snapshot"] not in _memories:
+        machine.write("before")
+        taken = site.done(site.client.snapshots.take(machine.id, replace=True, with_memory=True))
+        _memories.add(taken["result"]["snapshot"])
     machine.write("changed")
 
 
@@ -126,6 +137,18 @@ KINDS = {
             lambda site, m: site.client.snapshots.revert(m.id),
             _with_snapshot,
             succeeded="before",
+        ),
+        Kind(
+            "snapshot.take with memory",
+            lambda site, m: site.client.snapshots.take(m.id, replace=True, with_memory=True),
+            powers=("running",),
+        ),
+        Kind(
+            "snapshot.revert with memory",
+            lambda site, m: site.client.snapshots.revert(m.id),
+            _with_memory,
+            succeeded="before",
+            powers=("running",),
         ),
         Kind(
             "snapshot.undo",

@@ -1,5 +1,6 @@
 """A guest on a file system that shares extents, for tests of what touches libvirt."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,10 +79,21 @@ def domain(guest: Guest) -> Domain:
     return find_by_name(connect(guest.hypervisor.uri), guest.name)
 
 
+@pytest.fixture
+def folder(xfs: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A vault folder in the making, on the guest's file system."""
+    path = xfs / "copies" / request.node.name.replace("/", "_")
+    path.mkdir(parents=True)
+    for directory in (path.parent, path):
+        directory.chmod(0o711)
+    yield path
+    shutil.rmtree(path)
+
+
 @pytest.fixture(scope="session")
 def watchdog(hypervisor: Hypervisor) -> Iterator[Watchdog]:
     """A watchdog whose helper runs."""
-    watchdog = Watchdog(hypervisor.uri)
+    watchdog = Watchdog(hypervisor.uri, hypervisor.state_dir / "holds")
     watchdog.start()
     yield watchdog
     watchdog.close()

@@ -227,7 +227,7 @@ def test_libvirtd_may_be_restarted_at_any_time(own: Hypervisor, workspace: Path)
             kwargs={"on_lost": losses.append},
         )
         thread.start()
-        watchdog = Watchdog(own.uri)
+        watchdog = Watchdog(own.uri, workspace / "holds")
         try:
             wait_until(lambda: bool(changes), 3)
             with paused(domain, watchdog):

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -28,17 +27,6 @@ from shared.hypervisor.watchdog import Watchdog
 from shared.vault import Manifest, ManifestDisk, ManifestServer, Vault, read_manifest
 
 pytestmark = pytest.mark.vm
-
-
-@pytest.fixture
-def folder(xfs: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A vault folder in the making, on the guest's file system."""
-    path = xfs / "copies" / request.node.name.replace("/", "_")
-    path.mkdir(parents=True)
-    for directory in (path.parent, path):
-        directory.chmod(0o711)
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture

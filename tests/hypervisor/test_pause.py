@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lab.guest import Guest
+from lab.libvirtd import Hypervisor
 from shared.hypervisor import undo
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.errors import LibvirtFailed, PauseFailed, WatchdogUnavailable
@@ -32,16 +33,22 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> float:
     return time.monotonic() - started
 
 
+def holds(hypervisor: Hypervisor) -> Path:
+    """Where the workers of a hypervisor tell each other whose guest they hold."""
+    return hypervisor.state_dir / "holds"
+
+
 def worker(guest: Guest, body: str) -> "subprocess.Popen[str]":
     """A worker process that runs `body` with `domain` and `watchdog` at hand."""
     program = f"""
         import os, sys, time
+        from pathlib import Path
         from shared.hypervisor.connection import connect
         from shared.hypervisor.domains import find
         from shared.hypervisor.pause import paused
         from shared.hypervisor.watchdog import Watchdog
         domain = find(connect({guest.hypervisor.uri!r}), {guest.domain.UUIDString()!r})
-        watchdog = Watchdog({guest.hypervisor.uri!r})
+        watchdog = Watchdog({guest.hypervisor.uri!r}, Path({str(holds(guest.hypervisor))!r}))
     """
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program) + textwrap.dedent(body)],
@@ -207,19 +214,21 @@ def test_arming_costs_less_than_a_millisecond(domain: Domain, watchdog: Watchdog
     assert sorted(times)[100] < 0.001
 
 
-def test_no_helper_no_pause(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_helper_no_pause(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Where the helper cannot be started the guest is not paused at all."""
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     suspended: list[int] = []
     monkeypatch.setattr(domain, "suspend", lambda: suspended.append(1))
-    with pytest.raises(WatchdogUnavailable), paused(domain, Watchdog(domain.uri)):
+    with pytest.raises(WatchdogUnavailable), paused(domain, Watchdog(domain.uri, tmp_path)):
         pass
     assert suspended == []
 
 
 def test_a_dead_helper_is_replaced_with_what_was_armed(guest: Guest, domain: Domain) -> None:
     """A helper that was killed comes back with what it had been told."""
-    watchdog = Watchdog(guest.hypervisor.uri)
+    watchdog = Watchdog(guest.hypervisor.uri, holds(guest.hypervisor))
     try:
         first = watchdog.arm(domain.uuid)
         assert watchdog.pid
@@ -262,3 +271,21 @@ def test_undo_resumes_once_and_only_what_is_paused(domain: Domain) -> None:
     assert not undo.resume_domain(domain.uri, domain.uuid)
     assert not undo.resume_domain(domain.uri, "99999999-aaaa-4bbb-8ccc-dddddddddddd")
     assert domain.state == "running"
+
+
+def test_a_helper_of_the_dead_leaves_a_successors_pause(
+    guest: Guest, domain: Domain, watchdog: Watchdog
+) -> None:
+    """What a living worker holds by then is its own: its copy is not spoilt."""
+    process = worker(
+        guest, "arm = watchdog.arm(domain.uuid); print('armed', flush=True); time.sleep(60)"
+    )
+    assert process.stdout
+    process.stdout.readline()
+
+    process.kill()
+    process.wait()
+    with paused(domain, watchdog):
+        time.sleep(3)  # it looks at least once a second
+        assert guest.state() == "paused"
+    assert guest.state() == "running"

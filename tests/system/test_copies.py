@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from live_site import SLOW, Machine, Site, digests, wait_for
 from triptych import Problem
@@ -101,6 +103,74 @@ def test_undo_of_a_revert_leaves_a_running_server_running(site: Site, running: M
 
     assert running.state() == "running"
     assert running.read() == {"new"}
+
+
+@pytest.mark.parametrize(
+    ("site", "power"), [("xfs", "running"), ("ext4", "stopped")], indirect=["site"]
+)
+def test_a_revert_with_memory_resumes_that_very_instant(site: Site, power: str) -> None:
+    """What ran then runs on (S5), also where the server is off by now; and it can be undone."""
+    machine = site.machine(["qcow2"], "running")
+    machine.write("old")
+    machine.guest.run(
+        "mkdir -p /run/held; mount -t tmpfs none /run/held; "
+        "sleep 100000 >/dev/null 2>&1 & echo $! >/run/held/pid"
+    )
+    machine.guest.write("/run/held/word", "in memory\n")
+    taken = site.done(site.client.snapshots.take(machine.id, with_memory=True))
+    snapshot = site.client.snapshots.get(machine.id)
+    assert machine.state() == "running"
+    assert (snapshot["with_memory"], snapshot["consistency"]) == (True, "crash")
+    assert taken["result"]["pause_ms"] > 0
+    saved = site.copy_of("snapshot", machine) / "memory.save"
+    assert saved.stat().st_mode & 0o777 == 0o400
+    before = saved.read_bytes()
+
+    machine.write("new")
+    machine.guest.destroy()
+    if power == "running":
+        machine.guest.start().wait_ready()
+    reverted = site.done(site.client.snapshots.revert(machine.id))
+
+    assert machine.state() == "running"
+    assert machine.guest.read("/run/held/word") == "in memory\n"
+    assert machine.guest.run("kill -0 $(cat /run/held/pid)")[0] == 0
+    assert machine.read() == {"old"}
+    assert saved.read_bytes() == before
+
+    site.done(site.client.operations.undo(reverted["id"]))
+    assert machine.read() == {"new"}
+    site.remove(machine)
+
+
+@on_xfs
+def test_a_revert_without_the_memory_boots_from_the_disks(site: Site) -> None:
+    """Asked for so, the server boots; a promoted image has the disks alone."""
+    machine = site.machine(["qcow2"], "running")
+    machine.write("old")
+    site.done(site.client.snapshots.take(machine.id, with_memory=True))
+    machine.guest.run("mkdir -p /run/held; mount -t tmpfs none /run/held")
+    machine.write("new")
+    site.done(site.client.snapshots.revert(machine.id, with_memory=False))
+
+    machine.guest.wait_ready()
+    assert machine.read() == {"old"}
+    assert machine.guest.run("mountpoint /run/held")[0] != 0
+    image = site.done(site.client.snapshots.promote(machine.id))["result"]["image"]
+    folder = site.vault / "images" / machine.id / image
+    assert not (folder / "memory.save").exists()
+    assert json.loads((folder / "manifest.json").read_text())["memory"] is None
+    site.remove(machine)
+
+
+@on_xfs
+def test_memory_that_cannot_be_had_is_refused(site: Site, stopped: Machine) -> None:
+    """A server that is off has none, and one that must be frozen would stay frozen in it."""
+    operation = site.client.snapshots.take(stopped.id, replace=True, with_memory=True)
+    assert site.refused(operation) == "server_not_running"
+    with pytest.raises(Problem) as refusal:
+        site.client.snapshots.take(stopped.id, replace=True, with_memory=True, quiesce="require")
+    assert refusal.value.code == "unsupported"
 
 
 @on_xfs

@@ -64,7 +64,17 @@ def show(ctx: typer.Context, server: ServerName) -> None:
 
 
 @command(app, "revert", "triptych snapshot revert web1 --yes", long_work=True)
-def revert(ctx: typer.Context, server: ServerName, yes: Yes = False) -> None:
+def revert(
+    ctx: typer.Context,
+    server: ServerName,
+    without_memory: Annotated[
+        bool,
+        typer.Option(
+            "--without-memory", help="Boot from the disks although the snapshot holds the RAM."
+        ),
+    ] = False,
+    yes: Yes = False,
+) -> None:
     """Put a server back to its snapshot. The present state is set aside for 24 hours."""
     session = session_of(ctx)
 
@@ -76,7 +86,7 @@ def revert(ctx: typer.Context, server: ServerName, yes: Yes = False) -> None:
         )
 
     session.confirm(question, yes)
-    finish(session, session.client.snapshots.revert(server), server)
+    finish(session, session.client.snapshots.revert(server, with_memory=not without_memory), server)
 
 
 @command(app, "promote", "triptych snapshot promote web1 --name before-upgrade", long_work=True)

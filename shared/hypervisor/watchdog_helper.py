@@ -1,0 +1,230 @@
+"""The watchdog's other end: the process that gives a guest back when its worker is gone.
+
+`python -m shared.hypervisor.watchdog_helper URI PARENT HOLDS`. What it is told, and when it
+acts, is in `watchdog.py`.
+"""
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import libvirt
+
+from shared.hypervisor.domains import HELD_BY_SAVE
+from shared.hypervisor.errors import WatchdogUnavailable
+from shared.hypervisor.watchdog import GIVE_UP_S, Action, locked
+
+# A suspend that the dead worker had sent, and not yet seen the end of, may still
+# wait for the domain's job lock, 30 s by libvirt's own hard-coded limit, so that a
+# guest found running is looked at again for that long.
+LINGER_S = 35.0
+AGENT_TIMEOUT_S = 10
+
+
+class _Helper:
+    """The helper's side: what is armed, and a thread for each thing acted upon."""
+
+    def __init__(self, uri: str, holds: Path, out: IO[bytes]) -> None:
+        self.uri, self.holds = uri, holds
+        self.out = out
+        self.armed: dict[str, tuple[str, Action, float]] = {}
+        self.held: set[str] = set()
+        self.fired: set[str] = set()
+        self.rescues: list[threading.Thread] = []
+
+    def serve(self, stdin: int, parent: int) -> None:
+        """Answer lines until the worker's pipe ends or the worker is dead."""
+        poller = select.poll()
+        poller.register(stdin, select.POLLIN | select.POLLHUP)
+        # A process forked off the worker may keep the pipe open after its death.
+        with contextlib.suppress(OSError):
+            poller.register(os.pidfd_open(parent), select.POLLIN)
+        self._answer("ready")
+        rest = b""
+        while os.getppid() == parent:
+            events = dict(poller.poll(self._until_deadline_ms()))
+            self._fire_overdue()
+            if stdin in events:
+                data = os.read(stdin, 65536)
+                if not data:
+                    break
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    self._answer(self.obey(line.decode()))
+            elif events:
+                break  # the worker is dead
+        for token in list(self.armed):
+            self.fire(token, self.holds)
+        for rescue in self.rescues:
+            rescue.join()
+
+    def obey(self, line: str) -> str:
+        match line.split():
+            case ["arm", token, uuid, ("resume" | "release" | "thaw") as action, seconds]:
+                self.armed[token] = (uuid, action, time.monotonic() + float(seconds))
+                return "ok"
+            case ["held", token]:
+                self.held.add(token)
+                return "ok"
+            case ["disarm", token]:
+                self.armed.pop(token, None)
+                self.held.discard(token)
+                if token in self.fired:
+                    self.fired.discard(token)
+                    return "fired"
+                return "ok"
+            case ["fire", token]:
+                self.fire(token)
+                return "ok"
+        return "what?"
+
+    def fire(self, token: str, holds: Path | None = None) -> None:
+        """Act, whoever holds the guest; with `holds` only while nobody alive does."""
+        if token not in self.armed:
+            return
+        uuid, action, _ = self.armed.pop(token)
+        self.fired.add(token)
+        linger_s = 0.0 if token in self.held else LINGER_S
+        rescue = threading.Thread(
+            target=give_back, args=(self.uri, uuid, action, linger_s, holds), daemon=True
+        )
+        rescue.start()
+        self.rescues.append(rescue)
+
+    def _fire_overdue(self) -> None:
+        now = time.monotonic()
+        for token in [t for t, (_, _, deadline) in self.armed.items() if deadline <= now]:
+            self.fire(token)
+
+    def _until_deadline_ms(self) -> int | None:
+        if not self.armed:
+            return None
+        nearest = min(deadline for _, _, deadline in self.armed.values())
+        return max(0, int((nearest - time.monotonic()) * 1000) + 1)
+
+    def _answer(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # nobody is left to read it
+            self.out.write(line.encode() + b"\n")
+            self.out.flush()
+
+
+def give_back(
+    uri: str, uuid: str, action: Action, linger_s: float = LINGER_S, holds: Path | None = None
+) -> bool:
+    """Resume or thaw a domain, trying until it is done. True if something was done.
+
+    With `holds`, nothing is done while somebody alive holds the domain. Resumes only a domain
+    that is paused because somebody asked for it. Uses connections of its own, without an event
+    loop, so that nothing but libvirtd can be in its way. Gives up `linger_s` seconds after it
+    first saw nothing to do, or a day after it started.
+    """
+    begun, reached, pause_s = time.monotonic(), 0.0, 0.05
+    while time.monotonic() - begun < GIVE_UP_S:
+        with contextlib.suppress(libvirt.libvirtError), _undisputed(holds, uuid) as ours:
+            connection = libvirt.open(uri)
+            try:
+                outcome = _attempt(connection, uuid, action) if ours else None
+            finally:
+                connection.close()
+            if outcome is not None:
+                _say(f"{action} {uuid}: {'done' if outcome else 'nothing to do'}")
+                return outcome
+            reached = reached or time.monotonic()
+        if reached and time.monotonic() - reached > linger_s:
+            _say(f"{action} {uuid}: nothing to do")
+            return False
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 2, 1.0)
+    return False
+
+
+@contextlib.contextmanager
+def _undisputed(holds: Path | None, uuid: str) -> Iterator[bool]:
+    """Whether nobody alive holds the domain, nor begins to until the block is left."""
+    if holds is None:
+        yield True
+        return
+    try:
+        lock = locked(holds, uuid, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+        return
+    except WatchdogUnavailable:  # a full disk must not keep a guest paused
+        yield True
+        return
+    try:
+        yield True
+    finally:
+        os.close(lock)
+
+
+def _attempt(connection: Any, uuid: str, action: Action) -> bool | None:
+    """One try. True: done; False: nothing to do, ever; None: look again."""
+    try:
+        domain = connection.lookupByUUIDString(uuid)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            return False
+        raise
+    state, reason = domain.state()
+    if state == libvirt.VIR_DOMAIN_SHUTOFF:
+        return False
+    paused = state == libvirt.VIR_DOMAIN_PAUSED
+    if action == "resume":
+        if not (paused and reason == libvirt.VIR_DOMAIN_PAUSED_USER):
+            return None
+        domain.resume()
+        return True
+    if action == "release":
+        return _release(domain)
+    if paused:
+        return None  # its agent cannot answer
+    domain.agentSetResponseTimeout(AGENT_TIMEOUT_S)
+    domain.fsThaw()
+    return True
+
+
+def _release(domain: Any) -> bool | None:
+    """End the save of the memory, if it goes on, and resume the domain, if that paused it."""
+    ended = False
+    while saving(domain.jobStats()):
+        ended = True
+        domain.abortJob()
+        time.sleep(0.05)
+    state, reason = domain.state()
+    if state == libvirt.VIR_DOMAIN_PAUSED and reason in HELD_BY_SAVE:
+        domain.resume()
+        return True
+    return ended or None
+
+
+def saving(stats: dict[str, Any]) -> bool:
+    """Whether a domain's job, of these statistics, is the save of its memory in a snapshot."""
+    ours = stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT
+    return bool(ours and stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE))
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"triptych watchdog: {line}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Serve the worker of that pid until it is gone and all is given back."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)
+    helper = _Helper(sys.argv[1], Path(sys.argv[3]), sys.stdout.buffer)
+    helper.serve(sys.stdin.fileno(), int(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""A guest's memory and its disks at one instant, and the guest itself unharmed by it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_engine import busy
+from test_pause import wait_until, worker
+
+from lab.guest import Guest
+from lab.libvirtd import Hypervisor
+from shared.disks.engine import capture
+from shared.errors import Cancelled
+from shared.hypervisor import undo
+from shared.hypervisor.connection import connect
+from shared.hypervisor.domains import Domain, find_by_name
+from shared.hypervisor.errors import MemoryNotSaved, MemoryNotUsable, PauseFailed, ServerNotRunning
+from shared.hypervisor.memory import memory_saved, refuse_other_name, resume_from
+from shared.hypervisor.watchdog import Watchdog
+
+pytestmark = pytest.mark.vm
+COUNT = (
+    "i=$((i+1)); echo $i > /dev/shm/count; printf %08d $i | "
+    "dd of=/dev/vdb bs=8 seek=1 conv=notrunc,fsync 2>/dev/null"
+)
+"""Counts in memory first, then on the disk."""
+
+
+def _count(guest: Guest) -> int:
+    return int(guest.read("/dev/shm/count"))  # noqa: S108
+
+
+@pytest.fixture
+def saved(workspace: Path) -> Iterator[Path]:
+    """Where the memory goes: a folder that libvirt can enter."""
+    workspace.chmod(0o711)
+    yield workspace / "memory.save"
+
+
+@pytest.mark.parametrize("way", ["reflink", "stream"])
+def test_memory_and_disks_are_one_instant(
+    hypervisor: Hypervisor, xfs: Path, watchdog: Watchdog, folder: Path, way: str
+) -> None:
+    """A guest that counts in memory and on its disk goes on counting from there, and the disk
+    is never ahead of the memory nor more than one behind."""
+    with Guest.create(hypervisor, xfs / f"counting-{way}", disks=["qcow2", "raw"]) as guest:
+        guest.start().wait_ready()
+        guest.run("mkdir -p /dev/shm; mount -t tmpfs none /dev/shm; umount /data")
+        domain = find_by_name(connect(hypervisor.uri), guest.name)
+        with busy(guest, COUNT):
+            taken = capture(domain, folder, watchdog=watchdog, way=way, memory=True)  # type: ignore[arg-type]
+            assert guest.state() == "running"
+        assert (taken.way, taken.consistency) == (way, "crash")
+        assert 0 < taken.pause_ms < 3000
+        print(f"paused {taken.pause_ms:.0f} ms")
+        assert taken.memory
+        assert taken.memory.stat().st_mode & 0o777 == 0o600
+
+        guest.destroy()
+        for disk, file in zip(guest.disks, taken.files, strict=True):
+            disk.write_bytes(file.path.read_bytes())
+        on_disk = int(guest.disks[1].read_bytes()[8:16])
+        resume_from(domain, taken.memory, paused=True)
+        assert guest.state() == "paused"
+        domain.resume()
+
+        first = _count(guest)
+        assert 0 < on_disk <= first
+        wait_until(lambda: _count(guest) > first, 20)
+        guest.run("touch /tmp/stop")
+
+
+def test_a_cancelled_save_leaves_the_guest_running(
+    guest: Guest, domain: Domain, watchdog: Watchdog, saved: Path
+) -> None:
+    """The save is ended, the guest runs, and it can be saved the next time."""
+    with (
+        pytest.raises(Cancelled),
+        memory_saved(domain, watchdog, saved, ["vda", "vdb"], cancelled=lambda: True),
+    ):
+        pytest.fail("it was cancelled")
+    assert guest.state() == "running"
+
+    with memory_saved(domain, watchdog, saved, ["vda", "vdb"]):
+        assert guest.state() == "paused"
+    assert guest.state() == "running"
+
+
+def test_a_guest_that_writes_too_fast_is_paused_for_it(
+    guest: Guest, domain: Domain, watchdog: Watchdog, saved: Path
+) -> None:
+    """After the patience with it the guest is held, so that the save comes to an end."""
+    with memory_saved(domain, watchdog, saved, ["vda", "vdb"], live_patience_s=0) as pause:
+        assert guest.state() == "paused"
+    assert pause.ms > 0
+
+
+def test_an_owners_pause_is_kept(domain: Domain, watchdog: Watchdog, saved: Path) -> None:
+    """A guest that its owner had paused is saved and stays paused."""
+    domain.suspend()
+    try:
+        with memory_saved(domain, watchdog, saved, ["vda", "vdb"]) as pause:
+            assert domain.state == "paused"
+        assert domain.state == "paused"
+        assert (pause.was_running, pause.ms) == (False, 0)
+    finally:
+        domain.resume()
+
+
+def test_an_error_while_saving_leaves_the_guest_running(
+    guest: Guest, domain: Domain, watchdog: Watchdog, workspace: Path
+) -> None:
+    """Where libvirt cannot write the file the error says so, and the guest runs."""
+    nowhere = workspace / "no such folder" / "memory"
+    with (
+        pytest.raises(MemoryNotSaved, match="without memory"),
+        memory_saved(domain, watchdog, nowhere, ["vda", "vdb"]),
+    ):
+        pytest.fail("there is nowhere to save it")
+    assert guest.state() == "running"
+
+
+@pytest.mark.parametrize("when", ["saving", "held"])
+def test_a_dead_workers_guest_runs_within_two_seconds(
+    guest: Guest, domain: Domain, saved: Path, when: str
+) -> None:
+    """SIGKILL while the memory is being saved, and while the guest is held after it."""
+    body = f"""
+        from pathlib import Path
+        from shared import faults
+        from shared.hypervisor.memory import memory_saved
+        def point(name):
+            if name == "memory:saving" and {when == "saving"}:
+                print("now", flush=True); time.sleep(60)
+        faults.point = point
+        with memory_saved(domain, watchdog, Path({str(saved)!r}), ["vda", "vdb"]):
+            print("now", flush=True); time.sleep(60)
+    """
+    process = worker(guest, body)
+    assert process.stdout
+    assert process.stdout.readline() == "now\n"
+    if when == "held":
+        assert guest.state() == "paused"
+
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    took = wait_until(lambda: domain.state == "running" and not _saving(domain), 2)
+
+    print(f"running again after {took:.2f} s")
+    process.stdout.close()
+
+
+def _saving(domain: Domain) -> bool:
+    return bool(domain.call("asking", lambda handle: handle.jobStats()).get("type"))
+
+
+def test_the_journal_gives_the_guest_back_too(
+    guest: Guest, domain: Domain, watchdog: Watchdog, saved: Path
+) -> None:
+    """What a successor does for a worker whose watchdog died with it; twice does no harm."""
+    with (
+        pytest.raises(PauseFailed, match="resumed by somebody else"),
+        memory_saved(domain, watchdog, saved, ["vda", "vdb"]),
+    ):
+        assert undo.release_memory(domain.uri, domain.uuid)
+        assert guest.state() == "running"
+    assert not undo.release_memory(domain.uri, domain.uuid)
+
+
+def test_a_stopped_server_has_no_memory(
+    hypervisor: Hypervisor, xfs: Path, watchdog: Watchdog, saved: Path
+) -> None:
+    """It is said, and nothing is copied."""
+    with Guest.create(hypervisor, xfs / "off-memory", disks=["qcow2"]) as made:
+        domain = find_by_name(connect(hypervisor.uri), made.name)
+        with pytest.raises(ServerNotRunning):
+            capture(domain, saved.parent, watchdog=watchdog, memory=True)
+    assert list(saved.parent.iterdir()) == []
+
+
+def test_memory_of_another_name_is_refused(domain: Domain, watchdog: Watchdog, saved: Path) -> None:
+    """libvirt would refuse it after the disks had been exchanged."""
+    with memory_saved(domain, watchdog, saved, ["vda", "vdb"]):
+        pass
+    refuse_other_name(domain.uri, saved, domain.name)
+    with pytest.raises(MemoryNotUsable, match="virsh domrename"):
+        refuse_other_name(domain.uri, saved, "another")
