@@ -1,6 +1,7 @@
 """`triptych-admin`: what is done on a host itself, past the API; `python -m shared.admin`.
 
-It talks to the database and the vault of this host, with the settings of its workers.
+It talks to the database, the vault and the libvirt of this host, with the settings of its
+workers.
 """
 
 import argparse
@@ -8,6 +9,7 @@ import json
 import sys
 from dataclasses import asdict
 
+from shared import doctor, logs
 from shared.copying import vault
 from shared.database import transaction
 from shared.rescan import rescan
@@ -22,7 +24,13 @@ class _DryRun(Exception):
 
 
 def main() -> int:
-    """0: database and vault agree now; 1: something is left to look at."""
+    """0: nothing differs, or not any more; 1: something is left to look at."""
+    asked = _parser().parse_args()
+    status: int = asked.run(asked)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="triptych-admin", description=__doc__)
     nouns = parser.add_subparsers(dest="noun", required=True)
     verbs = nouns.add_parser("vault", help="this host's vault").add_subparsers(required=True)
@@ -32,10 +40,25 @@ def main() -> int:
         description=rescan.__doc__,
     )
     scan.add_argument("--dry-run", action="store_true", help="say what would be done, do nothing")
-    scan.add_argument("--json", action="store_true", help="print the findings as JSON")
-    asked = parser.parse_args()
+    scan.set_defaults(run=_rescan)
+    look = nouns.add_parser(
+        "doctor",
+        help="compare database, libvirt and disks of this host",
+        description=doctor.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    look.add_argument("--fix", action="store_true", help="repair what can be; else change nothing")
+    look.set_defaults(run=_doctor)
+    for each in (scan, look):
+        each.add_argument("--json", action="store_true", help="print the findings as JSON")
+    return parser
+
+
+def _rescan(asked: argparse.Namespace) -> int:
     if not vault().root.is_dir():
-        parser.error(f"{settings().vault} is no directory; TRIPTYCH_VAULT names this host's vault")
+        _parser().error(
+            f"{settings().vault} is no directory; TRIPTYCH_VAULT names this host's vault"
+        )
     found = []
     try:
         with transaction() as session:
@@ -54,5 +77,27 @@ def main() -> int:
     return int(any(each.verdict in BAD for each in found))
 
 
+def _doctor(asked: argparse.Namespace) -> int:
+    found = doctor.examine()
+    if asked.fix:
+        doctor.repair(found)
+    left = [each for each in found if not each.fixed]
+    if asked.json:
+        print(json.dumps([each.told() for each in found], indent=2))
+        return int(bool(left))
+    for each in found:
+        print(each.line())
+    repairable = sum(each.repair is not None for each in left)
+    counted = f"{len(found)} difference{'s' * (len(found) != 1)}"
+    if not found:
+        print("nothing differs")
+    elif asked.fix:
+        print(f"{counted}, {len(found) - len(left)} fixed, {len(left)} left")
+    else:
+        print(f"{counted}, {repairable} of which --fix repairs")
+    return int(bool(left))
+
+
 if __name__ == "__main__":
+    logs.configure()  # to stderr
     sys.exit(main())

@@ -263,7 +263,7 @@ def undo(context: Context, operation_id: str) -> Outcome:
 
     def apply(session: Session) -> list[Step]:
         events.emit(session, "operation.undone", server.id, operation=operation_id)
-        return [_discarded(session, operation_id)]
+        return [discarded(session, operation_id)]
 
     return Outcome({"undone": operation_id, "state": state}, apply)
 
@@ -273,13 +273,14 @@ def forget(context: Context, operation_id: str) -> Outcome:
 
     def apply(session: Session) -> list[Step]:
         operation = lookups.operation(session, operation_id)
-        return [_discarded(session, operation_id)] if operation.undo else []
+        return [discarded(session, operation_id)] if operation.undo else []
 
     context.phase("deleting")
     return Outcome({"forgotten": operation_id}, apply)
 
 
-def _discarded(session: Session, operation_id: str) -> Step:
+def discarded(session: Session, operation_id: str) -> Step:
+    """Take back that the operation can be undone; the step that is returned removes the files."""
     operation: Operation = lookups.operation(session, operation_id)
     live = (operation.undo or {})["live"]
     operation.undo = operation.undo_until = None

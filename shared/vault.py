@@ -207,8 +207,12 @@ class Vault:
         partial.path.chmod(_WALK)
         return partial
 
-    def remove(self, path: Path) -> None:
-        """Delete a copy's folder. It stops counting at once; calling again is fine."""
+    def remove(self, path: Path, *, others_at_work: bool = False) -> None:
+        """Delete a copy's folder. It stops counting at once; calling again is fine.
+
+        The server's folder goes too when it is empty, unless there may be `others_at_work`: one
+        that has just made it would find it gone.
+        """
         if not path.resolve().is_relative_to(self.root.resolve()) or path == self.root:
             raise VaultError(f"{path} is not a copy in this vault; nothing was removed.")
         doomed = path if path.suffix == DELETING else path.with_name(path.name + DELETING)
@@ -221,8 +225,9 @@ class Vault:
         if doomed.exists():
             shutil.rmtree(doomed)
             _sync(doomed.parent)
-        with contextlib.suppress(OSError):  # other copies of the server are there
-            path.parent.rmdir()
+        if not others_at_work:
+            with contextlib.suppress(OSError):  # other copies of the server are there
+                path.parent.rmdir()
 
     def is_in_place(self, folder: Path, manifest: Manifest) -> bool:
         """Whether a folder is where the copy that its manifest describes belongs."""

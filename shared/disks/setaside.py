@@ -20,20 +20,23 @@ from pathlib import Path
 from shared import faults
 from shared.disks.errors import DiskError, SetAsideConflict
 
+FOLDER, NEW, OLD = ".triptych-", "new-", "old-"
+"""What the names of directories and files begin with, before the operation's or the live one's."""
+
 
 def folder_of(live: Path, operation_id: str) -> Path:
     """The hidden directory beside `live` that belongs to this operation."""
     if "/" in operation_id or not operation_id:
         raise ValueError(operation_id)
-    return live.parent / f".triptych-{operation_id}"
+    return live.parent / f"{FOLDER}{operation_id}"
 
 
 def new_path(live: Path, operation_id: str) -> Path:
-    return folder_of(live, operation_id) / f"new-{live.name}"
+    return folder_of(live, operation_id) / f"{NEW}{live.name}"
 
 
 def old_path(live: Path, operation_id: str) -> Path:
-    return folder_of(live, operation_id) / f"old-{live.name}"
+    return folder_of(live, operation_id) / f"{OLD}{live.name}"
 
 
 def prepare(live: Mapping[str, Path], operation_id: str) -> dict[str, Path]:

@@ -21,7 +21,13 @@ from lxml import etree
 
 from shared.errors import Cancelled
 from shared.hypervisor.domains import Domain
-from shared.hypervisor.errors import BackupFailed, HypervisorError, LibvirtUnavailable
+from shared.hypervisor.errors import (
+    BackupFailed,
+    DomainMissing,
+    HypervisorError,
+    LibvirtFailed,
+    LibvirtUnavailable,
+)
 from shared.hypervisor.locks import is_open
 
 log = logging.getLogger(__name__)
@@ -67,6 +73,19 @@ def push_backup(
         raise
     finally:
         job.close()
+
+
+def job_files(domain: Domain) -> list[Path]:
+    """The files that a backup job writes to that runs now, whoever began it; none without one.
+
+    Raises LibvirtUnavailable.
+    """
+    try:
+        xml = domain.call("Reading the copy job of", lambda handle: handle.backupGetXMLDesc())
+    except (LibvirtFailed, DomainMissing):  # no job, or no domain any more
+        return []
+    files = etree.fromstring(xml).iterfind("disks/disk/*[@file]")
+    return [Path(each.get("file", "")) for each in files]
 
 
 class _Job:

@@ -17,16 +17,25 @@ from uuid import uuid4
 from shared.settings import settings
 
 
+def folder() -> Path:
+    """Where the files are; the first attempt on a host makes it."""
+    return settings().vault / ".workers"
+
+
 def _file(owner: str) -> Path:
-    folder = settings().vault / ".workers"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder / owner.replace("/", "~")
+    return folder() / owner.replace("/", "~")
+
+
+def _made() -> Path:
+    folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder()
 
 
 @contextmanager
 def attempt(service: str) -> Iterator[str]:
     """The name, as an owner, of what this block does."""
     owner = f"{settings().host}/{service}/{uuid4().hex}"
+    _made()
     path = _file(owner)
     lock = _locked(path)
     try:
@@ -49,13 +58,17 @@ def _locked(path: Path) -> int:
 
 def dead() -> set[str]:
     """The owners that have died on this host and left their file, which is removed."""
-    left = [path.name.replace("~", "/") for path in _file("any").parent.iterdir()]
+    left = [path.name.replace("~", "/") for path in _made().iterdir()]
     # One that ends in between takes its file with it.
     return {owner for owner in left if _file(owner).exists() and of(owner) == "dead"}
 
 
-def of(owner: str) -> Literal["alive", "dead", "unknown"]:
-    """What is known of an owner; `unknown` for those of other hosts."""
+def of(owner: str, *, sweep: bool = True) -> Literal["alive", "dead", "unknown"]:
+    """What is known of an owner; `unknown` for those of other hosts.
+
+    The file of a dead one is removed. Without `sweep` it stays: the bystander, who learns of the
+    death from that file, may not have seen it yet.
+    """
     if owner.split("/")[0] != settings().host:
         return "unknown"
     path = _file(owner)
@@ -71,7 +84,8 @@ def of(owner: str) -> Literal["alive", "dead", "unknown"]:
         with contextlib.suppress(FileNotFoundError):
             if not os.path.samestat(path.stat(), os.fstat(lock)):
                 return "alive"  # somebody else removed this one, and its owner made another
-            path.unlink()
+            if sweep:
+                path.unlink()
         return "dead"
     finally:
         os.close(lock)

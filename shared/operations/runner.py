@@ -19,7 +19,7 @@ from shared.operations import claim, journal, presence
 from shared.operations.claim import held
 from shared.operations.context import Context, Outcome
 from shared.operations.finish import finish
-from shared.operations.outbox import flush_if_possible
+from shared.operations.outbox import flush_if_possible, wake
 from shared.operations.patience import DATABASE_AWAY, patiently
 from shared.settings import settings
 
@@ -75,23 +75,48 @@ def run(operation_id: str) -> None:
     flush_if_possible()
 
 
+def clear_up(operation_id: str) -> None:
+    """What a successor does first with a running operation whose worker is gone, and no more.
+
+    For one who cannot do the work itself: undone, the operation is left to a worker, who is
+    woken. Nothing happens while its worker lives. Raises OperationNotFound, LeaseLost, and what
+    a database raises that is away.
+    """
+    with reading() as session:
+        asked = lookups.operation(session, operation_id)
+    with presence.attempt(asked.service) as owner:
+        operation = claim.take_over(operation_id, owner)
+        if operation is not None and _cleared_up(operation, owner):
+            with transaction() as session:
+                current = held(session, operation_id, owner)
+                current.owner, current.lease_expires_at = None, database_now(session)
+                wake(session, current)
+    flush_if_possible()
+
+
 def _recover(operation: Operation, owner: str) -> None:
     """Go on where a dead worker stopped."""
-    log.warning("operation.taken_over", committed=operation.committed)
-    with Context(operation, owner):
-        if operation.committed:
-            _complete(operation, owner)
-            return
-        if not _undone(operation, owner):
-            return
-        if verdict := verdict_of(operation):
-            _end(operation, owner, verdict)
-            return
+    if not _cleared_up(operation, owner):
+        return
     with transaction() as session:
         operation = held(session, operation.id, owner)
         operation.attempt += 1
         operation.error = None
     _attempt(operation, owner)
+
+
+def _cleared_up(operation: Operation, owner: str) -> bool:
+    """Finish or undo what a dead worker began; True if the work is to be done once more."""
+    log.warning("operation.taken_over", committed=operation.committed)
+    with Context(operation, owner):
+        if operation.committed:
+            _complete(operation, owner)
+        elif _undone(operation, owner):
+            verdict = verdict_of(operation)
+            if verdict is None:
+                return True
+            _end(operation, owner, verdict)
+    return False
 
 
 def verdict_of(operation: Operation) -> dict[str, Any] | None:
