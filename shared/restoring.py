@@ -251,6 +251,8 @@ def undo(context: Context, operation_id: str) -> Outcome:
     connection = connect(settings().libvirt_uri)
     domain = domains.find(connection, server.domain_uuid)
     current = domain.definition()
+    kept = {target: path for target, path in live.items() if target not in record["missing"]}
+    setaside.refuse_lost(kept, operation_id)
 
     context.phase("swapping")
     state = _stop(context, server, domain, current, live)

@@ -91,6 +91,20 @@ def swap(live: Mapping[str, Path], operation_id: str) -> None:
         _sync_folder(new.parent)
 
 
+def refuse_lost(live: Mapping[str, Path], operation_id: str) -> None:
+    """Raise SetAsideConflict where an old file is gone: the others are of another instant."""
+    lost = sorted(
+        target for target, path in live.items() if not old_path(path, operation_id).exists()
+    )
+    if lost:
+        folders = {str(folder_of(live[target], operation_id)) for target in lost}
+        raise SetAsideConflict(
+            f"What was set aside of {', '.join(lost)} is gone from {', '.join(sorted(folders))}: "
+            "disks of two instants would come together. Nothing was changed; put it back, or "
+            "restore an image."
+        )
+
+
 def swap_back(live: Mapping[str, Path], operation_id: str) -> None:
     """Put every old file back under its live name; the new one is kept as `new-`.
 

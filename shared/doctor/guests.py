@@ -63,7 +63,7 @@ def _held(site: Site, operation: Operation, entry: JournalEntry) -> Iterator[Fin
     domain = find(site, entry.arguments["uuid"])
     if domain is None or not _is_held(domain, entry.action):
         return
-    paused = entry.action == "resume_domain"
+    paused = entry.action != "thaw_domain"
     yield Finding(
         CHECK,
         domain.name,
@@ -75,7 +75,12 @@ def _held(site: Site, operation: Operation, entry: JournalEntry) -> Iterator[Fin
 
 
 def _is_held(domain: Domain, action: str) -> bool:
-    return domain.paused_by_user if action == "resume_domain" else domain.state == "running"
+    match action:
+        case "resume_domain":
+            return domain.paused_by_user
+        case "release_memory":
+            return domain.held_by_save
+    return domain.state == "running"
 
 
 def _given_back(domain: Domain, operation: Operation, entry: JournalEntry) -> bool:

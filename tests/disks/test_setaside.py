@@ -152,6 +152,15 @@ def test_without_hard_links_it_renames(
     assert contents(live) == ["old vda", "old vdb"]
 
 
+def test_what_was_set_aside_and_is_lost_is_named(live: dict[str, Path]) -> None:
+    """Nothing is put back when one of the old files is gone."""
+    setaside.swap(live, OPERATION)
+    setaside.refuse_lost(live, OPERATION)
+    setaside.old_path(live["vdb"], OPERATION).unlink()
+    with pytest.raises(SetAsideConflict, match="of vdb is gone"):
+        setaside.refuse_lost(live, OPERATION)
+
+
 def test_prepare_again_starts_afresh(live: dict[str, Path]) -> None:
     """What an earlier attempt had prepared is thrown away; the live files stay."""
     again = setaside.prepare(live, OPERATION)
