@@ -16,7 +16,8 @@ from typing import Any
 from shared.database import by_database_clock
 from shared.disks import engine
 from shared.disks.engine import Capture, CopiedDisk
-from shared.disks.materialise import copy_nvram, materialise
+from shared.disks.materialise import materialise
+from shared.disks.nvram import copy_nvram
 from shared.hypervisor import domains
 from shared.hypervisor.agent import Policy
 from shared.hypervisor.connection import connect

@@ -24,6 +24,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared import faults
+from shared.disks.space import full_is_said
 from shared.errors import TriptychError
 
 Kind = Literal["snapshot", "image", "farm"]
@@ -143,13 +144,27 @@ class Partial:
         """Make the copy whole and give it its name: from the rename on it counts.
 
         Files become 0400, everything is synced, the manifest is written last.
-        Returns the final folder. Raises VaultError if a file it names is missing.
+        Returns the final folder. Raises VaultError if a file it names is missing,
+        InsufficientSpace.
         """
         names = [disk.file for disk in manifest.disks]
         names += [name for name in (manifest.nvram, manifest.memory) if name]
         missing = [name for name in names if not (self.path / name).is_file()]
         if missing:
             raise VaultError(f"The copy lacks {', '.join(missing)}, so it was not kept.")
+        with full_is_said(self.path):
+            self._complete(manifest, definition_xml)
+        if self.final.exists():
+            raise CopyExists(f"{self.final.name} is in the vault already; nothing was changed.")
+        faults.point("publish:sealed")
+        with full_is_said(self.path):
+            self.path.rename(self.final)
+        faults.point("publish:renamed")
+        _sync(self.final.parent)
+        self._published = True
+        return self.final
+
+    def _complete(self, manifest: Manifest, definition_xml: str) -> None:
         (self.path / DEFINITION).write_text(definition_xml)
         (self.path / NOTES).write_text(_notes(manifest))
         for entry in self.path.iterdir():
@@ -157,14 +172,6 @@ class Partial:
         write_manifest(self.path, manifest)
         self.path.chmod(0o700)
         _sync(self.path)
-        if self.final.exists():
-            raise CopyExists(f"{self.final.name} is in the vault already; nothing was changed.")
-        faults.point("publish:sealed")
-        self.path.rename(self.final)
-        faults.point("publish:renamed")
-        _sync(self.final.parent)
-        self._published = True
-        return self.final
 
 
 class Vault:
@@ -190,8 +197,12 @@ class Vault:
     def begin(self, kind: Kind, server_id: str, copy_id: str) -> Partial:
         """A fresh folder to copy into; what an earlier attempt left there is removed.
 
-        Raises CopyExists when the copy is whole already.
+        Raises CopyExists when the copy is whole already, InsufficientSpace.
         """
+        with full_is_said(self.root.parent):
+            return self._begun(kind, server_id, copy_id)
+
+    def _begun(self, kind: Kind, server_id: str, copy_id: str) -> Partial:
         self.create()
         partial = Partial(self.folder(kind, server_id, copy_id))
         if partial.final.exists():
@@ -254,13 +265,21 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write (or replace, whole) the manifest of a copy, mode 0400, synced."""
+    """Write (or replace, whole) the manifest of a copy, mode 0400, synced.
+
+    Raises InsufficientSpace, OSError; the manifest is what it was then.
+    """
     fresh = folder / f".{MANIFEST}.new"
-    fresh.unlink(missing_ok=True)
-    fresh.write_text(manifest.model_dump_json(indent=2) + "\n")
-    _seal(fresh)
-    fresh.replace(folder / MANIFEST)
-    _sync(folder)
+    try:
+        with full_is_said(folder):
+            fresh.unlink(missing_ok=True)
+            fresh.write_text(manifest.model_dump_json(indent=2) + "\n")
+            _seal(fresh)
+            fresh.replace(folder / MANIFEST)
+            _sync(folder)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def total_bytes(paths: Sequence[Path]) -> int:

@@ -334,23 +334,6 @@ def modes(folder: Path) -> set[str]:
     return {oct(path.stat().st_mode & 0o7777) for path in folder.iterdir()}
 
 
-def fill(folder: Path, leave: int = 0) -> Path:
-    """Take up all room in `folder` but `leave` bytes; delete the file to give it back."""
-    path = folder / "ballast"
-    size, step = 0, GIB
-    with path.open("wb") as file:
-        while step >= MIB:
-            if shutil.disk_usage(folder).free - step < leave:
-                step //= 2
-                continue
-            try:
-                os.posix_fallocate(file.fileno(), size, step)
-                size += step
-            except OSError:
-                step //= 2
-    return path
-
-
 @contextlib.contextmanager
 def open_site(
     hypervisor: Hypervisor, kind: str, *, size: int = SIZE, host: str = "", **settings: str
