@@ -1,0 +1,92 @@
+"""A vault on a file system that shares extents, and the rows of what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from operations.spine import (  # noqa: F401
+    World,
+    any_database,
+    database_url,
+    environment,
+    forget_caches,
+    world,
+)
+
+from lab import filesystems
+from shared.copying import Stored
+from shared.database import now
+from shared.models import Image, Server
+from shared.vault import Manifest, ManifestDisk, ManifestServer, Vault
+
+
+@pytest.fixture(scope="session")
+def xfs() -> Iterator[Path]:
+    """A small XFS with reflinks."""
+    if not filesystems.can_mount():
+        pytest.skip("mounting a loop device needs root")
+    with filesystems.xfs(filesystems.XFS_MINIMUM) as directory:
+        yield directory
+
+
+@pytest.fixture
+def vault(
+    world: World,  # noqa: F811
+    xfs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Vault:
+    """The host's vault, of this test alone."""
+    root = xfs / tmp_path.name
+    monkeypatch.setenv("TRIPTYCH_VAULT", str(root))
+    forget_caches()
+    made = Vault(root)
+    made.create()
+    return made
+
+
+class Copies:
+    """Images that were made an hour ago, as far as their rows say."""
+
+    def __init__(self, world: World, vault: Vault) -> None:  # noqa: F811
+        self.world, self.vault = world, vault
+
+    def image(self, copy_id: str, server: Server, disk: bytes, image_format: str = "raw") -> Path:
+        """A whole image with one disk, and its row; its folder."""
+        return self.image_of(copy_id, server, image_format, lambda path: path.write_bytes(disk))
+
+    def image_of(self, copy_id: str, server: Server, image_format: str, write: object) -> Path:
+        """The same with a disk that `write(path)` makes."""
+        name = f"vda.{image_format}"
+        with self.vault.begin("image", server.id, copy_id) as partial:
+            write(partial.path / name)  # type: ignore[operator]
+            size = (partial.path / name).stat()
+            manifest = Manifest(
+                kind="image",
+                id=copy_id,
+                server=ManifestServer(id=server.id, name=server.name, uuid=server.domain_uuid),
+                taken_at=now() - timedelta(minutes=30),
+                way="reflink",
+                consistency="crash",
+                disks=[
+                    ManifestDisk(
+                        target="vda",
+                        file=name,
+                        format=image_format,
+                        virtual_bytes=size.st_size,
+                        bytes=size.st_blocks * 512,
+                    )
+                ],
+            )
+            folder = partial.publish(manifest, "<domain/>")
+        row: Image = Stored(manifest).image_row()
+        self.world.add(row)
+        return folder
+
+
+@pytest.fixture
+def copies(world: World, vault: Vault) -> Copies:  # noqa: F811
+    return Copies(world, vault)
