@@ -23,19 +23,19 @@ from shared.hypervisor.agent import Policy
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.watchdog import Watchdog
-from shared.models import Image, Server, Snapshot
-from shared.operations.context import Context
-from shared.settings import settings
-from shared.vault import (
+from shared.manifest import (
     Kind,
     Manifest,
     ManifestAbout,
     ManifestDisk,
     ManifestLeftOut,
     ManifestServer,
-    Vault,
     read_manifest,
 )
+from shared.models import Image, Server, Snapshot
+from shared.operations.context import Context
+from shared.settings import settings
+from shared.vault import Vault
 
 NVRAM = "nvram"
 """Stands for the UEFI variables wherever files are named by their disk's target."""
@@ -229,6 +229,8 @@ def copy_stored(
         if manifest.nvram:
             files[NVRAM] = partial.path / manifest.nvram
         way = write_out(context, source, manifest, files)
+        if way != "reflink":  # the same disk, in another file
+            manifest = manifest.without_digests()
         changed = {"kind": kind, "id": copy_id, "way": way, "about": about}
         copied = manifest.model_copy(update=changed)
         partial.publish(copied, (source / manifest.definition).read_text())

@@ -21,12 +21,12 @@ from shared.hypervisor.definition import DomainDefinition, renamed
 from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import DomainMissing
 from shared.hypervisor.locks import refuse_if_open
+from shared.manifest import Manifest, read_manifest
 from shared.models import Operation, Server
 from shared.operations.admission import refuse_if_not_undoable
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.settings import settings
-from shared.vault import Manifest, read_manifest
 
 
 class SavedStatePresent(errors.Conflict):

@@ -19,8 +19,9 @@ from shared.disks.errors import InsufficientSpace
 from shared.disks.materialise import materialise
 from shared.disks.nvram import Nvram, copy_nvram
 from shared.disks.reflink import clone_ranges, create_target, reflink
-from shared.vault import Manifest, ManifestDisk, ManifestServer, Partial, read_manifest
-from shared.vault import write_manifest as write
+from shared.manifest import Manifest, ManifestDisk, ManifestServer, read_manifest
+from shared.manifest import write_manifest as write
+from shared.vault import Partial
 
 MIB = 1 << 20
 UEFI = "<domain><name>web1</name><os><nvram>{path}</nvram></os><devices/></domain>"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from operations.spine import (  # noqa: F401
 from lab import filesystems
 from shared.copying import Stored
 from shared.database import now
-from shared.models import Image, Server
-from shared.vault import Manifest, ManifestDisk, ManifestServer, Vault
+from shared.manifest import Kind, Manifest, ManifestDisk, ManifestServer
+from shared.models import Server
+from shared.vault import Vault
 
 
 @pytest.fixture(scope="session")
@@ -49,41 +50,56 @@ def vault(
 
 
 class Copies:
-    """Images that were made an hour ago, as far as their rows say."""
+    """Whole copies with one disk, made half an hour ago as far as their rows say."""
 
     def __init__(self, world: World, vault: Vault) -> None:  # noqa: F811
         self.world, self.vault = world, vault
 
-    def image(self, copy_id: str, server: Server, disk: bytes, image_format: str = "raw") -> Path:
-        """A whole image with one disk, and its row; its folder."""
-        return self.image_of(copy_id, server, image_format, lambda path: path.write_bytes(disk))
+    def image(self, copy_id: str, server: Server, disk: bytes) -> Path:
+        """An image with this raw disk, and its row; its folder."""
+        return self.image_of(copy_id, server, "raw", lambda path: path.write_bytes(disk))
 
-    def image_of(self, copy_id: str, server: Server, image_format: str, write: object) -> Path:
+    def image_of(
+        self, copy_id: str, server: Server, image_format: str, write: Callable[[Path], object]
+    ) -> Path:
         """The same with a disk that `write(path)` makes."""
+        return self.made("image", copy_id, server, image_format, write)
+
+    def snapshot(self, copy_id: str, server: Server, disk: bytes) -> Path:
+        """A snapshot with this raw disk, and its row; its folder."""
+        return self.made("snapshot", copy_id, server, "raw", lambda path: path.write_bytes(disk))
+
+    def made(
+        self,
+        kind: Kind,
+        copy_id: str,
+        server: Server,
+        image_format: str,
+        write: Callable[[Path], object],
+    ) -> Path:
         name = f"vda.{image_format}"
-        with self.vault.begin("image", server.id, copy_id) as partial:
-            write(partial.path / name)  # type: ignore[operator]
+        with self.vault.begin(kind, server.id, copy_id) as partial:
+            write(partial.path / name)
             size = (partial.path / name).stat()
+            disk = ManifestDisk(
+                target="vda",
+                file=name,
+                format=image_format,
+                virtual_bytes=size.st_size,
+                bytes=size.st_blocks * 512,
+            )
             manifest = Manifest(
-                kind="image",
+                kind=kind,
                 id=copy_id,
                 server=ManifestServer(id=server.id, name=server.name, uuid=server.domain_uuid),
                 taken_at=now() - timedelta(minutes=30),
                 way="reflink",
                 consistency="crash",
-                disks=[
-                    ManifestDisk(
-                        target="vda",
-                        file=name,
-                        format=image_format,
-                        virtual_bytes=size.st_size,
-                        bytes=size.st_blocks * 512,
-                    )
-                ],
+                disks=[disk],
             )
             folder = partial.publish(manifest, "<domain/>")
-        row: Image = Stored(manifest).image_row()
-        self.world.add(row)
+        stored = Stored(manifest)
+        self.world.add(stored.image_row() if kind == "image" else stored.snapshot_row())
         return folder
 
 
