@@ -25,6 +25,7 @@ from shared.operations.bystander import Bystander
 from shared.operations.outbox import flush_if_possible
 from shared.operations.reconcile import adopt_orphans
 from shared.settings import settings
+from shared.tending.digester import Digester
 from shared.tending.measurer import Measurer
 from shared.tending.tender import Tender
 
@@ -55,7 +56,7 @@ def _on_worker_ready(sender: Any, **_: Any) -> None:
     liveness.start()
     _clear_up(sender.app)
     if owns := sender.app.conf.triptych_owns:
-        _tenders.append(Measurer(owns))
+        _tenders.extend((Measurer(owns), Digester(owns)))
     for tender in _tenders:
         tender.start()
 

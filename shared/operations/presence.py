@@ -17,10 +17,14 @@ from uuid import uuid4
 from shared.settings import settings
 
 
+def folder() -> Path:
+    """Where there is a file for each attempt that goes on on this host."""
+    return settings().vault / ".workers"
+
+
 def _file(owner: str) -> Path:
-    folder = settings().vault / ".workers"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder / owner.replace("/", "~")
+    folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder() / owner.replace("/", "~")
 
 
 @contextmanager

@@ -59,7 +59,8 @@ class Measurer(Tender):
 def unique_of(folder: Path) -> int | None:
     """What deleting this copy would free, its small files included; None where it is not there."""
     with contextlib.suppress(OSError):  # gone, or on its way out
-        return sum(unique_bytes(path) for path in folder.iterdir())
+        names = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        return sum(unique_bytes(path) for path in names)
     return None
 
 
