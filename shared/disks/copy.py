@@ -16,7 +16,7 @@ from pathlib import Path
 from shared.disks import images
 from shared.disks.errors import CopyFailed, InsufficientSpace, ReflinkRefused
 from shared.disks.reflink import reflink
-from shared.disks.space import FLOOR, FloorWatch, full_is_said
+from shared.disks.space import FLOOR, FloorWatch, full_is_said, says_full
 from shared.errors import Cancelled
 
 Progress = Callable[[int, int], None]
@@ -107,7 +107,7 @@ def _convert(
             _kill(process)
             raise
     if process.returncode:
-        if "No space left" in complaint or "Disk quota exceeded" in complaint:
+        if says_full(complaint):
             raise InsufficientSpace(
                 f"The file system of {dst.parent} became full; nothing of the copy was kept."
             )

@@ -23,7 +23,7 @@ from shared.disks.errors import CopyFailed, InsufficientSpace, PauseTooLong
 from shared.disks.nvram import Nvram
 from shared.disks.planning import Choice, Plan, SourceDisk, Way, plan
 from shared.disks.reflink import create_target
-from shared.disks.space import FLOOR, FloorWatch, ensure_space, full_is_said
+from shared.disks.space import FLOOR, FloorWatch, ensure_space, full_is_said, says_full
 from shared.errors import Cancelled
 from shared.hypervisor.agent import Consistency, Level, Policy, frozen
 from shared.hypervisor.backup import push_backup
@@ -278,7 +278,7 @@ def _stream_active(job: _Job) -> _Shot:
             check=FloorWatch(order.destination, order.free_floor).check,
         )
     except BackupFailed as error:
-        if "No space left" in error.detail:
+        if says_full(error.detail):
             raise InsufficientSpace(
                 f"The file system of the copy became full. The copy of {order.domain.name} was "
                 "not kept and the server was not touched; make room and try again."

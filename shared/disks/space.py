@@ -78,6 +78,11 @@ class FloorWatch:
             )
 
 
+def says_full(complaint: str) -> bool:
+    """Whether QEMU's or qemu-img's words are those of a full file system or quota."""
+    return any(os.strerror(number) in complaint for number in _FULL)
+
+
 @contextlib.contextmanager
 def full_is_said(path: Path) -> Iterator[None]:
     """Raise InsufficientSpace where writing to `path` finds the file system, or a quota, full."""
