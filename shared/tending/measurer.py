@@ -17,16 +17,18 @@ from sqlmodel import Session
 
 from shared.database import now, reading, transaction
 from shared.disks.extents import unique_bytes
+from shared.manifest import DEFINITION, MANIFEST, NOTES
 from shared.models import Image, Server, Snapshot
 from shared.settings import settings
 from shared.tending.tender import Tender
-from shared.vault import Vault
+from shared.vault import NVRAM, Vault
 
 STALE = timedelta(hours=1)
 """So old a number is measured anew, whatever happened."""
 SETTLED = timedelta(seconds=10)
 """So long after a copy came or went, its files are there or gone and the blocks counted anew."""
 _REST = 20
+_BESIDE = (MANIFEST, DEFINITION, NOTES, NVRAM)
 _MODELS: dict[str, Any] = {"snapshot": Snapshot, "image": Image}
 
 
@@ -57,11 +59,16 @@ class Measurer(Tender):
 
 
 def unique_of(folder: Path) -> int | None:
-    """What deleting this copy would free, its small files included; None where it is not there."""
+    """What deleting this copy would free, some KiB beside its disks aside; None where it is not
+    there."""
     with contextlib.suppress(OSError):  # gone, or on its way out
-        names = [path for path in folder.iterdir() if not path.name.startswith(".")]
-        return sum(unique_bytes(path) for path in names)
+        return sum(unique_bytes(path) for path in folder.iterdir() if _counts(path.name))
     return None
+
+
+def _counts(name: str) -> bool:
+    """Whether the copy's `bytes` have that file in them, so that the two can be compared."""
+    return name not in _BESIDE and not name.startswith(".")
 
 
 def due(session: Session, kind: str, moment: datetime) -> list[tuple[str, str]]:
