@@ -212,24 +212,13 @@ def total_bytes(paths: Sequence[Path]) -> int:
 def _notes(manifest: Manifest) -> str:
     """How to bring this very copy back with plain tools, for a reader in need."""
     server = manifest.server
-    disks = " ".join(disk.file for disk in manifest.disks)
     lines = [
         f"# {server.name}, as it was at {manifest.taken_at.isoformat(timespec='seconds')}",
         "",
         f"This folder holds a whole {manifest.kind} of the server {server.name} (domain UUID "
         f"{server.uuid}), {manifest.consistency} consistent. It needs nothing outside itself.",
         "",
-        "## Check it",
-        "",
-        f"    b3sum {disks}",
-        "",
-        "says what `digest` of each disk in manifest.json says, once that is set (some time after "
-        "the copy was made). `digests` there has the other files', and",
-        "",
-        "    head -n -2 manifest.json | b3sum",
-        "",
-        "says what `seal` says in its last line but one: that none of this was changed.",
-        "",
+        *_checks(manifest),
         "## Restore with plain virsh",
         "",
         "As root, in this folder. It replaces the server's disks: keep the old ones elsewhere.",
@@ -257,3 +246,20 @@ def _notes(manifest: Manifest) -> str:
         lines += ["", "## Not in this copy", ""]
         lines += [f"- {item.target}: {item.reason}" for item in manifest.left_out]
     return "\n".join(lines) + "\n"
+
+
+def _checks(manifest: Manifest) -> list[str]:
+    disks = " ".join(disk.file for disk in manifest.disks)
+    return [
+        "## Check it",
+        "",
+        f"    b3sum {disks}",
+        "",
+        "says what `digest` of each disk in manifest.json says, once that is set (some time after "
+        "the copy was made). `digests` there has the other files', and",
+        "",
+        "    head -n -2 manifest.json | b3sum",
+        "",
+        "says what `seal` says in its last line but one: that none of this was changed.",
+        "",
+    ]
