@@ -89,6 +89,44 @@ def ext4(size: int = 2 * GIB) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def tmpfs(inodes: int) -> Iterator[Path]:
+    """Mount a new tmpfs that holds `inodes` names, its own root among them; yield its directory."""
+    directory = Path(tempfile.mkdtemp(prefix="tmpfs-", dir=mount_root()))
+    try:
+        _run("mount", "-t", "tmpfs", "-o", f"nr_inodes={inodes},size=16m", "none", str(directory))
+        try:
+            yield directory
+        finally:
+            unmount(directory)
+    finally:
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+
+
+def size(folder: Path) -> int:
+    """The bytes that the file system of `folder` has in all."""
+    return shutil.disk_usage(folder).total
+
+
+def fill(folder: Path, leave: int = 0, *, crumbs: int = MIB) -> Path:
+    """Take up all room in `folder` but `leave` bytes, and what is less than `crumbs`; delete the
+    file to give it back."""
+    path = folder / "ballast"
+    done, step = 0, GIB
+    with path.open("wb") as file:
+        while step >= crumbs:
+            if shutil.disk_usage(folder).free - step < leave:
+                step //= 2
+                continue
+            try:
+                os.posix_fallocate(file.fileno(), done, step)
+                done += step
+            except OSError:
+                step //= 2
+    return path
+
+
+@contextlib.contextmanager
 def _mounted(size: int, mkfs: list[str]) -> Iterator[Path]:
     root = mount_root()
     handle, name = tempfile.mkstemp(prefix="triptych-lab-", suffix=".img")

@@ -16,25 +16,26 @@ from typing import Any
 from shared.database import by_database_clock
 from shared.disks import engine
 from shared.disks.engine import Capture, CopiedDisk
-from shared.disks.materialise import copy_nvram, materialise
+from shared.disks.materialise import materialise
+from shared.disks.nvram import copy_nvram
 from shared.hypervisor import domains
 from shared.hypervisor.agent import Policy
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.watchdog import Watchdog
-from shared.models import Image, Server, Snapshot
-from shared.operations.context import Context
-from shared.settings import settings
-from shared.vault import (
+from shared.manifest import (
     Kind,
     Manifest,
     ManifestAbout,
     ManifestDisk,
     ManifestLeftOut,
     ManifestServer,
-    Vault,
     read_manifest,
 )
+from shared.models import Image, Server, Snapshot
+from shared.operations.context import Context
+from shared.settings import settings
+from shared.vault import Vault
 
 HOLDS = ".holds"
 """In the vault: whose guest is held by a living worker (`shared.hypervisor.watchdog`)."""
@@ -239,6 +240,8 @@ def copy_stored(
         if manifest.nvram:
             files[NVRAM] = partial.path / manifest.nvram
         way = write_out(context, source, manifest, files)
+        if way != "reflink":  # the same disk, in another file
+            manifest = manifest.without_digests()
         changed = {"kind": kind, "id": copy_id, "way": way, "about": about}
         changed |= {"memory": None, "memory_bytes": 0}  # disks alone are in images
         copied = manifest.model_copy(update=changed)

@@ -17,9 +17,10 @@ from sqlmodel import Session
 from shared import events
 from shared.copying import Stored
 from shared.database import now
+from shared.manifest import Manifest, VaultError, read_manifest
 from shared.models import Host, Image, JournalEntry, Server, Snapshot
 from shared.settings import settings
-from shared.vault import Manifest, Vault, VaultError, read_manifest
+from shared.vault import Vault
 
 
 @dataclass(frozen=True)

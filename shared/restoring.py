@@ -22,12 +22,12 @@ from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import DomainMissing
 from shared.hypervisor.locks import refuse_if_open
 from shared.hypervisor.memory import refuse_other_name, resume_from
+from shared.manifest import Manifest, read_manifest
 from shared.models import Operation, Server
 from shared.operations.admission import refuse_if_not_undoable
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.settings import settings
-from shared.vault import Manifest, read_manifest
 
 
 class SavedStatePresent(errors.Conflict):

@@ -12,40 +12,37 @@ Finished folders are 0700 with files 0400. The directories above, and a
 """
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from datetime import datetime
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared import faults
-from shared.errors import TriptychError
+from shared.disks.digest import digest
+from shared.disks.space import full_is_said
+from shared.manifest import (
+    DEFINITION,
+    NOTES,
+    Kind,
+    Manifest,
+    VaultError,
+    read_manifest,
+    seal_file,
+    sync,
+    write_manifest,
+)
 
-Kind = Literal["snapshot", "image", "farm"]
-
-MANIFEST = "manifest.json"
-DEFINITION = "domain.xml"
-NOTES = "RESTORE.md"
 NVRAM = "nvram.fd"
+MANIFESTS_LOCK = ".manifests.lock"
 PARTIAL = ".partial"
 DELETING = ".deleting"
-VERSION = 1
 
 _FOLDERS: dict[Kind, str] = {"snapshot": "snapshots", "image": "images", "farm": "farms"}
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 _WALK = 0o711
-
-
-class VaultError(TriptychError):
-    """The vault is not as it should be"""
-
-    code = "vault_error"
-    status = 500
 
 
 class CopyExists(VaultError):
@@ -53,73 +50,6 @@ class CopyExists(VaultError):
 
     code = "copy_exists"
     status = 409
-
-
-class ManifestUnreadable(VaultError):
-    """A copy's manifest is missing or damaged"""
-
-    code = "image_damaged"
-    status = 409
-
-
-class _Model(BaseModel):
-    # A newer Triptych may add fields; an older one must still read its copies.
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class ManifestServer(_Model):
-    id: str
-    name: str
-    uuid: str
-
-
-class ManifestDisk(_Model):
-    """`file` is a name in the folder; `bytes` what it took up; `digest` is added later."""
-
-    target: str
-    file: str
-    format: str
-    virtual_bytes: int
-    bytes: int
-    digest: str | None = None
-
-
-class ManifestLeftOut(_Model):
-    target: str
-    reason: str
-
-
-class ManifestAbout(_Model):
-    """What it was called when it was made; names may change later, in the database alone."""
-
-    name: str | None = None
-    description: str = ""
-    origin: str = "manual"
-    pinned: bool = False
-
-
-class Manifest(_Model):
-    """What a copy is, in its own folder."""
-
-    version: int = VERSION
-    kind: Kind
-    id: str
-    server: ManifestServer
-    about: ManifestAbout = ManifestAbout()
-    taken_at: datetime
-    way: str
-    consistency: str
-    consistency_reason: str = ""
-    pause_ms: float = 0.0
-    disks: list[ManifestDisk]
-    left_out: list[ManifestLeftOut] = []
-    definition: str = DEFINITION
-    nvram: str | None = None
-    memory: str | None = None
-    memory_bytes: int = 0
-    memory_paused: bool = False
-    """Whether the guest, when its memory was saved, was paused by its owner."""
-    tools: dict[str, str] = {}
 
 
 class Partial:
@@ -145,29 +75,37 @@ class Partial:
     def publish(self, manifest: Manifest, definition_xml: str) -> Path:
         """Make the copy whole and give it its name: from the rename on it counts.
 
-        Files become 0400, everything is synced, the manifest is written last.
-        Returns the final folder. Raises VaultError if a file it names is missing.
+        Files become 0400, everything is synced, the manifest is written last, with the digests
+        of all but the disks, which would take too long.
+        Returns the final folder. Raises VaultError if a file it names is missing,
+        InsufficientSpace.
         """
         names = [disk.file for disk in manifest.disks]
         names += [name for name in (manifest.nvram, manifest.memory) if name]
         missing = [name for name in names if not (self.path / name).is_file()]
         if missing:
             raise VaultError(f"The copy lacks {', '.join(missing)}, so it was not kept.")
-        (self.path / DEFINITION).write_text(definition_xml)
-        (self.path / NOTES).write_text(_notes(manifest))
-        for entry in self.path.iterdir():
-            _seal(entry)
-        write_manifest(self.path, manifest)
-        self.path.chmod(0o700)
-        _sync(self.path)
+        with full_is_said(self.path):
+            self._complete(manifest, definition_xml)
         if self.final.exists():
             raise CopyExists(f"{self.final.name} is in the vault already; nothing was changed.")
         faults.point("publish:sealed")
-        self.path.rename(self.final)
+        with full_is_said(self.path):
+            self.path.rename(self.final)
         faults.point("publish:renamed")
-        _sync(self.final.parent)
+        sync(self.final.parent)
         self._published = True
         return self.final
+
+    def _complete(self, manifest: Manifest, definition_xml: str) -> None:
+        (self.path / DEFINITION).write_text(definition_xml)
+        (self.path / NOTES).write_text(_notes(manifest))
+        for entry in self.path.iterdir():
+            seal_file(entry)
+        digests = {name: digest(self.path / name) for name in manifest.small_files}
+        write_manifest(self.path, manifest.model_copy(update={"digests": digests}))
+        self.path.chmod(0o700)
+        sync(self.path)
 
 
 class Vault:
@@ -193,8 +131,12 @@ class Vault:
     def begin(self, kind: Kind, server_id: str, copy_id: str) -> Partial:
         """A fresh folder to copy into; what an earlier attempt left there is removed.
 
-        Raises CopyExists when the copy is whole already.
+        Raises CopyExists when the copy is whole already, InsufficientSpace.
         """
+        with full_is_said(self.root.parent):
+            return self._begun(kind, server_id, copy_id)
+
+    def _begun(self, kind: Kind, server_id: str, copy_id: str) -> Partial:
         self.create()
         partial = Partial(self.folder(kind, server_id, copy_id))
         if partial.final.exists():
@@ -220,14 +162,31 @@ class Vault:
             if doomed.exists():
                 shutil.rmtree(doomed)
             path.rename(doomed)
-            _sync(path.parent)
+            sync(path.parent)
             faults.point("remove:renamed")
         if doomed.exists():
             shutil.rmtree(doomed)
-            _sync(doomed.parent)
+            sync(doomed.parent)
         if not others_at_work:
             with contextlib.suppress(OSError):  # other copies of the server are there
                 path.parent.rmdir()
+
+    def record(self, folder: Path, found: Mapping[str, str]) -> Manifest:
+        """Add digests to a whole copy's manifest where it has none; the manifest as it is then.
+
+        Others may be at it: one writes at a time. Raises ManifestUnreadable, also if the copy was
+        removed meanwhile, InsufficientSpace, OSError.
+        """
+        lock = os.open(self.root / MANIFESTS_LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            manifest = read_manifest(folder)
+            complete = manifest.with_digests(found)
+            if complete != manifest or not manifest.sealed:
+                write_manifest(folder, complete)
+            return complete
+        finally:
+            os.close(lock)
 
     def is_in_place(self, folder: Path, manifest: Manifest) -> bool:
         """Whether a folder is where the copy that its manifest describes belongs."""
@@ -250,27 +209,6 @@ class Vault:
             yield from sorted(p for p in self.root.glob(f"{name}/*/*") if p.is_dir())
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """A copy's manifest. Raises ManifestUnreadable."""
-    try:
-        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except (OSError, ValidationError) as error:
-        raise ManifestUnreadable(
-            f"The manifest of {folder.name} cannot be read, so the copy is not used. Its files "
-            f"were left as they are: {error}"
-        ) from error
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write (or replace, whole) the manifest of a copy, mode 0400, synced."""
-    fresh = folder / f".{MANIFEST}.new"
-    fresh.unlink(missing_ok=True)
-    fresh.write_text(manifest.model_dump_json(indent=2) + "\n")
-    _seal(fresh)
-    fresh.replace(folder / MANIFEST)
-    _sync(folder)
-
-
 def total_bytes(paths: Sequence[Path]) -> int:
     """What these files take up on disk, in bytes; shared extents count for each."""
     return sum(path.stat().st_blocks * 512 for path in paths)
@@ -285,6 +223,7 @@ def _notes(manifest: Manifest) -> str:
         f"This folder holds a whole {manifest.kind} of the server {server.name} (domain UUID "
         f"{server.uuid}), {manifest.consistency} consistent. It needs nothing outside itself.",
         "",
+        *_checks(manifest),
         "## Restore with plain virsh",
         "",
         "As root, in this folder. It replaces the server's disks: keep the old ones elsewhere.",
@@ -308,21 +247,32 @@ def _notes(manifest: Manifest) -> str:
         "",
     ]
     lines += [f"- {disk.target}: {disk.file}, {disk.format}" for disk in manifest.disks]
+    if manifest.memory:
+        lines += [
+            "",
+            f"{manifest.memory} holds the RAM of the same instant. To go on there instead of "
+            "booting, with the disks in place and nothing started:",
+            "",
+            f"    virsh restore --running {manifest.memory}",
+        ]
     if manifest.left_out:
         lines += ["", "## Not in this copy", ""]
         lines += [f"- {item.target}: {item.reason}" for item in manifest.left_out]
     return "\n".join(lines) + "\n"
 
 
-def _seal(path: Path) -> None:
-    os.chown(path, os.geteuid(), os.getegid())  # QEMU's user may own what QEMU wrote
-    path.chmod(0o400)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _checks(manifest: Manifest) -> list[str]:
+    disks = " ".join(disk.file for disk in manifest.disks)
+    return [
+        "## Check it",
+        "",
+        f"    b3sum {disks}",
+        "",
+        "says what `digest` of each disk in manifest.json says, once that is set (some time after "
+        "the copy was made). `digests` there has the other files', and",
+        "",
+        "    head -n -2 manifest.json | b3sum",
+        "",
+        "says what `seal` says in its last line but one: that none of this was changed.",
+        "",
+    ]

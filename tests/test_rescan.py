@@ -23,11 +23,12 @@ from shared import admin, recovery  # noqa: F401  registers the journal's action
 from shared.commands import CreateImage
 from shared.copying import Stored
 from shared.database import now, transaction
+from shared.manifest import Manifest, ManifestAbout, ManifestDisk, ManifestServer
 from shared.models import Event, Image, Server, Snapshot
 from shared.operations import journal
 from shared.rescan import rescan
 from shared.settings import settings
-from shared.vault import Manifest, ManifestAbout, ManifestDisk, ManifestServer, Vault
+from shared.vault import Vault
 
 pytestmark = pytest.mark.usefixtures("any_database")
 

@@ -1,22 +1,27 @@
 """The vault: whole folders only, readable by people, removed without a trace."""
 
+import contextlib
+import json
+import subprocess
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
+from operations.spine import at_once
 
-from shared.vault import (
-    CopyExists,
+from shared.manifest import (
     Manifest,
     ManifestDisk,
     ManifestLeftOut,
     ManifestServer,
     ManifestUnreadable,
-    Vault,
     VaultError,
     read_manifest,
     write_manifest,
 )
+from shared.vault import CopyExists, Vault
 
 
 @pytest.fixture
@@ -62,9 +67,15 @@ def test_a_published_copy_is_whole_sealed_and_explains_itself(vault: Vault) -> N
     assert {path.name: mode(path) for path in folder.iterdir()} == dict.fromkeys(
         ["RESTORE.md", "domain.xml", "manifest.json", "vda.qcow2"], 0o400
     )
-    assert read_manifest(folder) == manifest()
+    assert read_manifest(folder).without_digests() == manifest(sealed=True)
     notes = (folder / "RESTORE.md").read_text()
-    for words in ("virsh define domain.xml", "vda.qcow2", "web1", "a CD-ROM is not copied"):
+    for words in (
+        "b3sum vda.qcow2",
+        "virsh define domain.xml",
+        "vda.qcow2",
+        "web1",
+        "a CD-ROM is not copied",
+    ):
         assert words in notes
 
 
@@ -150,12 +161,77 @@ def test_remove_stays_inside_the_vault(vault: Vault, tmp_path: Path) -> None:
 
 
 def test_a_manifest_from_a_newer_version_is_read(vault: Vault) -> None:
-    """Fields that this version does not know are ignored."""
+    """Fields that this version does not know are ignored, and sealed like the others."""
     folder = publish(vault)
-    text = (folder / "manifest.json").read_text().replace("{", '{"novel": 1,', 1)
-    (folder / "manifest.json").chmod(0o600)
-    (folder / "manifest.json").write_text(text)
+    before = read_manifest(folder)
+    *lines, _, _ = (folder / "manifest.json").read_text().splitlines(keepends=True)
+    above = "".join(lines).replace("{", '{"novel": 1,', 1)
+    seal = blake3(above.encode()).hexdigest()
+    (folder / "manifest.json").write_text(f'{above}  "seal": "{seal}"\n}}\n')
+    assert read_manifest(folder) == before
+
+
+def test_a_manifest_from_an_older_version_is_read(vault: Vault) -> None:
+    """It has no seal; it gets one when digests are added to it."""
+    folder = publish(vault)
+    old = manifest().model_dump(mode="json", exclude={"sealed", "digests"})
+    (folder / "manifest.json").write_text(json.dumps(old, indent=2) + "\n")
     assert read_manifest(folder) == manifest()
+    vault.record(folder, {"domain.xml": "00"})
+    assert read_manifest(folder) == manifest(sealed=True, digests={"domain.xml": "00"})
+
+
+def test_the_seal_can_be_checked_by_hand(vault: Vault) -> None:
+    """As the notes beside it tell; b3sum is what blake3 is here."""
+    folder = publish(vault)
+    above = subprocess.run(
+        ["head", "-n", "-2", "manifest.json"], cwd=folder, check=True, capture_output=True
+    ).stdout
+    document = json.loads((folder / "manifest.json").read_text())
+    assert document["seal"] == blake3(above).hexdigest()
+    assert document["digests"] == {
+        name: blake3((folder / name).read_bytes()).hexdigest()
+        for name in ("domain.xml", "RESTORE.md")
+    }
+
+
+def test_every_byte_of_a_manifest_is_sealed(vault: Vault) -> None:
+    """Whichever of its bytes is flipped, whichever bit of it: the copy is not used."""
+    path = publish(vault) / "manifest.json"
+    path.chmod(0o600)
+    whole = path.read_bytes()
+    unnoticed = []
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with contextlib.suppress(ManifestUnreadable):
+            read_manifest(path.parent)
+            unnoticed.append((place, whole[max(0, place - 20) : place + 1]))
+    assert unnoticed == []
+    path.write_bytes(whole)
+    read_manifest(path.parent)
+
+
+def test_digests_from_two_sides(vault: Vault) -> None:
+    """What one has written the other keeps, as well as what was there first."""
+    folder = publish(vault)
+    names = ("vda.qcow2", "domain.xml")
+    at_once(*(partial(vault.record, folder, {name: "11"}) for name in names for _ in range(8)))
+    found = read_manifest(folder)
+    assert found.digest_of("vda.qcow2") == "11"
+    assert found.digest_of("domain.xml") == blake3(b"<domain/>").hexdigest()
+    assert vault.record(folder, {"vda.qcow2": "22"}).digest_of("vda.qcow2") == "11"
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_digests_for_a_copy_that_goes(vault: Vault) -> None:
+    """Nothing is written where it was, and its end is not held up."""
+    folder = publish(vault)
+    vault.remove(folder)
+    with pytest.raises(ManifestUnreadable):
+        vault.record(folder, {"vda.qcow2": "11"})
+    assert not folder.exists()
 
 
 def test_a_damaged_manifest_is_said(vault: Vault) -> None:

@@ -62,6 +62,7 @@ class Snapshot(TypedDict, total=False):
     way: Literal["reflink", "overlay", "stream"]
     pause_ms: float | None
     bytes: int
+    unique_bytes: int | None
     description: str | None
 
 

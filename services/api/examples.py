@@ -25,6 +25,14 @@ HOST: dict[str, Any] = {
     "libvirt": "11.4.0",
     "qemu": "10.0.2",
     "vault": "/var/lib/triptych",
+    "vault_usage": {
+        "copies": 24,
+        "measured": 24,
+        "apparent_bytes": 115964116992,
+        "unique_bytes": 9663676416,
+        "shared_bytes": 106300440576,
+        "measured_at": "2026-03-10T02:12:40.700000Z",
+    },
     "reflink": True,
     "quiesce": True,
     "memory": False,
@@ -52,6 +60,7 @@ SNAPSHOT: dict[str, Any] = {
     "way": "reflink",
     "pause_ms": 9.4,
     "bytes": 4831838208,
+    "unique_bytes": 25165824,
     "description": "before the update to 3.2",
 }
 
@@ -68,7 +77,7 @@ IMAGE: dict[str, Any] = {
     "consistency": "file-system",
     "pause_ms": 11.2,
     "bytes": 4831838208,
-    "unique_bytes": None,
+    "unique_bytes": 402653184,
     "verified": {"at": "2026-03-10T04:10:00.530000Z", "result": "ok"},
     "proof": {
         "at": None,

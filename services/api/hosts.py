@@ -1,5 +1,6 @@
 """Hosts: what each can do, the libvirt domains it has, and whether it takes new work."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -10,7 +11,7 @@ from services.api import examples, paging, shapes
 from services.api.paging import Page, PageQuery
 from services.api.problems import refusals
 from services.api.work import Empty, NameOrId, settled
-from shared import errors, lookups
+from shared import errors, lookups, usage
 from shared.database import reading
 from shared.models import Domain, Host, Operation, Server
 from shared.operations import drain as draining
@@ -19,7 +20,7 @@ router = APIRouter(tags=["hosts"])
 
 
 def _shown(session: Session, rows: list[Host]) -> list[shapes.Host]:
-    """The hosts with what each has to do, one query however many there are."""
+    """The hosts with what each has to do and holds, three queries however many there are."""
     row: Any = Operation
     query = (
         select(row.host, row.state, func.count())
@@ -29,10 +30,11 @@ def _shown(session: Session, rows: list[Host]) -> list[shapes.Host]:
     load: dict[str, dict[str, int]] = {}
     for host, state, count in session.execute(query):
         load.setdefault(host, {})[state] = count
-    return [_shape(each, load.get(each.name, {})) for each in rows]
+    used = usage.by_host(session)
+    return [_shape(each, load.get(each.name, {}), used.get(each.name)) for each in rows]
 
 
-def _shape(row: Host, load: dict[str, int]) -> shapes.Host:
+def _shape(row: Host, load: dict[str, int], used: usage.Usage | None) -> shapes.Host:
     facts = {name: row.facts[name] for name in shapes.Host.model_fields if name in row.facts}
     return shapes.Host.model_validate(
         {
@@ -42,6 +44,7 @@ def _shape(row: Host, load: dict[str, int]) -> shapes.Host:
             "silent": row.silent,
             "draining": row.draining_since is not None,
             "operations": load,
+            "vault_usage": asdict(used or usage.Usage()),
             "last_seen_at": row.last_seen_at,
             "problem": row.problem,
         }
@@ -66,7 +69,7 @@ def list_hosts(
     responses=examples.shown(examples.HOST) | refusals(errors.HostNotFound),
 )
 def show_host(host: NameOrId) -> shapes.Host:
-    """What the host can do (reflink, quiesce, memory), its free space, and any problem."""
+    """What the host can do (reflink, quiesce, memory), its space, used and free, any problem."""
     with reading() as session:
         return _shown(session, [lookups.host(session, host)])[0]
 

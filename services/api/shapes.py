@@ -22,6 +22,7 @@ Consistency = Annotated[str, _one_of("application", "file-system", "crash")]
 PauseMs = Annotated[
     float | None, Field(description="how long the guest stood still; null when it did not run")
 ]
+UNIQUE = Field(None, description="what deleting it would free; null: not measured yet")
 ServerId = Annotated[str, Field(description="the server's id")]
 
 
@@ -30,6 +31,20 @@ class Load(BaseModel):
 
     queued: int = 0
     running: int = 0
+
+
+class VaultUsage(BaseModel):
+    """What the copies in a host's vault take up, in bytes; measured by turns, in the background.
+
+    What is not measured yet counts in `copies` and `apparent_bytes` alone.
+    """
+
+    copies: int = Field(0, description="snapshots and images")
+    measured: int = Field(0, description="how many of them were measured")
+    apparent_bytes: int = Field(0, description="what they would take up if they shared nothing")
+    unique_bytes: int = Field(0, description="what each alone would free, added up")
+    shared_bytes: int = Field(0, description="the rest, counted for each copy that has it")
+    measured_at: datetime | None = Field(None, description="the longest ago of the measurements")
 
 
 class Host(BaseModel):
@@ -45,6 +60,7 @@ class Host(BaseModel):
     libvirt: Any = Field(None, description="version")
     qemu: Any = Field(None, description="version")
     vault: Any = Field(None, description="the vault's directory")
+    vault_usage: VaultUsage
     reflink: Any = Field(None, description="whether disks and vault share extents")
     quiesce: Any = Field(None, description="whether guests can be asked to freeze")
     memory: Any = Field(False, description="whether copies can hold RAM")
@@ -122,6 +138,7 @@ class Snapshot(BaseModel):
     way: Way
     pause_ms: PauseMs
     bytes: int
+    unique_bytes: int | None = UNIQUE
     description: str
 
     @classmethod
@@ -155,7 +172,7 @@ class Image(BaseModel):
     consistency: Consistency
     pause_ms: PauseMs
     bytes: int
-    unique_bytes: int | None = Field(None, description="shared with nothing else; null: unknown")
+    unique_bytes: int | None = UNIQUE
     verified: Verified
     proof: Proof = Field(default_factory=Proof)
     left_out: list[Any] = Field(description="disks that are not in it, and why")

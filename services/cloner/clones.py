@@ -22,12 +22,12 @@ from shared.hypervisor.connection import connect
 from shared.hypervisor.definition import DomainDefinition, log_files
 from shared.hypervisor.duplicate import clone_definition
 from shared.hypervisor.errors import DomainMissing
+from shared.manifest import Manifest, read_manifest
 from shared.models import Clone, Server
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import describe, handles
 from shared.settings import settings
-from shared.vault import Manifest, read_manifest
 
 log = structlog.get_logger()
 

@@ -16,11 +16,11 @@ from shared.commands import (
 from shared.copying import Stored, copy_server, copy_stored, vault
 from shared.database import now, reading
 from shared.ids import new_id
+from shared.manifest import ManifestAbout
 from shared.models import Image, Schedule, ScheduleRun, Server
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import handles
-from shared.vault import ManifestAbout
 
 
 @handles(CreateImage)

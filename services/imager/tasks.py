@@ -7,7 +7,7 @@ from shared import commands
 from shared.entry import receive
 from shared.worker import service_app
 
-app = service_app("imager")
+app = service_app("imager", owns="image")
 
 
 @app.task(name="imager.create", bind=True)

@@ -12,19 +12,20 @@ from shared.database import now, reading
 from shared.disks import images as disk_images
 from shared.disks.digest import digest
 from shared.disks.errors import DiskError
+from shared.manifest import MANIFEST, VaultError, read_manifest
 from shared.models import Image
 from shared.operations.context import Context, Outcome
 from shared.operations.runner import handles
-from shared.vault import VaultError, read_manifest, write_manifest
 
 
 @handles(VerifyImage)
 def verify(context: Context, command: VerifyImage) -> Outcome:
-    """Check each disk's size, structure and digest against the manifest.
+    """Check each disk's structure, and each file's digest against the manifest.
 
-    The first verification of an image writes the digests that later ones are held against.
-    What is wrong is named in the result; an image that is damaged, or missing as a whole, is
-    not restored from until a later verification finds it whole.
+    The digests of the disks are mostly there already, from the background (shared.tending);
+    else this writes those that later verifications are held against. What is wrong is named in
+    the result; an image that is damaged, or missing as a whole, is not restored from until a
+    later verification finds it whole.
     """
     context.phase("verifying")
     with reading() as session:
@@ -48,22 +49,26 @@ def _faults(context: Context, folder: Path) -> list[dict[str, Any]]:
     try:
         manifest = read_manifest(folder)
     except VaultError as error:
-        return [{"file": "manifest.json", "fault": error.detail}]
+        return [{"file": MANIFEST, "fault": error.detail}]
     total = sum(disk.virtual_bytes for disk in manifest.disks)
-    faults, checked, before = [], [], 0
+    faults, found, before = [], {}, 0
     for disk in manifest.disks:
         try:
-            found = _digest(context, folder / disk.file, disk.format, before, total)
+            found[disk.file] = _digest(context, folder / disk.file, disk.format, before, total)
         except (DiskError, OSError) as error:
             faults.append({"file": disk.file, "fault": str(error)})
-            continue
         before += disk.virtual_bytes
-        if disk.digest not in (None, found):
-            fault = f"its BLAKE3 is {found}, the manifest says {disk.digest}"
-            faults.append({"file": disk.file, "fault": fault})
-        checked.append(disk.model_copy(update={"digest": found}))
-    if not faults and checked != manifest.disks:
-        write_manifest(folder, manifest.model_copy(update={"disks": checked}))
+    for name in manifest.small_files:
+        try:
+            found[name] = digest(folder / name)
+        except OSError as error:
+            faults.append({"file": name, "fault": str(error)})
+    if not faults:  # what was not known yet is, from now on
+        manifest = vault().record(folder, found)
+    for name, seen in found.items():
+        if (recorded := manifest.digest_of(name)) not in (None, seen):
+            fault = f"its BLAKE3 is {seen}, the manifest says {recorded}"
+            faults.append({"file": name, "fault": fault})
     return faults
 
 

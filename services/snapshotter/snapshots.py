@@ -7,11 +7,11 @@ from shared.commands import DeleteSnapshot, ForgetRevert, RevertSnapshot, TakeSn
 from shared.copying import copy_server, vault
 from shared.database import now, reading
 from shared.ids import new_id
+from shared.manifest import ManifestAbout
 from shared.models import Snapshot
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import handles
-from shared.vault import ManifestAbout
 
 
 @handles(TakeSnapshot)

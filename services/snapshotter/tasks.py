@@ -7,7 +7,7 @@ from shared import commands
 from shared.entry import receive
 from shared.worker import service_app
 
-app = service_app("snapshotter")
+app = service_app("snapshotter", owns="snapshot")
 
 
 @app.task(name="snapshotter.take", bind=True)

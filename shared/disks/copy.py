@@ -16,6 +16,7 @@ from pathlib import Path
 from shared.disks import images
 from shared.disks.errors import CopyFailed, InsufficientSpace, ReflinkRefused
 from shared.disks.reflink import reflink
+from shared.disks.space import FLOOR, FloorWatch, full_is_said, says_full
 from shared.errors import Cancelled
 
 Progress = Callable[[int, int], None]
@@ -35,13 +36,15 @@ def stream_copy(
     cancelled: Callable[[], bool],
     *,
     reflink_ok: bool = False,
+    free_floor: float = FLOOR,
 ) -> None:
     """Copy `src` with its whole chain into `dst`, a new file of mode 0600; synced.
 
     `reflink_ok` shares extents instead where that gives the same file. `progress`
     gets bytes done and bytes in all. `src` may be a block device. Raises
     FileExistsError, Cancelled (within a second of `cancelled()` turning true),
-    InsufficientSpace or CopyFailed; nothing of `dst` is left then.
+    InsufficientSpace (also as soon as less than `free_floor` of the file system is
+    left) or CopyFailed; nothing of `dst` is left then.
     """
     if dst.exists():
         raise FileExistsError(dst)
@@ -59,10 +62,18 @@ def stream_copy(
     def tell(part: float) -> None:
         progress(int(part * total), total)
 
+    room = FloorWatch(dst.parent, free_floor)
+
+    def check() -> None:
+        if cancelled():
+            raise Cancelled("The copy was cancelled. Nothing of it was kept.")
+        room.check()
+
     try:
-        _convert(src, dst, (src_format, dst_format), tell, cancelled)
-        dst.chmod(0o600)
-        _sync(dst)
+        _convert(src, dst, (src_format, dst_format), tell, check)
+        with full_is_said(dst.parent):
+            dst.chmod(0o600)
+            _sync(dst)
     except BaseException:
         dst.unlink(missing_ok=True)
         raise
@@ -73,8 +84,9 @@ def _convert(
     dst: Path,
     formats: tuple[str, str],
     progress: Callable[[float], None],
-    cancelled: Callable[[], bool],
+    check: Callable[[], None],
 ) -> None:
+    """Run qemu-img; what `check` raises ends it."""
     cache = ["-t", "none", "-T", "none"] if _direct(src) and _direct(dst.parent) else []
     command = ["qemu-img", "convert", "-p", *_PARALLEL, *cache]
     command += ["-f", formats[0], "-O", formats[1], str(src), str(dst)]
@@ -90,12 +102,12 @@ def _convert(
         raise CopyFailed("qemu-img is not installed; install qemu-utils.") from error
     with process:
         try:
-            complaint = _follow(process, progress, cancelled)
+            complaint = _follow(process, progress, check)
         except BaseException:
             _kill(process)
             raise
     if process.returncode:
-        if "No space left" in complaint or "Disk quota exceeded" in complaint:
+        if says_full(complaint):
             raise InsufficientSpace(
                 f"The file system of {dst.parent} became full; nothing of the copy was kept."
             )
@@ -108,15 +120,14 @@ def _convert(
 def _follow(
     process: subprocess.Popen[bytes],
     progress: Callable[[float], None],
-    cancelled: Callable[[], bool],
+    check: Callable[[], None],
 ) -> str:
     """Read qemu-img's progress until it ends; returns what it complained about."""
     assert process.stdout and process.stderr  # noqa: S101 - both are pipes
     out, err = process.stdout.fileno(), process.stderr.fileno()
     open_ends, complaint, tail = {out, err}, b"", b""
     while open_ends:
-        if cancelled():
-            raise Cancelled("The copy was cancelled. Nothing of it was kept.")
+        check()
         ready, _, _ = select.select(list(open_ends), [], [], _TICK_S)
         for end in ready:
             data = os.read(end, 65536)

@@ -9,7 +9,6 @@ result is the vault's; copying it out again is `materialise.py`'s.
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,9 +20,10 @@ from shared.disks import images
 from shared.disks.catching_up import CatchingUp, catch_up, finish, follow
 from shared.disks.copy import stream_copy
 from shared.disks.errors import CopyFailed, InsufficientSpace, PauseTooLong
+from shared.disks.nvram import Nvram
 from shared.disks.planning import Choice, Plan, SourceDisk, Way, plan
-from shared.disks.reflink import create_target, sync_source
-from shared.disks.space import FLOOR, ensure_space
+from shared.disks.reflink import create_target
+from shared.disks.space import FLOOR, FloorWatch, ensure_space, full_is_said, says_full
 from shared.errors import Cancelled
 from shared.hypervisor.agent import Consistency, Level, Policy, frozen
 from shared.hypervisor.backup import push_backup
@@ -95,7 +95,8 @@ def capture(
     then. `before(step)` is called ahead of what the journal must know: "pause" before a
     running guest is frozen and suspended, "memory" before its memory is saved, "backup"
     before QEMU's copy job. The folder must be searchable by QEMU's user (0711) for the stream
-    way. Raises InsufficientSpace (before anything is touched), Cancelled, PauseFailed,
+    way. Raises InsufficientSpace (before anything is touched, or when the room is taken up
+    meanwhile: by stream as soon as less than `free_floor` is left), Cancelled, PauseFailed,
     PauseTooLong, QuiesceFailed, ServerNotRunning, MemoryNotSaved, BackupFailed, ImageDamaged,
     CopyFailed and what `plan` raises; then no file is left and the guest is as it was.
     """
@@ -129,19 +130,20 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
     ensure_space(destination, chosen.needed_bytes + memory, order.free_floor)
     definition, left_out = _definition(domain, chosen)
     order.check()
-    nvram = _Nvram(definition, destination)
+    nvram = Nvram(definition, destination)
     targets = {
         s.disk.target: destination / f"{s.disk.target}.{s.copy_format}" for s in chosen.sources
     }
     job = _Job(order, chosen, targets, nvram)
     guard = _Unchanged(domain, chosen)
     try:
-        if chosen.state == "stopped":
-            refuse_if_open((source.path for source in chosen.sources), "copied")
-        shot = _reflink(job) if chosen.way == "reflink" else _stream(job)
-        guard.verify()
-        files = tuple(_copied(s, targets[s.disk.target]) for s in chosen.sources)
-        nvram.sync()
+        with full_is_said(destination):
+            if chosen.state == "stopped":
+                refuse_if_open((source.path for source in chosen.sources), "copied")
+            shot = _reflink(job) if chosen.way == "reflink" else _stream(job)
+            guard.verify()
+            files = tuple(_copied(s, targets[s.disk.target]) for s in chosen.sources)
+            nvram.sync()
     except BaseException:
         for path in [*targets.values(), nvram.copy, job.memory]:
             path.unlink(missing_ok=True)
@@ -199,7 +201,7 @@ class _Job:
     order: _Order
     plan: Plan
     targets: dict[str, Path]
-    nvram: "_Nvram"
+    nvram: Nvram
 
     @property
     def memory(self) -> Path:
@@ -313,9 +315,16 @@ def _stream_active(job: _Job) -> _Shot:
     order.before("backup")
     copies = {s.disk.target: (job.targets[s.disk.target], s.copy_format) for s in job.plan.sources}
     try:
-        push_backup(order.domain, copies, order.progress, order.cancelled, instant=instant())
+        push_backup(
+            order.domain,
+            copies,
+            order.progress,
+            order.cancelled,
+            instant=instant(),
+            check=FloorWatch(order.destination, order.free_floor).check,
+        )
     except BackupFailed as error:
-        if "No space left" in error.detail:
+        if says_full(error.detail):
             raise InsufficientSpace(
                 f"The file system of the copy became full. The copy of {order.domain.name} was "
                 "not kept and the server was not touched; make room and try again."
@@ -337,42 +346,17 @@ def _stream_stopped(job: _Job) -> _Shot:
 
         target, image_format = job.targets[source.disk.target], source.disk.format
         stream_copy(
-            source.path, target, image_format, source.copy_format, tell, job.order.cancelled
+            source.path,
+            target,
+            image_format,
+            source.copy_format,
+            tell,
+            job.order.cancelled,
+            free_floor=job.order.free_floor,
         )
         done += target.stat().st_blocks * 512
         faults.point("stream:disk-copied")
     return shot
-
-
-class _Nvram:
-    """The UEFI variables: a small file that is copied, not cloned, at the disks' instant."""
-
-    def __init__(self, definition: str, destination: Path) -> None:
-        path = DomainDefinition.parse(definition).nvram_path
-        self.source = Path(path) if path else None
-        self.copy = destination / "nvram.fd"
-        self._seen: tuple[int, int] | None = None
-
-    def warm(self) -> None:
-        """Copy it ahead; it is rarely written, so that `take` mostly has nothing to do."""
-        if self.source is not None and self.source.is_file():
-            self._seen = self._stamp()
-            shutil.copyfile(self.source, self.copy)
-            self.copy.chmod(0o600)
-
-    def take(self) -> None:
-        if self._seen is not None and self._stamp() != self._seen:
-            self.warm()
-
-    def sync(self) -> None:
-        if self.copy.exists():
-            sync_source(self.copy)
-
-    def _stamp(self) -> tuple[int, int] | None:
-        if self.source is None:
-            return None
-        status = self.source.stat()
-        return status.st_mtime_ns, status.st_size
 
 
 class _Unchanged:

@@ -1,13 +1,16 @@
-"""Where a file's bytes lie on its disk (FIEMAP), and in what two files that share extents differ.
+"""Where a file's bytes lie on its disk (FIEMAP), in what two files that share extents differ, and
+what of a file is shared with none.
 
 Owns: reading extent maps, and comparing them without reading a byte of what they map. Two files
 agree wherever both name the same blocks of the disk: the file system writes to a shared block
 nowhere, it gives the writer another one.
 """
 
+import errno
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +34,10 @@ _SYNC = 1
 """FIEMAP_FLAG_SYNC. After fdatasync btrfs may not have entered yet where the data went."""
 _ROOM = 1 << 15
 """Extents asked for at a time."""
-LAST, UNKNOWN, DELALLOC, INLINE, UNWRITTEN = 0x1, 0x2, 0x4, 0x200, 0x800
+LAST, UNKNOWN, DELALLOC, INLINE, UNWRITTEN, SHARED = 0x1, 0x2, 0x4, 0x200, 0x800, 0x2000
 _NOWHERE = UNKNOWN | DELALLOC | INLINE
 """What has no place on the disk that could be compared."""
+_NO_MAPS = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
 
 Ranges = NDArray[np.uint64]
 """Byte ranges in ascending order, apart from each other; one row each: start and end."""
@@ -74,21 +78,49 @@ def extent_count(path: Path) -> int:
 
 def extents(descriptor: int) -> Extents:
     """The extents of an open file, which is synced. Raises OSError. About 1 µs per extent."""
-    parts, start = [], 0
+    found = np.concatenate(list(_parts(descriptor)))
+    found = found[found["flags"] & UNWRITTEN == 0]
+    placed = found["flags"] & _NOWHERE == 0
+    return Extents(found["logical"], found["physical"], found["length"], placed)
+
+
+def unique_bytes(path: Path) -> int:
+    """The bytes that deleting `path` would free: what it takes up, less what it shares.
+
+    An extent is shared with anything at all: another copy, the live disk, or another place in
+    the same file. Where the file system tells no extents, or shares none, it is all that the
+    file takes up. Raises OSError. About 2 µs per extent on XFS; some 10 times that on btrfs.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        allocated = os.fstat(descriptor).st_blocks * 512
+        try:
+            shared = sum(
+                int(part["length"][part["flags"] & SHARED != 0].sum())
+                for part in _parts(descriptor)
+            )
+        except OSError as error:
+            if error.errno not in _NO_MAPS:
+                raise
+            shared = 0
+    finally:
+        os.close(descriptor)
+    return max(0, allocated - shared)
+
+
+def _parts(descriptor: int) -> Iterator[NDArray[np.void]]:
+    """The extents as the kernel gives them, so many at a time."""
+    start = 0
     while True:
         request = bytearray(_HEADER.size + _ROOM * _EXTENT.itemsize)
         _HEADER.pack_into(request, 0, start, _TO_THE_END - start, _SYNC, 0, _ROOM, 0)
         fcntl.ioctl(descriptor, FS_IOC_FIEMAP, request)
         count = _HEADER.unpack_from(request)[3]
         part = np.frombuffer(request, _EXTENT, count, _HEADER.size)
-        parts.append(part)
+        yield part
         if not count or part[-1]["flags"] & LAST:
-            break
+            return
         start = int(part[-1]["logical"] + part[-1]["length"])
-    found = np.concatenate(parts)
-    found = found[found["flags"] & UNWRITTEN == 0]
-    placed = found["flags"] & _NOWHERE == 0
-    return Extents(found["logical"], found["physical"], found["length"], placed)
 
 
 def difference(now: Extents, held: Extents) -> Ranges:

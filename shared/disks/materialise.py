@@ -3,8 +3,6 @@
 Owns: all files of one server or none. The stored files are only read.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from shared.disks.copy import stream_copy
 from shared.disks.engine import CopiedDisk
 from shared.disks.errors import CopyFailed
 from shared.disks.planning import Way
-from shared.disks.reflink import can_reflink, reflink, sync_source
+from shared.disks.reflink import can_reflink, reflink
 from shared.disks.space import FLOOR, ensure_space_for
 
 Progress = Callable[[int, int], None]
@@ -35,8 +33,9 @@ def materialise(
 
     Extents are shared where that is possible; the way taken for all is returned
     ("reflink" only if every disk was). `formats` asks for another format than
-    the stored one. Raises InsufficientSpace before anything is written,
-    FileExistsError, Cancelled, CopyFailed, ImageDamaged; no new file is left then.
+    the stored one. Raises InsufficientSpace (before anything is written, or as soon as
+    a stream has less than `free_floor` of the file system left), FileExistsError,
+    Cancelled, CopyFailed, ImageDamaged; no new file is left then.
     """
     wanted = {file.target: (formats or {}).get(file.target, file.format) for file in files}
     shares = {file.target: _shares(file, destinations, wanted) for file in files}
@@ -63,7 +62,15 @@ def materialise(
             if shares[file.target]:
                 reflink(file.path, path)
             else:
-                stream_copy(file.path, path, file.format, wanted[file.target], tell, cancelled)
+                stream_copy(
+                    file.path,
+                    path,
+                    file.format,
+                    wanted[file.target],
+                    tell,
+                    cancelled,
+                    free_floor=free_floor,
+                )
             _verify(file, path, wanted[file.target])
             faults.point("materialise:written")
             done += needs[file.target]
@@ -73,18 +80,6 @@ def materialise(
             path.unlink(missing_ok=True)
         raise
     return "reflink" if all(shares.values()) else "stream"
-
-
-def copy_nvram(src: Path, dst: Path) -> None:
-    """Copy the UEFI variables to a new file, mode 0600, synced. Raises FileExistsError."""
-    descriptor = os.open(dst, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as target, src.open("rb") as source:
-            shutil.copyfileobj(source, target)
-        sync_source(dst)
-    except BaseException:
-        dst.unlink(missing_ok=True)
-        raise
 
 
 def _shares(file: CopiedDisk, destinations: Mapping[str, Path], wanted: Mapping[str, str]) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from shared.disks.errors import CopyFailed, InsufficientSpace, ReflinkRefused
 from shared.disks.extents import Ranges
+from shared.disks.space import full_is_said
 
 FICLONE = 0x40049409  # include/uapi/linux/fs.h
 FICLONERANGE = 0x4020940D
@@ -45,9 +46,10 @@ def reflink(src: Path, dst: Path) -> None:
     try:
         target = create_target(source, dst)
         try:
-            os.fdatasync(source)
-            clone_into_fd(source, target)
-            os.fsync(target)
+            with full_is_said(dst.parent):
+                os.fdatasync(source)
+                clone_into_fd(source, target)
+                os.fsync(target)
         except BaseException:
             dst.unlink(missing_ok=True)
             raise
@@ -62,9 +64,10 @@ def create_target(src_fd: int, dst: Path) -> int:
 
     On btrfs a file with the NOCOW attribute clones only into one that has it
     too, and the other way round (EINVAL otherwise; measured); it can be set on
-    an empty file alone.
+    an empty file alone. Raises FileExistsError and InsufficientSpace.
     """
-    target = os.open(dst, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with full_is_said(dst.parent):
+        target = os.open(dst, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.fchmod(target, 0o600)
         _take_over_nocow(src_fd, target)

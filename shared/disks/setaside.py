@@ -19,6 +19,7 @@ from pathlib import Path
 
 from shared import faults
 from shared.disks.errors import DiskError, SetAsideConflict
+from shared.disks.space import full_is_said
 
 FOLDER, NEW, OLD = ".triptych-", "new-", "old-"
 """What the names of directories and files begin with, before the operation's or the live one's."""
@@ -44,7 +45,8 @@ def prepare(live: Mapping[str, Path], operation_id: str) -> dict[str, Path]:
 
     A `new-` file that an earlier attempt left is removed, unless it is in use
     already (its `old-` is there): that is a conflict. Symbolic links are
-    resolved by the caller. Raises SetAsideConflict, DiskError for a block device.
+    resolved by the caller. Raises SetAsideConflict, InsufficientSpace, DiskError for a
+    block device.
     """
     paths = {}
     for target, path in live.items():
@@ -56,7 +58,8 @@ def prepare(live: Mapping[str, Path], operation_id: str) -> dict[str, Path]:
         if _swapped(path, old_path(path, operation_id)):
             raise SetAsideConflict(f"{target} was already replaced by this operation.")
         folder = folder_of(path, operation_id)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        with full_is_said(path.parent):
+            folder.mkdir(mode=0o700, exist_ok=True)
         paths[target] = new_path(path, operation_id)
         paths[target].unlink(missing_ok=True)
         old_path(path, operation_id).unlink(missing_ok=True)  # a second name, no more
@@ -68,7 +71,8 @@ def swap(live: Mapping[str, Path], operation_id: str) -> None:
 
     The new file gets the live one's owner and mode. A live file that is gone (a
     restore of a lost disk) has nothing to set aside. Raises SetAsideConflict
-    when a new file is missing; nothing is changed then.
+    when a new file is missing; nothing is changed then. Raises InsufficientSpace where
+    not even a name can be written; `swap_back` undoes what was done by then.
     """
     for target, path in live.items():
         new, old = new_path(path, operation_id), old_path(path, operation_id)
@@ -80,15 +84,16 @@ def swap(live: Mapping[str, Path], operation_id: str) -> None:
         new, old = new_path(path, operation_id), old_path(path, operation_id)
         if not new.exists():
             continue  # done by an earlier attempt
-        if path.exists() and not old.exists():
-            _take_over_owner(path, new)
-            _link(path, old)
-            _sync_folder(old.parent)
-        faults.point("swap:linked")
-        new.replace(path)
-        faults.point("swap:replaced")
-        _sync_folder(path.parent)
-        _sync_folder(new.parent)
+        with full_is_said(path.parent):
+            if path.exists() and not old.exists():
+                _take_over_owner(path, new)
+                _link(path, old)
+                _sync_folder(old.parent)
+            faults.point("swap:linked")
+            new.replace(path)
+            faults.point("swap:replaced")
+            _sync_folder(path.parent)
+            _sync_folder(new.parent)
 
 
 def refuse_lost(live: Mapping[str, Path], operation_id: str) -> None:

@@ -15,10 +15,11 @@ from sqlalchemy import select
 from shared.database import reading, transaction
 from shared.doctor.findings import Finding
 from shared.doctor.site import Site
+from shared.manifest import Manifest, ManifestDisk, VaultError, read_manifest
 from shared.models import Image, Snapshot
 from shared.rescan import Finding as Judged
 from shared.rescan import rescan
-from shared.vault import Manifest, ManifestDisk, Vault, VaultError, read_manifest
+from shared.vault import Vault
 
 CHECK = "copy"
 _FILE, _FOLDER = 0o400, 0o700

@@ -50,19 +50,21 @@ def push_backup(
     cancelled: Callable[[], bool],
     *,
     instant: AbstractContextManager[Any] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Copy the disks named in `targets` (`{"vda": (path, "qcow2")}`) to new files.
 
     `instant` surrounds the moment the copy is of (a freeze belongs there);
-    `progress(done, total)` is in bytes. The files are synced, mode 0600. Raises
-    BackupFailed, LibvirtBusy (another job runs) or Cancelled; then the job is
-    ended and the files are removed.
+    `progress(done, total)` is in bytes; `check` is called several times a second and
+    raises when the copy must not go on. The files are synced, mode 0600. Raises
+    BackupFailed, LibvirtBusy (another job runs), Cancelled or what `check` raises;
+    then the job is ended and the files are removed.
     """
     job = _Job(domain)
     try:
         with instant or nullcontext():
             job.begin(_job_xml(domain, targets))
-        job.wait(progress, cancelled)
+        job.wait(progress, cancelled, check)
         job.wait_released(targets)
         for path, _ in targets.values():
             settle(path)
@@ -118,13 +120,16 @@ class _Job:
                 self.begun = False  # refused: a job that runs is somebody else's
             raise
 
-    def wait(self, progress: Progress, cancelled: Callable[[], bool]) -> None:
+    def wait(
+        self, progress: Progress, cancelled: Callable[[], bool], check: Callable[[], None]
+    ) -> None:
         lost_at, next_poll = 0.0, time.monotonic() + POLL_S
         while True:
             if cancelled():
                 raise Cancelled(
                     f"The copy of {self.domain.name} was cancelled. Nothing of it was kept."
                 )
+            check()
             if self._done.wait(_CANCEL_POLL_S):
                 break
             if time.monotonic() < next_poll:

@@ -9,6 +9,11 @@ from sqlmodel import Field, SQLModel
 from shared.models.columns import CreatedAt, Document, Id, Moment
 
 
+def UniqueBytes() -> Any:
+    """What deleting the copy would free, as of `measured_at`; None while that is not known."""
+    return Field(default=None, sa_type=BigInteger)
+
+
 class Snapshot(SQLModel, table=True):
     """S1: the partial unique index allows one live snapshot per server."""
 
@@ -38,6 +43,8 @@ class Snapshot(SQLModel, table=True):
     way: str
     pause_ms: float | None = None
     bytes: int = Field(sa_type=BigInteger)
+    unique_bytes: int | None = UniqueBytes()
+    measured_at: datetime | None = Moment(default=None)
     description: str = ""
     deleted_at: datetime | None = Moment(default=None)
 
@@ -68,6 +75,8 @@ class Image(SQLModel, table=True):
     way: str
     pause_ms: float | None = None
     bytes: int = Field(sa_type=BigInteger)
+    unique_bytes: int | None = UniqueBytes()
+    measured_at: datetime | None = Moment(default=None)
     verified_at: datetime | None = Moment(default=None)
     verified_result: str | None = None
     left_out: list[dict[str, Any]] = Document(list)

@@ -18,7 +18,7 @@ from shared.settings import settings
 
 
 def folder() -> Path:
-    """Where the files are; the first attempt on a host makes it."""
+    """Where there is a file for each attempt that goes on on this host."""
     return settings().vault / ".workers"
 
 

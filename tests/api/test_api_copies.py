@@ -55,7 +55,7 @@ def test_show_snapshot(api: TestClient, world: World, server: Server) -> None:
     found = api.get("/v1/servers/web-1/snapshot").json()
     assert set(found) == {
         *("id", "server", "taken_at", "expires_at", "with_memory", "consistency", "way"),
-        *("pause_ms", "bytes", "description"),
+        *("pause_ms", "bytes", "unique_bytes", "description"),
     }
     assert (taken.id, server.id, 9.5) == (found["id"], found["server"], found["pause_ms"])
     assert taken.expires_at.isoformat().replace("+00:00", "Z") == found["expires_at"]

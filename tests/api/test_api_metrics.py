@@ -262,6 +262,21 @@ def test_hosts(api: TestClient, world: World) -> None:
     assert value(found, "vault_free_bytes", host="silent") is None
 
 
+def test_vaults(api: TestClient, world: World, server: Server) -> None:
+    """What copies take up, as it was measured last; a vault without copies says 0."""
+    world.host("empty")
+    world.image(server, bytes=100, unique_bytes=30, measured_at=now())
+    world.snapshot(server, bytes=50)
+    found = scrape(api)
+
+    def values(host: str) -> list[float | None]:
+        names = ("copies", "apparent_bytes", "unique_bytes", "shared_bytes")
+        return [value(found, f"vault_{name}", host=host) for name in names]
+
+    assert values("kvm-1") == [2, 150, 30, 70]
+    assert values("empty") == [0, 0, 0, 0]
+
+
 @pytest.fixture
 def statements(world: World) -> Iterator[list[str]]:
     """What is sent to the database from here on."""
@@ -290,7 +305,7 @@ def test_as_many_queries_however_much_there_is(
         ended(world, made, "succeeded", result={"way": "stream", "pause_ms": 1})
     statements.clear()
     scrape(api)
-    assert len(statements) == before < 12
+    assert len(statements) == before < 14
 
 
 def test_does_not_walk_through_history(

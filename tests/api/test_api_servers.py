@@ -22,6 +22,22 @@ def test_hosts(api: TestClient, world: World) -> None:
     assert host == api.get("/v1/hosts/kvm-1").json()
 
 
+def test_host_says_what_its_copies_take_up(api: TestClient, world: World, server: Server) -> None:
+    """Beside the room that is free: what was measured, and what would be freed."""
+    measured_at = now()
+    world.image(server, bytes=100, unique_bytes=30, measured_at=measured_at)
+    world.image(server, "gone", bytes=7, unique_bytes=7, deleted_at=now())
+    world.snapshot(server, bytes=50)
+    assert api.get("/v1/hosts/kvm-1").json()["vault_usage"] == {
+        "copies": 2,
+        "measured": 1,
+        "apparent_bytes": 150,
+        "unique_bytes": 30,
+        "shared_bytes": 70,
+        "measured_at": measured_at.isoformat().replace("+00:00", "Z"),
+    }
+
+
 @pytest.mark.parametrize(
     ("fields", "shown"),
     [

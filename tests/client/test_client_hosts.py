@@ -29,6 +29,7 @@ def host(queued: int = 0, running: int = 0, **fields: Any) -> dict[str, Any]:
         "reflink": True,
         "free_bytes": 2**40,
         "total_bytes": 2**41,
+        "vault_usage": {"copies": 3, "apparent_bytes": 3 * 2**30, "unique_bytes": 2**20},
         **fields,
     }
 
@@ -145,3 +146,9 @@ def test_show_begins_with_the_state(api: Fake, triptych: Triptych) -> None:
     lines = triptych("host", "show", "kvm1").out.splitlines()
     assert lines[0].split() == ["state", "draining"]
     assert ["operations.queued", "1"] in [line.split() for line in lines]
+
+
+def test_list_says_what_copies_take_up(api: Fake, triptych: Triptych) -> None:
+    """How many there are, what they hold, and what of it is shared with nothing."""
+    api.says("GET /v1/hosts", {"items": [host()]})
+    assert "3 of 3.0 GiB, own 1.0 MiB" in triptych("host", "list").out

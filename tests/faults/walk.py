@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from system.live_site import Machine, Site, fill, wait_for
+from system.live_site import Machine, Site, wait_for
 
+from lab.filesystems import fill
 from lab.guest import attach
 
 RECOVERY_S = 60.0

@@ -24,7 +24,8 @@ from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.domains import Domain, find_by_name
 from shared.hypervisor.errors import DiskNotCopyable
 from shared.hypervisor.watchdog import Watchdog
-from shared.vault import Manifest, ManifestDisk, ManifestServer, Vault, read_manifest
+from shared.manifest import Manifest, ManifestDisk, ManifestServer, read_manifest
+from shared.vault import Vault
 
 pytestmark = pytest.mark.vm
 

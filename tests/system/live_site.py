@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -29,6 +30,7 @@ FILE_SYSTEMS = {"xfs": "reflink", "btrfs": "reflink", "ext4": "stream"}
 """Each kind of file system with the way that copies go on it."""
 SIZE = 16 * GIB
 FOLDERS = {"snapshot": "snapshots", "image": "images"}
+MANIFEST = "manifest.json"
 SMALL = 16 * MIB
 SLOW = 640 * MIB
 """Enough to copy that something can be done meanwhile."""
@@ -323,32 +325,24 @@ class Machine:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder, by name."""
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-    }
+    """SHA-256 of every file in a copy's folder, by name; of the manifest without the digests of
+    its disks, and the seal, which come later."""
+    found = {path.name: path.read_bytes() for path in _files(folder) if path.name != MANIFEST}
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["seal"]
+    for disk in manifest["disks"]:
+        del disk["digest"]
+    found[MANIFEST] = json.dumps(manifest).encode()
+    return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
 
 
 def modes(folder: Path) -> set[str]:
-    return {oct(path.stat().st_mode & 0o7777) for path in folder.iterdir()}
+    return {oct(path.stat().st_mode & 0o7777) for path in _files(folder)}
 
 
-def fill(folder: Path, leave: int = 0) -> Path:
-    """Take up all room in `folder` but `leave` bytes; delete the file to give it back."""
-    path = folder / "ballast"
-    size, step = 0, GIB
-    with path.open("wb") as file:
-        while step >= MIB:
-            if shutil.disk_usage(folder).free - step < leave:
-                step //= 2
-                continue
-            try:
-                os.posix_fallocate(file.fileno(), size, step)
-                size += step
-            except OSError:
-                step //= 2
-    return path
+def _files(folder: Path) -> list[Path]:
+    """What is in a copy's folder, without a manifest that is about to take the other's place."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 @contextlib.contextmanager

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from xml.etree import ElementTree
 
 import pytest
-from live_site import SMALL, Machine, Site, fill, open_site, wait_for
+from live_site import SMALL, Machine, Site, open_site, wait_for
 from triptych import Problem
 
 from lab import filesystems
-from lab.filesystems import MIB
+from lab.filesystems import MIB, fill
 from lab.guest import Guest, make_disk
 from lab.libvirtd import Hypervisor, libvirtd
 
@@ -125,13 +125,16 @@ def site_floor(site: Site) -> int:
 @pytest.mark.parametrize("power", ["running", "stopped"])
 @on_ext4
 def test_a_disk_that_fills_up_meanwhile_ends_the_copy(site: Site, power: str) -> None:
-    """When others take the room during a copy it fails as insufficient_space and leaves nothing."""
+    """When others take the room during a copy it ends itself while there is some left (E6): it
+    fails as insufficient_space, says how much there is, and leaves nothing."""
     machine = site.busy(power)
     operation = site.client.images.create(machine.id)
     site.wait_phase(operation, "copying")
-    ballast = fill(site.folder)
+    ballast = fill(site.folder, leave=site_floor(site) * 9 // 10)
     try:
         assert site.refused(operation) == "insufficient_space"
+        message = site.client.operations.get(operation["id"])["error"]["message"]
+        assert "that are kept free" in message
         assert machine.state() == power
     finally:
         ballast.unlink()

@@ -298,3 +298,37 @@ def test_a_guest_that_its_owner_paused_stays_paused(site: Site, running: Machine
     finally:
         running.guest.domain.resume()
     assert running.read() == {"paused"}
+
+
+@on_xfs
+def test_what_the_workers_do_in_the_background(site: Site) -> None:
+    """Digests and sizes come by themselves: a byte that is flipped from then on is found by the
+    first verification, and the host adds up what its copies take up."""
+    machine = site.machine(["raw"], "stopped", noise=64 * MIB)
+    image = site.done(site.client.images.create(machine.id))["result"]["image"]
+    folder = site.copy_of("image", machine)
+
+    def complete() -> bool:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return all(disk["digest"] for disk in manifest["disks"])
+
+    wait_for(complete, "the digests are there")
+    wait_for(lambda: site.client.images.get(image)["unique_bytes"] is not None, "it was measured")
+    assert site.client.images.get(image)["unique_bytes"] < MIB  # the live disk has the rest
+    used = site.client.hosts.get(site.host)["vault_usage"]
+    assert used["measured"] >= 1
+    assert used["apparent_bytes"] >= used["shared_bytes"] >= 64 * MIB
+
+    disk = folder / "vdb.raw"
+    disk.chmod(0o600)
+    with disk.open("r+b") as file:
+        file.seek(40 * MIB)
+        byte = file.read(1)
+        file.seek(40 * MIB)
+        file.write(bytes([byte[0] ^ 1]))
+    result = site.done(site.client.images.verify(image))["result"]
+    assert (result["verified"], [each["file"] for each in result["faults"]]) == (
+        "damaged",
+        ["vdb.raw"],
+    )
+    site.remove(machine)

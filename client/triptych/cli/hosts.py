@@ -26,13 +26,14 @@ def list_hosts(ctx: typer.Context) -> None:
         hosts,
         lambda: table(
             session.out,
-            ["name", "state", "queued", "running", *facts, "free"],
+            ["name", "state", "queued", "running", *facts, "copies", "free"],
             [
                 [
                     host["name"],
                     _state(host),
                     *(str(count) for count in _load(host)),
                     *(plain(name, host.get(name)) for name in facts),
+                    _copies(host),
                     f"{size(host.get('free_bytes'))} of {size(host.get('total_bytes'))}",
                 ]
                 for host in hosts
@@ -44,7 +45,7 @@ def list_hosts(ctx: typer.Context) -> None:
 
 @command(app, "show", "triptych host show kvm1")
 def show(ctx: typer.Context, host: HostName) -> None:
-    """Show what a host can do: reflink, quiesce, memory, free space."""
+    """Show what a host can do: reflink, quiesce, memory, space used and free."""
     session = session_of(ctx)
     found = session.client.hosts.get(host)
     session.emit(found, lambda: record(session.out, [("state", _state(found)), *fields_of(found)]))
@@ -148,6 +149,14 @@ def _conclude(session: Session, host: Host) -> None:
 def _load(host: Host) -> tuple[int, int]:
     operations: dict[str, Any] = host.get("operations") or {}
     return operations.get("queued", 0), operations.get("running", 0)
+
+
+def _copies(host: Host) -> str:
+    """How many the vault holds, and what of them is shared with nothing."""
+    used: dict[str, Any] = host.get("vault_usage") or {}
+    if not used:
+        return "–"
+    return f"{used['copies']} of {size(used['apparent_bytes'])}, own {size(used['unique_bytes'])}"
 
 
 def _left(host: Host) -> str:

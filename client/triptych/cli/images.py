@@ -59,11 +59,12 @@ def list_images(
     """List the images, of all servers or of one."""
     session = session_of(ctx)
     images = session.client.images.list(server, limit=limit)
+    sizes = ("size", "of its own")
     session.emit_list(
         images,
         lambda: table(
             session.out,
-            ["name", "server", "created", "origin", "state", "pinned", "size", "proof", "id"],
+            ["name", "server", "created", "origin", "state", "pinned", *sizes, "proof", "id"],
             [
                 [
                     each["name"],
@@ -73,6 +74,7 @@ def list_images(
                     plain("state", each.get("state")),
                     plain("pinned", each.get("pinned")),
                     size(each.get("bytes")),
+                    size(each.get("unique_bytes")),
                     plain("result", (each.get("proof") or {}).get("result")),
                     each["id"],
                 ]

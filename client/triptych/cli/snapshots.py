@@ -124,6 +124,7 @@ def _show(session: Session, snapshot: Snapshot, server: str) -> None:
             ("taken", f"{moment(taken)} ({distance(taken)})"),
             ("expires", f"{moment(expires)} ({distance(expires)})"),
             ("size", size(snapshot.get("bytes"))),
+            ("of its own", size(snapshot.get("unique_bytes"))),
             ("memory", plain("with_memory", snapshot.get("with_memory"))),
             ("consistency", plain("consistency", snapshot.get("consistency"))),
             ("way", plain("way", snapshot.get("way"))),

@@ -11,7 +11,7 @@ from sqlalchemy import and_, case, func, select
 from sqlalchemy.orm import aliased
 from sqlmodel import Session
 
-from shared import VERSION
+from shared import VERSION, usage
 from shared.commands import SERVICES
 from shared.database import now
 from shared.models import (
@@ -52,6 +52,7 @@ def read(session: Session) -> Iterator[Metric]:
     yield build
     hosts = list(session.scalars(select(Host)))
     yield from _hosts(hosts)
+    yield from _vaults(session, [host.name for host in hosts])
     yield from _servers(session)
     yield from _snapshots(session)
     yield from _schedules(session)
@@ -70,6 +71,25 @@ def _hosts(hosts: list[Host]) -> Iterator[Metric]:
         free.set([host.name], host.facts.get("free_bytes"))
         size.set([host.name], host.facts.get("total_bytes"))
     yield from (up, seen, free, size)
+
+
+def _vaults(session: Session, hosts: list[str]) -> Iterator[Metric]:
+    used = usage.by_host(session)
+    copies = Gauge("vault_copies", "Snapshots and images that the vault holds", ["host"])
+    families = {
+        name: Gauge(f"vault_{name}", what, ["host"])
+        for name, what in (
+            ("apparent_bytes", "What the copies would take up if they shared nothing"),
+            ("unique_bytes", "What each copy alone would free by its deletion, added up"),
+            ("shared_bytes", "What copies share with others or a live disk, for each that does"),
+        )
+    }
+    for host in hosts:
+        found = used.get(host, usage.Usage())
+        copies.set([host], found.copies)
+        for name, family in families.items():
+            family.set([host], getattr(found, name))
+    yield from (copies, *families.values())
 
 
 def _servers(session: Session) -> Iterator[Metric]:
