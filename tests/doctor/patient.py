@@ -19,10 +19,11 @@ from shared.copying import Stored
 from shared.database import now, transaction
 from shared.disks import setaside
 from shared.doctor.findings import Finding
+from shared.manifest import Manifest, ManifestAbout, ManifestDisk, ManifestServer
 from shared.models import Operation, Server
 from shared.operations import claim, journal, presence
 from shared.settings import settings
-from shared.vault import Manifest, ManifestAbout, ManifestDisk, ManifestServer, Vault
+from shared.vault import Vault
 
 SIZE = 64 * 1024
 

@@ -16,6 +16,7 @@ from sqlalchemy import select
 from shared import doctor
 from shared.database import now, transaction
 from shared.doctor import copies, leftovers
+from shared.manifest import read_manifest, write_manifest
 from shared.models import Image, Snapshot
 
 pytestmark = pytest.mark.vm
@@ -92,22 +93,27 @@ def truncate_disk(folder: Path) -> None:
 
 
 def swap_for_a_smaller_qcow2(folder: Path) -> None:
-    disk, manifest = writable(folder / "vda.raw"), writable(folder / "manifest.json")
+    disk, manifest = writable(folder / "vda.raw"), read_manifest(folder)
     header = b"QFI\xfb" + bytes(20) + struct.pack(">Q", 256)
     disk.write_bytes(header)
-    manifest.write_text(manifest.read_text().replace('"format": "raw"', '"format": "qcow2"'))
     seal(disk)
-    seal(manifest)
+    disks = [each.model_copy(update={"format": "qcow2"}) for each in manifest.disks]
+    write_manifest(folder, manifest.model_copy(update={"disks": disks}))
 
 
 def take_anothers_manifest(folder: Path) -> None:
+    write_manifest(folder, read_manifest(folder).model_copy(update={"id": "img_other"}))
+
+
+def change_manifest(folder: Path) -> None:
     manifest = writable(folder / "manifest.json")
-    manifest.write_text(manifest.read_text().replace(folder.name, "img_other"))
+    manifest.write_text(manifest.read_text().replace("raw", "row"))
     seal(manifest)
 
 
 DAMAGE = [
     (damage_manifest, "Manifest"),
+    (change_manifest, "its seal does not fit"),
     (lose_disk, "vda.raw is missing"),
     (truncate_disk, "vda.raw has 0 bytes, the manifest says 512"),
     (swap_for_a_smaller_qcow2, "vda.raw has 256 bytes, the manifest says 512"),
