@@ -145,6 +145,8 @@ def copy_server(
             free_floor=settings().free_floor,
             pause_budget_ms=settings().pause_budget.total_seconds() * 1000,
             memory=memory,
+            # A farm's is read once for each clone, and gone then.
+            compress=settings().compression == "zstd" and kind != "farm",
         )
         manifest = _manifest(kind, copy_id, server, domain, capture)
         manifest = manifest.model_copy(update={"about": about or ManifestAbout()})

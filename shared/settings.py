@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
 
 from pydantic import (
@@ -70,6 +70,9 @@ class Settings(BaseSettings):
     liveness_file: Path | None = Field(None, description="where a worker reports its health")
     pause_budget: Duration = Field(
         timedelta(milliseconds=100), gt=timedelta(0), description="longest a copy may hold a guest"
+    )
+    compression: Literal["none", "zstd"] = Field(
+        "none", description="of copies made by stream; those that share extents are as they are"
     )
     free_floor: float = Field(0.05, ge=0, lt=1, description="share of a file system kept free")
 

@@ -88,17 +88,20 @@ def capture(
     free_floor: float = FLOOR,
     pause_budget_ms: float = PAUSE_BUDGET_MS,
     memory: bool = False,
+    compress: bool = False,
 ) -> Capture:
     """Copy every writable disk (and the UEFI variables) into the folder `destination`.
 
-    With `memory` also what is in the guest's RAM, of the same instant (S5); nothing is frozen
-    then. `before(step)` is called ahead of what the journal must know: "pause" before a
-    running guest is frozen and suspended, "memory" before its memory is saved, "backup"
-    before QEMU's copy job. The folder must be searchable by QEMU's user (0711) for the stream
-    way. Raises InsufficientSpace (before anything is touched, or when the room is taken up
-    meanwhile: by stream as soon as less than `free_floor` is left), Cancelled, PauseFailed,
-    PauseTooLong, QuiesceFailed, ServerNotRunning, MemoryNotSaved, BackupFailed, ImageDamaged,
-    CopyFailed and what `plan` raises; then no file is left and the guest is as it was.
+    With `compress` what is streamed is compressed. With `memory` also what is in the guest's RAM,
+    of the same instant (S5); nothing is frozen then. `before(step)` is called ahead of what the
+    journal must know: "pause" before a running guest is frozen and suspended, "memory" before
+    its memory is saved, "backup" before QEMU's copy job. The folder must be searchable by QEMU's
+    user (0711) for the stream way.
+
+    Raises InsufficientSpace (before anything is touched, or when the room is taken up meanwhile:
+    by stream as soon as less than `free_floor` is left), Cancelled, PauseFailed, PauseTooLong,
+    QuiesceFailed, ServerNotRunning, MemoryNotSaved, BackupFailed, ImageDamaged, CopyFailed and
+    what `plan` raises; then no file is left and the guest is as it was.
     """
     order = _Order(
         domain,
@@ -111,14 +114,16 @@ def capture(
         free_floor,
         pause_budget_ms,
         memory,
+        compress,
     )
-    chosen = plan(domain, destination, way=way)
+    chosen = plan(domain, destination, way=way, compress=compress)
     try:
         return _captured(order, chosen)
     except PauseTooLong as error:
         if way == "reflink":
             raise
-        return _captured(order, plan(domain, destination, way="stream", reason=error.detail))
+        chosen = plan(domain, destination, way="stream", reason=error.detail, compress=compress)
+        return _captured(order, chosen)
 
 
 def _captured(order: "_Order", chosen: Plan) -> Capture:
@@ -180,6 +185,7 @@ class _Order:
     free_floor: float
     pause_budget_ms: float
     memory: bool
+    compress: bool
 
     def check(self) -> None:
         """Raises Cancelled."""
@@ -331,7 +337,27 @@ def _stream_active(job: _Job) -> _Shot:
             ) from error
         raise
     faults.point("stream:copied")
+    if order.compress:
+        for target in job.targets.values():
+            _compressed(target, order)
     return shots[0]
+
+
+def _compressed(target: Path, order: _Order) -> None:
+    """Compress a copy, in a second pass: libvirt's backup job knows of none."""
+    fresh = target.with_name(f"{target.name}.zstd")
+    stream_copy(
+        target,
+        fresh,
+        "qcow2",
+        "qcow2",
+        lambda _done, _total: None,
+        order.cancelled,
+        free_floor=order.free_floor,
+        compress=True,
+    )
+    fresh.replace(target)
+    faults.point("stream:compressed")
 
 
 def _stream_stopped(job: _Job) -> _Shot:
@@ -353,6 +379,7 @@ def _stream_stopped(job: _Job) -> _Shot:
             tell,
             job.order.cancelled,
             free_floor=job.order.free_floor,
+            compress=job.order.compress,
         )
         done += target.stat().st_blocks * 512
         faults.point("stream:disk-copied")

@@ -63,11 +63,13 @@ def plan(
     *,
     way: Choice = "auto",
     reason: str = "stream was asked for",
+    compress: bool = False,
 ) -> Plan:
     """Decide how to copy `domain` into `destination`, without touching anything.
 
-    `reason` is why another way than the best is asked for. Raises DiskNotCopyable,
-    DomainWithoutDisks, or CopyFailed where an image cannot be read.
+    `reason` is why another way than the best is asked for. `compress` what is streamed, which
+    only a qcow2 can hold: an active domain's disks in a second pass, beside the first. Raises
+    DiskNotCopyable, DomainWithoutDisks, or CopyFailed where an image cannot be read.
     """
     disks, left_out = DomainDefinition.parse(domain.live_definition()).split_disks()
     sources = tuple(_source(disk) for disk in disks)
@@ -96,7 +98,10 @@ def plan(
                 f"reflink alone; that is not possible here: {obstacle or reason}.",
                 disk=source.disk.target,
             )
+    if compress:
+        sources = tuple(replace(s, copy_format="qcow2") for s in sources)
     needed = sum(images.measure(s.path, s.disk.format, s.copy_format) for s in sources)
+    needed *= 2 if compress and state != "stopped" else 1
     return Plan("stream", obstacle or reason, state, sources, left_out, needed)
 
 

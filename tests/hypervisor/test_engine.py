@@ -148,6 +148,33 @@ def test_a_stopped_server(
     assert stopped.state == "stopped"
 
 
+@pytest.mark.parametrize("state", ["paused", "stopped"])
+def test_streams_are_compressed(
+    hypervisor: Hypervisor, xfs: Path, watchdog: Watchdog, folder: Path, state: str
+) -> None:
+    """With zstd, raw disks too, of any server: the same bytes in less room, in whole files."""
+    with Guest.create(hypervisor, xfs / f"zstd-{state}", disks=["qcow2", "raw"]) as made:
+        domain = find_by_name(connect(hypervisor.uri), made.name)
+        with made.disks[1].open("r+b") as disk:
+            disk.seek(16 << 20)
+            disk.write(b"to be compressed" * (1 << 18))
+        if state != "stopped":
+            made.start()
+            domain.suspend()  # so that it can be compared
+        taken = capture(domain, folder, watchdog=watchdog, way="stream", compress=True)
+        assert [(file.target, file.format) for file in taken.files] == [
+            ("vda", "qcow2"),
+            ("vdb", "qcow2"),
+        ]
+        about = ["qemu-img", "info", "-U", str(taken.files[1].path)]
+        assert "compression type: zstd" in subprocess.check_output(about, text=True)
+        assert taken.files[1].bytes < 4 << 20
+        assert sorted(path.name for path in folder.iterdir()) == ["vda.qcow2", "vdb.qcow2"]
+        command = ["qemu-img", "compare", "-U", "-q", "-f", "raw", "-F", "qcow2"]
+        command += [str(made.disks[1]), str(taken.files[1].path)]
+        assert subprocess.run(command).returncode == 0
+
+
 @pytest.mark.parametrize("way", ["reflink", "stream"])
 def test_an_owners_pause_is_copied_and_kept(
     guest: Guest, domain: Domain, watchdog: Watchdog, folder: Path, way: engine.Choice
