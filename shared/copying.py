@@ -15,7 +15,8 @@ from typing import Any
 
 from shared.database import by_database_clock
 from shared.disks import engine
-from shared.disks.engine import Capture, CopiedDisk
+from shared.disks.copied import CopiedDisk
+from shared.disks.engine import Capture
 from shared.disks.materialise import materialise
 from shared.disks.nvram import copy_nvram
 from shared.hypervisor import domains

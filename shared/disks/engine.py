@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Literal
 
 from shared import faults
-from shared.disks import images
 from shared.disks.catching_up import CatchingUp, catch_up, finish, follow
+from shared.disks.copied import CopiedDisk, Unchanged, copied
 from shared.disks.copy import stream_copy
-from shared.disks.errors import CopyFailed, InsufficientSpace, PauseTooLong
+from shared.disks.errors import InsufficientSpace, PauseTooLong
 from shared.disks.nvram import Nvram
-from shared.disks.planning import Choice, Plan, SourceDisk, Way, plan
+from shared.disks.planning import Choice, Plan, Way, plan
 from shared.disks.reflink import create_target
 from shared.disks.space import FLOOR, FloorWatch, ensure_space, full_is_said, says_full
 from shared.errors import Cancelled
@@ -43,17 +43,6 @@ WITH_MEMORY = (
     "after a power cut"
 )
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class CopiedDisk:
-    """One disk's copy. `bytes` is what the file takes up, shared extents included."""
-
-    target: str
-    path: Path
-    format: str
-    virtual_bytes: int
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -140,14 +129,14 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
         s.disk.target: destination / f"{s.disk.target}.{s.copy_format}" for s in chosen.sources
     }
     job = _Job(order, chosen, targets, nvram)
-    guard = _Unchanged(domain, chosen)
+    guard = Unchanged(domain, chosen)
     try:
         with full_is_said(destination):
             if chosen.state == "stopped":
                 refuse_if_open((source.path for source in chosen.sources), "copied")
             shot = _reflink(job) if chosen.way == "reflink" else _stream(job)
             guard.verify()
-            files = tuple(_copied(s, targets[s.disk.target]) for s in chosen.sources)
+            files = tuple(copied(s, targets[s.disk.target]) for s in chosen.sources)
             nvram.sync()
     except BaseException:
         for path in [*targets.values(), nvram.copy, job.memory]:
@@ -384,43 +373,3 @@ def _stream_stopped(job: _Job) -> _Shot:
         done += target.stat().st_blocks * 512
         faults.point("stream:disk-copied")
     return shot
-
-
-class _Unchanged:
-    """Makes sure that a server which was off stayed off, unwritten, while it was copied."""
-
-    def __init__(self, domain: Domain, chosen: Plan) -> None:
-        self.domain, self.chosen = domain, chosen
-        self._before = self._stamps()
-
-    def verify(self) -> None:
-        if self.chosen.state != "stopped":
-            return
-        if self.domain.state != "stopped" or self._stamps() != self._before:
-            raise CopyFailed(
-                f"{self.domain.name} was started or its disks were written while it was being "
-                "copied, so the copy is not kept. The server was not touched; try again."
-            )
-
-    def _stamps(self) -> list[tuple[int, int]]:
-        stats = [source.path.stat() for source in self.chosen.sources]
-        return [(status.st_mtime_ns, status.st_size) for status in stats]
-
-
-def _copied(source: SourceDisk, path: Path) -> CopiedDisk:
-    image_format = path.suffix.removeprefix(".")
-    if not source.disk.encrypted:
-        images.check(path, image_format)
-        about = images.info(path, image_format)
-        if about.depends_on is not None or about.virtual_bytes != source.virtual_bytes:
-            raise CopyFailed(
-                f"The copy of {source.disk.target} is not the whole disk and is not kept. "
-                "The server was not touched."
-            )
-    return CopiedDisk(
-        target=source.disk.target,
-        path=path,
-        format=image_format,
-        virtual_bytes=source.virtual_bytes,
-        bytes=path.stat().st_blocks * 512,
-    )

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from shared import faults
 from shared.disks import images
+from shared.disks.copied import CopiedDisk
 from shared.disks.copy import stream_copy
-from shared.disks.engine import CopiedDisk
 from shared.disks.errors import CopyFailed
 from shared.disks.planning import Way
 from shared.disks.reflink import can_reflink, reflink

@@ -13,8 +13,8 @@ import pytest
 
 from lab import filesystems
 from shared.disks import setaside
+from shared.disks.copied import CopiedDisk
 from shared.disks.copy import stream_copy
-from shared.disks.engine import CopiedDisk
 from shared.disks.errors import InsufficientSpace
 from shared.disks.materialise import materialise
 from shared.disks.nvram import Nvram, copy_nvram

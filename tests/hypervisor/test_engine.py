@@ -13,6 +13,7 @@ from lab import offline
 from lab.guest import Guest
 from lab.libvirtd import Hypervisor
 from shared.disks import catching_up, engine, images
+from shared.disks.copied import CopiedDisk
 from shared.disks.copy import stream_copy
 from shared.disks.engine import capture
 from shared.disks.errors import CopyFailed, InsufficientSpace, PauseTooLong
@@ -351,7 +352,7 @@ def test_through_the_vault_and_out_again(
             taken.definition,
         )
     stored = [
-        engine.CopiedDisk(d.target, final / d.file, d.format, d.virtual_bytes, d.bytes)
+        CopiedDisk(d.target, final / d.file, d.format, d.virtual_bytes, d.bytes)
         for d in read_manifest(final).disks
     ]
     out = f"out-of-{domain.uuid}"

@@ -1,0 +1,62 @@
+"""What must hold before a copy counts: the server stood still, and each file is its whole disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.disks import images
+from shared.disks.errors import CopyFailed
+from shared.disks.planning import Plan, SourceDisk
+from shared.hypervisor.domains import Domain
+
+
+@dataclass(frozen=True)
+class CopiedDisk:
+    """One disk's copy. `bytes` is what the file takes up, shared extents included."""
+
+    target: str
+    path: Path
+    format: str
+    virtual_bytes: int
+    bytes: int
+
+
+class Unchanged:
+    """Makes sure that a server which was off stayed off, unwritten, while it was copied."""
+
+    def __init__(self, domain: Domain, chosen: Plan) -> None:
+        self.domain, self.chosen = domain, chosen
+        self._before = self._stamps()
+
+    def verify(self) -> None:
+        """Raises CopyFailed."""
+        if self.chosen.state != "stopped":
+            return
+        if self.domain.state != "stopped" or self._stamps() != self._before:
+            raise CopyFailed(
+                f"{self.domain.name} was started or its disks were written while it was being "
+                "copied, so the copy is not kept. The server was not touched; try again."
+            )
+
+    def _stamps(self) -> list[tuple[int, int]]:
+        stats = [source.path.stat() for source in self.chosen.sources]
+        return [(status.st_mtime_ns, status.st_size) for status in stats]
+
+
+def copied(source: SourceDisk, path: Path) -> CopiedDisk:
+    """The finished copy of a disk. Raises ImageDamaged, or CopyFailed where it is not whole."""
+    image_format = path.suffix.removeprefix(".")
+    if not source.disk.encrypted:
+        images.check(path, image_format)
+        about = images.info(path, image_format)
+        if about.depends_on is not None or about.virtual_bytes != source.virtual_bytes:
+            raise CopyFailed(
+                f"The copy of {source.disk.target} is not the whole disk and is not kept. "
+                "The server was not touched."
+            )
+    return CopiedDisk(
+        target=source.disk.target,
+        path=path,
+        format=image_format,
+        virtual_bytes=source.virtual_bytes,
+        bytes=path.stat().st_blocks * 512,
+    )
