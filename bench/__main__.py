@@ -50,7 +50,8 @@ def main() -> int:
     only = [name for name in parser.parse_args().only.split(",") if name] or list(PARTS)
     if unknown := set(only) - PARTS.keys():
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # all is taken away, as on Ctrl-C
+    for stop in (signal.SIGINT, signal.SIGTERM):  # also where a shell has Ctrl-C ignored
+        signal.signal(stop, signal.default_int_handler)
     book = Book((OUT if SHRUNK else HERE / "results") / "latest.json", _tell)
     spent = Run(book).measure([name for name in PARTS if name in only])
     report.write(OUT, _in_order(book.results), machine())
@@ -146,4 +147,7 @@ def _tell(name: str, figure: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

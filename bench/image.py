@@ -76,26 +76,23 @@ def virsh_backup(site: Site, book: Book) -> None:
 
 def chunk_stores(site: Site, book: Book) -> None:
     """borg and restic, whose first copy holds all of the data, as an image does."""
-    with site.scratch() as scratch:
-        for program, init, bare in (
-            ("borg", peers.BORG_INIT, peers.BORG),
-            ("restic", peers.RESTIC_INIT, peers.RESTIC),
-        ):
-            name = f"image_vs_{program}"
-            try:
-                peers.needed(program)
+    for program, init, bare in peers.CHUNK_STORES:
+        name = f"image_vs_{program}"
+        ours, theirs = [], []
+        try:
+            peers.needed(program)
+            with site.scratch() as scratch:
                 init.run(repo=scratch)
-                ours, theirs = [], []
                 for number in range(runs(STREAM_RUNS)):
                     ours.append(_image(site))
                     if number < SLOW_RUNS:
                         theirs.append(bare.run(repo=scratch, disk=site.disk, name="first"))
-            except (peers.NoPeer, RuntimeError) as error:
-                book.fail(name, str(error))
-                continue
-            result = Result.of(*_timed(ours, theirs), program, peer_command=str(bare))
-            result.note = f"peer {SLOW_RUNS} run, into an empty repository; {INCONSISTENT}"
-            book.record(name, result)
+        except (peers.NoPeer, RuntimeError) as error:
+            book.fail(name, str(error))
+            continue
+        result = Result.of(*_timed(ours, theirs), program, peer_command=str(bare))
+        result.note = f"peer {SLOW_RUNS} run, into an empty repository; {INCONSISTENT}"
+        book.record(name, result)
 
 
 def stream_stopped(site: Site, book: Book) -> None:

@@ -66,6 +66,8 @@ BORG_INIT = Bare("borg init --encryption none {repo}/borg")
 BORG = Bare("borg create --compression zstd,1 {repo}/borg::{name} {disk}")
 RESTIC_INIT = Bare("restic --quiet --repo {repo}/restic init")
 RESTIC = Bare("restic --quiet --repo {repo}/restic --no-cache backup {disk}")
+CHUNK_STORES = (("borg", BORG_INIT, BORG), ("restic", RESTIC_INIT, RESTIC))
+"""Program, what makes a repository, what copies into it."""
 SNAPSHOT = Bare(
     "virsh -c {uri} snapshot-create-as {domain} --disk-only --atomic --no-metadata "
     "--diskspec vda,file={overlay}"

@@ -58,26 +58,22 @@ def seven(site: Site, book: Book) -> None:
 
 def _chunk_stores(site: Site, book: Book, images: list[Path], held: int) -> None:
     """borg and restic with the same seven disks, oldest first, into a repository each."""
-    with site.scratch() as scratch:
-        for program, init, bare in (
-            ("borg", peers.BORG_INIT, peers.BORG),
-            ("restic", peers.RESTIC_INIT, peers.RESTIC),
-        ):
-            name = f"seven_images_space_{program}"
-            try:
-                peers.needed(program)
+    for program, init, bare in peers.CHUNK_STORES:
+        name = f"seven_images_space_{program}"
+        try:
+            peers.needed(program)
+            with site.scratch() as scratch:  # gone before the next one's: there is room for one
                 init.run(repo=scratch)
                 took = [
                     bare.run(repo=scratch, disk=disk, name=f"day-{day}")
                     for day, disk in enumerate(images)
                 ]
-            except (peers.NoPeer, RuntimeError) as error:
-                book.fail(name, str(error))
-                continue
-            size = sum(path.lstat().st_blocks * 512 for path in (scratch / program).rglob("*"))
-            also = {"peer_first_s": took[0], "peer_next_s": statistics.median(took[1:])}
-            result = Result(held, size, program, DAYS, "B", str(bare), also=also)
-            book.record(name, result)
+                size = sum(path.lstat().st_blocks * 512 for path in scratch.rglob("*"))
+        except (peers.NoPeer, RuntimeError) as error:
+            book.fail(name, str(error))
+            continue
+        also = {"peer_first_s": took[0], "peer_next_s": statistics.median(took[1:])}
+        book.record(name, Result(held, size, program, DAYS, "B", str(bare), also=also))
 
 
 def blocks_held(paths: Iterable[Path]) -> int:
