@@ -27,7 +27,7 @@ _ALWAYS_LOCAL = {
 
 
 class NoPeer(RuntimeError):
-    """A peer that is not installed and cannot be; the message tells why."""
+    """A peer is not installed and cannot be; the message tells why."""
 
 
 @dataclass(frozen=True)

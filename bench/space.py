@@ -69,7 +69,7 @@ def _chunk_stores(site: Site, book: Book, images: list[Path], held: int) -> None
                     for day, disk in enumerate(images)
                 ]
                 size = sum(path.lstat().st_blocks * 512 for path in scratch.rglob("*"))
-        except (peers.NoPeer, RuntimeError) as error:
+        except RuntimeError as error:
             book.fail(name, str(error))
             continue
         also = {"peer_first_s": took[0], "peer_next_s": statistics.median(took[1:])}
