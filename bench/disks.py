@@ -25,6 +25,7 @@ PROBE = "/probe"
 """Where the guest finds the probe, `bench/probe.c`."""
 _SOURCE = Path(__file__).with_name("probe.c")
 _BLOCK = 4096
+_MOUNTED = 64 * MIB
 _NOISE = 2048 * MIB
 """Random bytes made once a disk; larger ones hold them several times."""
 
@@ -72,12 +73,14 @@ def _write_in(disk: Path, source: Path, at: int, length: int) -> None:
 
 
 def scattered_disk(path: Path, pieces: int) -> Path:
-    """A raw disk in that many extents: every second block is a hole."""
+    """A raw disk in that many extents and a few more: an ext4, and behind it every second block
+    is a hole. The guest mounts the ext4, so that a freeze writes to this disk too."""
     block = os.urandom(_BLOCK)
-    with path.open("wb") as file:
+    make_disk(path.parent, "raw", "data", _MOUNTED, path.name)
+    with path.open("r+b") as file:
         for index in range(pieces):
-            os.pwrite(file.fileno(), block, index * 2 * _BLOCK)
-        os.truncate(file.name, -(-pieces * 2 * _BLOCK // MIB) * MIB)
+            os.pwrite(file.fileno(), block, _MOUNTED + index * 2 * _BLOCK)
+        os.truncate(file.name, _MOUNTED + -(-pieces * 2 * _BLOCK // MIB) * MIB)
     sync_source(path)
     return path
 

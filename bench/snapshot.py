@@ -140,6 +140,7 @@ def pause_of_many_pieces(name: str, site: Site, book: Book) -> None:
     }
     peer = "FICLONE inside the pause"
     result = Result.of(ours, theirs, peer, "ms", peer_command=BY_HAND, also=also)
+    result.note = "the freeze writes to this disk as well; engine_pause_ms is 0 where it streamed"
     book.record(name, result)
 
 
