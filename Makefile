@@ -38,7 +38,7 @@ up: setup        ## Start Triptych for this machine's libvirt on 127.0.0.1:$(POR
 down:            ## Stop it again; VMs, copies and database stay
 	@$(PYTHON) -m embedded down
 
-bench:           ## Measure ours and its peers; ONLY=snapshot runs a part
+bench:           ## Measure ours and its peers; ONLY=image,revert runs parts
 	@scripts/setup tests
 	@$(PYTHON) -m bench $(if $(ONLY),--only $(ONLY))
 

@@ -17,7 +17,9 @@ from collections.abc import Callable, Coroutine
 from datetime import datetime
 from typing import Any
 
+from bench.book import Book
 from bench.client import Api
+from bench.figure import Figure
 from bench.result import Result
 from bench.target import Target, composed_stack
 
@@ -34,9 +36,10 @@ TOO_LONG_S = 180
 _NUMBERS = itertools.count()
 
 
-def measure() -> dict[str, Result]:
+def measure(_site: None, book: Book) -> None:
     with composed_stack() as target:
-        return asyncio.run(drive(target))
+        for name, result in asyncio.run(drive(target)).items():
+            book.record(name, result)
 
 
 async def drive(target: Target) -> dict[str, Result]:
@@ -187,3 +190,18 @@ def _p99(values: list[float]) -> float:
 
 def _of(value: float, values: list[float]) -> Result:
     return Result(value, None, None, len(values))
+
+
+FIGURES = [
+    Figure(
+        (
+            "accept_to_start_p50",
+            "accept_to_start_p99",
+            "accepted_per_second",
+            "reads_per_second",
+            "thousand_operations",
+        ),
+        None,
+        measure,
+    )
+]
