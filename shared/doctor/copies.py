@@ -4,7 +4,6 @@ What has no row, or has lost its folder, is the rescan's to judge. No copy is re
 """
 
 import contextlib
-import struct
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import Any
 from sqlalchemy import select
 
 from shared.database import reading, transaction
+from shared.disks import images
 from shared.doctor.findings import Finding
 from shared.doctor.site import Site
-from shared.manifest import Manifest, ManifestDisk, VaultError, read_manifest
+from shared.manifest import Manifest, VaultError, read_manifest
 from shared.models import Image, Snapshot
 from shared.rescan import Finding as Judged
 from shared.rescan import rescan
@@ -23,10 +23,6 @@ from shared.vault import Vault
 
 CHECK = "copy"
 _FILE, _FOLDER = 0o400, 0o700
-_SECTOR = 512
-_QCOW2 = b"QFI\xfb"
-_QCOW2_SIZE = 24
-"""Where a qcow2 header has the virtual size, 8 bytes, big-endian."""
 
 
 class _NothingKept(Exception):
@@ -175,22 +171,11 @@ def _wrong_files(folder: Path, manifest: Manifest) -> Iterator[str]:
         path = folder / disk.file
         if not path.is_file():
             yield f"{disk.file} is missing"
-        elif (size := _virtual_bytes(path, disk)) != disk.virtual_bytes:
+        elif disk.format in ("raw", "qcow2") and (
+            (size := images.virtual_bytes(path, disk.format)) != disk.virtual_bytes
+        ):
             told = "no readable header" if size is None else f"{size} bytes"
             yield f"{disk.file} has {told}, the manifest says {disk.virtual_bytes} bytes"
-
-
-def _virtual_bytes(path: Path, disk: ManifestDisk) -> int | None:
-    """The size that the guest sees, in bytes, from the file's length or header alone."""
-    if disk.format == "raw":
-        return -(-path.stat().st_size // _SECTOR) * _SECTOR  # as QEMU rounds it
-    if disk.format != "qcow2":
-        return disk.virtual_bytes
-    with path.open("rb") as file:
-        header = file.read(_QCOW2_SIZE + 8)
-    if not header.startswith(_QCOW2) or len(header) < _QCOW2_SIZE + 8:
-        return None
-    return int(struct.unpack_from(">Q", header, _QCOW2_SIZE)[0])
 
 
 def _loose(site: Site, path: str) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from shared.disks import extents as maps
-from shared.disks.catching_up import MOST_ROUNDS, CatchingUp, catch_up, finish
+from shared.disks.catching_up import MOST_ROUNDS, CatchingUp, catch_up, finish, follow
 from shared.disks.errors import PauseTooLong
 from shared.disks.extents import difference, extent_count, extents
 from shared.disks.reflink import create_target, sync_source
@@ -161,6 +161,20 @@ def test_a_disk_that_nobody_wrote_needs_no_look(xfs: Path, monkeypatch: pytest.M
         catch_up([copy], 0.0001, lambda: None)
         monkeypatch.setattr("shared.disks.catching_up.extents", pytest.fail)
         finish([copy], 0.0001)
+    assert_equal(source)
+
+
+def test_what_was_written_a_moment_ago_is_not_left_for_the_pause(
+    xfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A freeze makes the guest write: once that is past, there is nothing to look for."""
+    source = scattered(xfs / "frozen", 4000)
+    with both(source) as copy, source.open("r+b", buffering=0) as guest:
+        catch_up([copy], BUDGET_MS, lambda: None)
+        os.pwrite(guest.fileno(), b"as a freeze does", 0)
+        follow([copy], BUDGET_MS)
+        monkeypatch.setattr("shared.disks.catching_up.extents", pytest.fail)
+        finish([copy], BUDGET_MS)
     assert_equal(source)
 
 
