@@ -158,7 +158,7 @@ def copy_server(
 def _journal(context: Context, domain: Domain, step: engine.Step) -> None:
     """What undoes a step upon the guest, should this worker and its watchdog both die."""
     if step == "backup":  # a pause may have been given up; one that comes now is the owner's
-        context.strike("resume_domain", "release_memory")
+        context.strike("resume_domain")
     if step == "memory":
         context.undo("release_memory", uuid=domain.uuid)
         return

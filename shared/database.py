@@ -5,6 +5,7 @@ the step it describes) is the embedded default; PostgreSQL the deployment's.
 """
 
 import argparse
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,8 @@ def _compare_clocks(asked: datetime, told: datetime) -> None:
 
 POOL_PATIENCE = 5
 """Seconds to wait for a connection while all are in use."""
+SQLITE_PATIENCE = 30
+"""Seconds to wait for SQLite's one writer."""
 _MOST_CONNECTIONS = 15
 """Of one process; kept once opened, since opening one costs more than most transactions."""
 _FRESH, _LATELY = 2.0, 10.0
@@ -94,12 +97,13 @@ def engine() -> Engine:
 def _sqlite(url: URL) -> Engine:
     if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    made = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+    made = create_engine(url, connect_args={"timeout": SQLITE_PATIENCE, "check_same_thread": False})
 
     @event.listens_for(made, "connect")
     def _pragmas(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # we begin transactions ourselves, below
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        _write_ahead(connection)
+        for pragma in ("synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(made, "begin")
@@ -108,6 +112,20 @@ def _sqlite(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN" if deferred else "BEGIN IMMEDIATE")
 
     return made
+
+
+def _write_ahead(connection: Any) -> None:
+    """Use a write-ahead log. While others change to it too SQLite refuses at once, whatever time
+    it was given to wait ("Result Codes", SQLITE_BUSY)."""
+    deadline = time.monotonic() + SQLITE_PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def _postgresql(url: URL) -> Engine:

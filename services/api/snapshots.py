@@ -26,6 +26,8 @@ class Taking(RequestBody):
 
 
 class Reverting(RequestBody):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"with_memory": True}]})
+
     with_memory: bool = True
 
 

@@ -29,7 +29,7 @@ from shared.hypervisor.agent import Consistency, Level, Policy, frozen
 from shared.hypervisor.backup import push_backup
 from shared.hypervisor.definition import DomainDefinition, LeftOut, with_live_disks
 from shared.hypervisor.domains import Domain
-from shared.hypervisor.errors import BackupFailed
+from shared.hypervisor.errors import BackupFailed, MemoryNeedsReflink
 from shared.hypervisor.locks import refuse_if_open
 from shared.hypervisor.memory import memory_saved, refuse_without_memory
 from shared.hypervisor.pause import Pause, paused
@@ -89,8 +89,9 @@ def capture(
 
     Raises InsufficientSpace (before anything is touched, or when the room is taken up meanwhile:
     by stream as soon as less than `free_floor` is left), Cancelled, PauseFailed, PauseTooLong,
-    QuiesceFailed, ServerNotRunning, MemoryNotSaved, BackupFailed, ImageDamaged, CopyFailed and
-    what `plan` raises; then no file is left and the guest is as it was.
+    QuiesceFailed, ServerNotRunning, MemoryNeedsReflink, MemoryNotSaved, BackupFailed,
+    ImageDamaged, CopyFailed and what `plan` raises; then no file is left and the guest is as it
+    was.
     """
     order = _Order(
         domain,
@@ -119,7 +120,7 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
     """Go the chosen way: all files, or none and the error."""
     domain, destination = order.domain, order.destination
     if order.memory:
-        refuse_without_memory(domain, chosen.state)
+        _refuse_memory(domain, chosen)
     memory = domain.memory_bytes if order.memory else 0
     ensure_space(destination, chosen.needed_bytes + memory, order.free_floor)
     definition, left_out = _definition(domain, chosen)
@@ -219,6 +220,18 @@ class _Job:
         )
 
 
+def _refuse_memory(domain: Domain, chosen: Plan) -> None:
+    """Raise ServerNotRunning, or MemoryNeedsReflink: once its memory is saved, QEMU holds a
+    guest's images inactive until it is resumed, and begins no copy of its own."""
+    refuse_without_memory(domain, chosen.state)
+    if chosen.way != "reflink":
+        raise MemoryNeedsReflink(
+            f"A snapshot of {domain.name} with memory needs disks that can be shared with the "
+            f"vault, and {chosen.reason}. Nothing was touched; take it without memory, or put "
+            "disks and vault on one XFS or btrfs."
+        )
+
+
 def _definition(domain: Domain, chosen: Plan) -> tuple[str, tuple[LeftOut, ...]]:
     """The definition that goes with the copy, and what it names that is not in the copy."""
     inactive = domain.definition()
@@ -296,15 +309,12 @@ def _stream_active(job: _Job) -> _Shot:
 
     @contextlib.contextmanager
     def instant() -> Iterator[None]:
-        hold = job.saved() if job.order.memory else contextlib.nullcontext(Pause(False))
-        with job.order.frozen() as consistency, hold as pause:
+        with job.order.frozen() as consistency:
             faults.point("stream:frozen")
-            shot = _Shot(datetime.now(UTC), consistency)
+            shots.append(_Shot(datetime.now(UTC), consistency))
             yield
             faults.point("stream:begun")
             job.nvram.take()
-        shot.pause_ms = pause.ms
-        shots.append(shot)
 
     order = job.order
     order.before("backup")

@@ -83,6 +83,13 @@ class ServerNotRunning(HypervisorError):
     status = 409
 
 
+class MemoryNeedsReflink(HypervisorError):
+    """Memory is kept only with disks that share their extents with the vault"""
+
+    code = "memory_needs_reflink"
+    status = 409
+
+
 class MemoryNotSaved(HypervisorError):
     """The guest's memory could not be saved"""
 

@@ -145,12 +145,14 @@ def test_bad_bodies(
     assert api.get("/v1/operations").json()["items"] == []
 
 
-@pytest.mark.parametrize("path", ["snapshot", "clones"])
+@pytest.mark.parametrize(
+    ("path", "more"), [("snapshot", {"quiesce": "require"}), ("clones", {"name": "qa"})]
+)
 def test_memory_is_not_supported(
-    api: TestClient, server: Server, refused: Refused, path: str
+    api: TestClient, server: Server, refused: Refused, path: str, more: dict[str, str]
 ) -> None:
-    """What this version cannot do is refused, not ignored."""
-    body = {"with_memory": True, **({"name": "qa"} if path == "clones" else {})}
+    """What this version cannot do, or nobody should, is refused, not ignored."""
+    body = {"with_memory": True, **more}
     refused(api.post(f"/v1/servers/web-1/{path}", json=body), 422, "unsupported")
 
 

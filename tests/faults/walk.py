@@ -73,7 +73,8 @@ class Kind:
     prepare: Callable[[Site, Machine], None] = lambda site, machine: machine.write("changed")
     succeeded: str = "changed"
     failed: str = "changed"
-    powers: tuple[str, ...] = ("running", "stopped")
+    memory: bool = False
+    """Only of a server that runs, on a file system that shares extents."""
 
 
 _copies: set[str] = set()
@@ -142,14 +143,14 @@ KINDS = {
         Kind(
             "snapshot.take with memory",
             lambda site, m: site.client.snapshots.take(m.id, replace=True, with_memory=True),
-            powers=("running",),
+            memory=True,
         ),
         Kind(
             "snapshot.revert with memory",
             lambda site, m: site.client.snapshots.revert(m.id),
             _with_memory,
             succeeded="before",
-            powers=("running",),
+            memory=True,
         ),
         Kind(
             "snapshot.undo",

@@ -18,7 +18,13 @@ from shared.errors import Cancelled
 from shared.hypervisor import undo
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, find_by_name
-from shared.hypervisor.errors import MemoryNotSaved, MemoryNotUsable, PauseFailed, ServerNotRunning
+from shared.hypervisor.errors import (
+    MemoryNeedsReflink,
+    MemoryNotSaved,
+    MemoryNotUsable,
+    PauseFailed,
+    ServerNotRunning,
+)
 from shared.hypervisor.memory import memory_saved, refuse_other_name, resume_from
 from shared.hypervisor.watchdog import Watchdog
 
@@ -41,20 +47,19 @@ def saved(workspace: Path) -> Iterator[Path]:
     yield workspace / "memory.save"
 
 
-@pytest.mark.parametrize("way", ["reflink", "stream"])
 def test_memory_and_disks_are_one_instant(
-    hypervisor: Hypervisor, xfs: Path, watchdog: Watchdog, folder: Path, way: str
+    hypervisor: Hypervisor, xfs: Path, watchdog: Watchdog, folder: Path
 ) -> None:
     """A guest that counts in memory and on its disk goes on counting from there, and the disk
     is never ahead of the memory nor more than one behind."""
-    with Guest.create(hypervisor, xfs / f"counting-{way}", disks=["qcow2", "raw"]) as guest:
+    with Guest.create(hypervisor, xfs / "counting", disks=["qcow2", "raw"]) as guest:
         guest.start().wait_ready()
         guest.run("mkdir -p /dev/shm; mount -t tmpfs none /dev/shm; umount /data")
         domain = find_by_name(connect(hypervisor.uri), guest.name)
         with busy(guest, COUNT):
-            taken = capture(domain, folder, watchdog=watchdog, way=way, memory=True)  # type: ignore[arg-type]
+            taken = capture(domain, folder, watchdog=watchdog, memory=True)
             assert guest.state() == "running"
-        assert (taken.way, taken.consistency) == (way, "crash")
+        assert (taken.way, taken.consistency) == ("reflink", "crash")
         assert 0 < taken.pause_ms < 3000
         print(f"paused {taken.pause_ms:.0f} ms")
         assert taken.memory
@@ -179,6 +184,15 @@ def test_a_stopped_server_has_no_memory(
         domain = find_by_name(connect(hypervisor.uri), made.name)
         with pytest.raises(ServerNotRunning):
             capture(domain, saved.parent, watchdog=watchdog, memory=True)
+    assert list(saved.parent.iterdir()) == []
+
+
+def test_memory_needs_disks_that_can_be_shared(
+    guest: Guest, domain: Domain, watchdog: Watchdog, saved: Path
+) -> None:
+    """Where they would be streamed it is refused, and nothing is touched."""
+    with pytest.raises(MemoryNeedsReflink, match="share no file system"):
+        capture(domain, saved.parent, watchdog=watchdog, memory=True)
     assert list(saved.parent.iterdir()) == []
 
 

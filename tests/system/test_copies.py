@@ -105,9 +105,8 @@ def test_undo_of_a_revert_leaves_a_running_server_running(site: Site, running: M
     assert running.read() == {"new"}
 
 
-@pytest.mark.parametrize(
-    ("site", "power"), [("xfs", "running"), ("ext4", "stopped")], indirect=["site"]
-)
+@pytest.mark.parametrize("power", ["running", "stopped"])
+@on_xfs
 def test_a_revert_with_memory_resumes_that_very_instant(site: Site, power: str) -> None:
     """What ran then runs on (S5), also where the server is off by now; and it can be undone."""
     machine = site.machine(["qcow2"], "running")
