@@ -24,6 +24,7 @@ from embedded.stack import Stack, free_port
 from lab import filesystems
 from lab.guest import Guest
 from lab.libvirtd import Hypervisor
+from shared.copying import HOLDS
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, find_by_name
 from shared.hypervisor.watchdog import Watchdog
@@ -155,7 +156,7 @@ class Site:
 
     @contextlib.contextmanager
     def watchdog(self) -> Iterator[Watchdog]:
-        watchdog = Watchdog(self.uri)
+        watchdog = Watchdog(self.uri, self.vault / HOLDS)
         watchdog.start()
         try:
             yield watchdog
