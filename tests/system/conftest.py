@@ -13,6 +13,8 @@ from lab import filesystems
 from lab.libvirtd import Hypervisor
 
 DISKS = {"qcow2+raw": ["qcow2", "raw"], "qcow2": ["qcow2"], "raw": ["raw"]}
+ELSEWHERE = {("xfs", "raw"), ("btrfs", "raw"), ("ext4", "qcow2")}
+"""One disk of a running server that boots on the other file systems: each boot takes seconds."""
 
 
 @pytest.fixture(scope="session", params=FILE_SYSTEMS)
@@ -76,3 +78,14 @@ def pytest_runtest_makereport(
         if report.failed and isinstance(site, Site):
             report.sections.append(("the stack's logs", site.logs()))
     return report
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def elsewhere(item: Any) -> bool:
+        chosen = getattr(item, "callspec", None)
+        disks, power = chosen.params.get("machine", ("", "")) if chosen else ("", "")
+        return power == "running" and (chosen.params["site"], disks) in ELSEWHERE
+
+    needless = [item for item in items if elsewhere(item)]
+    config.hook.pytest_deselected(items=needless)
+    items[:] = [item for item in items if item not in needless]

@@ -1,4 +1,4 @@
-"""The main job on every file system, power state and disk format: 3 × 2 × 3 × 3 real domains."""
+"""The main job on every file system, in both power states, with one disk and two, raw and qcow2."""
 
 from __future__ import annotations
 
