@@ -36,8 +36,10 @@ def digest(path: Path, workers: Path, stopping: Callable[[], bool]) -> str:
     """
     root = str(Path(__file__).resolve().parents[2])
     search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    me = str(os.getpid())
     helper = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(path), str(workers), str(os.getpid())],
+        # From its first step: to start Python takes a tenth of a second of a core.
+        ["nice", "-n", "19", sys.executable, "-m", __name__, str(path), str(workers), me],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
