@@ -32,13 +32,13 @@ INCONSISTENT = "the peer reads a disk that its guest writes to: no picture of an
 FASTEST = "qemu-img convert, its fastest flags"
 
 
-def reflink(name: str, site: Site, book: Book) -> None:
+def reflink(name: str, site: Site, book: Book, **wishes: str) -> None:
     """An image of the running server, beside `qemu-img convert` with its fastest flags."""
     ours, theirs = [], []
     with site.scratch() as scratch:
-        _image(site)
+        _image(site, **wishes)
         for number in range(runs(RUNS)):
-            ours.append(_image(site))
+            ours.append(_image(site, **wishes))
             if number < runs(CONVERT_RUNS[site.kind.data]):
                 theirs.append(_bare(site, peers.CONVERT, scratch))
     theirs = theirs[WARM_UP:] or theirs
@@ -128,9 +128,9 @@ def _beside_backup(site: Site) -> tuple[list[Done], list[float]]:
     return ours[WARM_UP:], theirs[WARM_UP:]
 
 
-def _image(site: Site) -> Done:
+def _image(site: Site, **wishes: str) -> Done:
     """An image, which is deleted again; nothing of it is left to write out."""
-    done = site.image()
+    done = site.image(**wishes)
     site.clear()
     _settled(site)
     return done
@@ -152,13 +152,14 @@ def _timed(ours: list[Done], theirs: list[float]) -> tuple[list[float], list[flo
     return [done.seconds for done in ours], theirs
 
 
-def _reflinks(name: str, site: str) -> Figure:
-    measure: Callable[[Site, Book], None] = partial(reflink, name)
+def _reflinks(name: str, site: str, **wishes: str) -> Figure:
+    measure: Callable[[Site, Book], None] = partial(reflink, name, **wishes)
     return Figure((name,), site, measure)
 
 
 FIGURES = [
     _reflinks("image_reflink_2g", "xfs"),
+    _reflinks("image_reflink_2g_unfrozen", "xfs", quiesce="never"),
     _reflinks("image_reflink_2g_btrfs", "btrfs"),
     _reflinks("image_reflink_8g", "xfs_8g"),
     _reflinks("image_reflink_20g", "xfs_20g"),

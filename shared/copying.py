@@ -159,6 +159,9 @@ def _journal(context: Context, domain: Domain, step: engine.Step) -> None:
     """What undoes a step upon the guest, should this worker and its watchdog both die."""
     if step == "backup":  # a pause may have been given up; one that comes now is the owner's
         context.strike("resume_domain")
+    if step == "released":
+        context.strike("resume_domain", "release_memory", "thaw_domain", "abort_backup")
+        return
     if step == "memory":
         context.undo("release_memory", uuid=domain.uuid)
         return
@@ -206,7 +209,6 @@ def _manifest(
         nvram=capture.nvram.name if capture.nvram else None,
         memory=capture.memory.name if capture.memory else None,
         memory_bytes=capture.memory.stat().st_blocks * 512 if capture.memory else 0,
-        memory_paused=capture.memory is not None and capture.memory_paused,
         tools={"python": platform.python_version(), **_versions()},
     )
 

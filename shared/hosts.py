@@ -96,13 +96,14 @@ def _host_row(session: Session) -> Host:
 def _facts(connection: Any) -> dict[str, Any]:
     root = settings().vault
     usage = shutil.disk_usage(root)
+    shares = can_reflink(root, root)
     return {
         "libvirt": version(connection.getLibVersion()),
         "qemu": version(connection.getVersion()),
         "vault": str(root),
-        "reflink": can_reflink(root, root),
+        "reflink": shares,
         "quiesce": True,
-        "memory": False,
+        "memory": shares,
         "free_bytes": usage.free,
         "total_bytes": usage.total,
     }

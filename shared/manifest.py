@@ -98,8 +98,6 @@ class Manifest(_Model):
     nvram: str | None = None
     memory: str | None = None
     memory_bytes: int = 0
-    memory_paused: bool = False
-    """Whether the guest, when its memory was saved, was paused by its owner."""
     tools: dict[str, str] = {}
     digests: dict[str, str] = {}
 

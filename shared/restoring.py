@@ -19,7 +19,7 @@ from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
 from shared.hypervisor.definition import DomainDefinition, renamed
 from shared.hypervisor.domains import Domain, State
-from shared.hypervisor.errors import DomainMissing
+from shared.hypervisor.errors import DomainMissing, MemoryNotUsable
 from shared.hypervisor.locks import refuse_if_open
 from shared.hypervisor.memory import refuse_other_name, resume_from
 from shared.manifest import Manifest, read_manifest
@@ -107,6 +107,7 @@ def put_back(
     saved = folder / manifest.memory if memory and manifest.memory else None
     if saved:
         refuse_other_name(settings().libvirt_uri, saved, domain.name if domain else server.name)
+        _refuse_other_disks(wanted, (folder / manifest.definition).read_text(), manifest)
     live = _live_files(wanted, manifest)
     missing = [target for target, path in live.items() if not path.exists()]
 
@@ -122,7 +123,7 @@ def put_back(
     setaside.swap(live, context.id)
     domain = _define(context, connection, server, previous, wanted)
     if saved:
-        state = _resume(context, domain, saved, paused=manifest.memory_paused)
+        state = _resume(context, domain, saved)
     else:
         _start(context, domain, state)
     set_aside = setaside.is_swapped(live, context.id)
@@ -156,6 +157,20 @@ def _has_the_same_disks(current: str, manifest: Manifest, stored: str) -> bool:
     paths = _disk_paths(current)
     was = _disk_paths(stored)
     return all(paths.get(target) == was.get(target) for target in _targets(manifest))
+
+
+def _refuse_other_disks(wanted: str, stored: str, manifest: Manifest) -> None:
+    """Raise MemoryNotUsable where the memory would find its disks in another format, or another
+    place for the UEFI variables."""
+    now_, then = _formats(wanted), _formats(stored)
+    changed = [target for target in _targets(manifest) if now_.get(target) != then.get(target)]
+    nvram = [DomainDefinition.parse(each).nvram_path for each in (wanted, stored)]
+    if changed or nvram[0] != nvram[1]:
+        raise MemoryNotUsable(
+            f"Since the snapshot {', '.join(changed) or 'the UEFI variables'} of the server were "
+            "defined anew, in another format or place, which its memory knows nothing of. Nothing "
+            "was changed; revert without the memory."
+        )
 
 
 def _targets(manifest: Manifest) -> list[str]:
@@ -233,11 +248,11 @@ def _start(context: Context, domain: Domain, state: State) -> None:
         faults.point("started")
 
 
-def _resume(context: Context, domain: Domain, saved: Path, *, paused: bool) -> State:
+def _resume(context: Context, domain: Domain, saved: Path) -> State:
     context.undo("stop_domain", uuid=domain.uuid)
-    resume_from(domain, saved, paused=paused)
+    resume_from(domain, saved)
     faults.point("started")
-    return "paused" if paused else "running"
+    return "running"
 
 
 def undo(context: Context, operation_id: str) -> Outcome:

@@ -54,11 +54,11 @@ def _on_worker_ready(sender: Any, **_: Any) -> None:
     HostReporter().start()
     Bystander().start()
     liveness.start()
-    _clear_up(sender.app)
     if owns := sender.app.conf.triptych_owns:
         _tenders.extend((Measurer(owns), Digester(owns)))
     for tender in _tenders:
         tender.start()
+    _clear_up(sender.app)
 
 
 @worker_shutting_down.connect

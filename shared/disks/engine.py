@@ -10,7 +10,7 @@ result is the vault's; copying it out again is `materialise.py`'s.
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -21,21 +21,24 @@ from shared.disks.copied import CopiedDisk, Unchanged, copied
 from shared.disks.copy import stream_copy
 from shared.disks.errors import InsufficientSpace, PauseTooLong
 from shared.disks.nvram import Nvram
-from shared.disks.planning import Choice, Plan, Way, plan
-from shared.disks.reflink import create_target
+from shared.disks.planning import Choice, Plan, Way, plan, refuse_memory
+from shared.disks.reflink import create_target, writes_elsewhere
 from shared.disks.space import FLOOR, FloorWatch, ensure_space, full_is_said, says_full
 from shared.errors import Cancelled
 from shared.hypervisor.agent import Consistency, Level, Policy, frozen
 from shared.hypervisor.backup import push_backup
 from shared.hypervisor.definition import DomainDefinition, LeftOut, with_live_disks
 from shared.hypervisor.domains import Domain
-from shared.hypervisor.errors import BackupFailed, MemoryNeedsReflink
+from shared.hypervisor.errors import (
+    BackupFailed,
+    MemoryNotSaved,
+)
 from shared.hypervisor.locks import refuse_if_open
-from shared.hypervisor.memory import memory_saved, refuse_without_memory
+from shared.hypervisor.memory import memory_saved
 from shared.hypervisor.pause import Pause, paused
 from shared.hypervisor.watchdog import Watchdog
 
-Step = Literal["pause", "memory", "backup"]
+Step = Literal["pause", "memory", "backup", "released"]
 MEMORY = "memory.save"
 PAUSE_BUDGET_MS = 100.0
 WITH_MEMORY = (
@@ -60,8 +63,6 @@ class Capture:
     definition: str
     nvram: Path | None
     memory: Path | None
-    memory_paused: bool
-    """Whether the guest was paused by its owner at that instant."""
 
 
 def capture(
@@ -84,8 +85,9 @@ def capture(
     With `compress` what is streamed is compressed. With `memory` also what is in the guest's RAM,
     of the same instant (S5); nothing is frozen then. `before(step)` is called ahead of what the
     journal must know: "pause" before a running guest is frozen and suspended, "memory" before
-    its memory is saved, "backup" before QEMU's copy job. The folder must be searchable by QEMU's
-    user (0711) for the stream way.
+    its memory is saved, "backup" before QEMU's copy job; and "released" once all of that is over,
+    so that what the guest's owner does from then on is not undone. The folder must be
+    searchable by QEMU's user (0711) for the stream way.
 
     Raises InsufficientSpace (before anything is touched, or when the room is taken up meanwhile:
     by stream as soon as less than `free_floor` is left), Cancelled, PauseFailed, PauseTooLong,
@@ -120,9 +122,15 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
     """Go the chosen way: all files, or none and the error."""
     domain, destination = order.domain, order.destination
     if order.memory:
-        _refuse_memory(domain, chosen)
-    memory = domain.memory_bytes if order.memory else 0
-    ensure_space(destination, chosen.needed_bytes + memory, order.free_floor)
+        refuse_memory(domain, chosen)
+        # What the guest writes meanwhile is saved a second time, if not more than that.
+        memory = 2 * domain.memory_bytes
+        chosen = replace(
+            chosen,
+            needed_bytes=chosen.needed_bytes + memory,
+            catching_up=writes_elsewhere(destination),
+        )
+    ensure_space(destination, chosen.needed_bytes, order.free_floor)
     definition, left_out = _definition(domain, chosen)
     order.check()
     nvram = Nvram(definition, destination)
@@ -157,7 +165,6 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
         definition=definition,
         nvram=nvram.copy if nvram.copy.exists() else None,
         memory=job.memory if order.memory else None,
-        memory_paused=chosen.state == "paused",
     )
 
 
@@ -203,33 +210,35 @@ class _Job:
     def memory(self) -> Path:
         return self.order.destination / MEMORY
 
-    def saved(
-        self, meanwhile: Callable[[], None] = lambda: None
-    ) -> contextlib.AbstractContextManager[Pause]:
+    @contextlib.contextmanager
+    def saved(self, meanwhile: Callable[[], None]) -> Iterator[Pause]:
         """The guest held at the instant of its saved memory."""
         order = self.order
-        if self.plan.state == "running":
-            order.before("memory")
-        return memory_saved(
+        room = FloorWatch(order.destination, order.free_floor)
+
+        def check() -> None:
+            order.check()
+            room.check()
+
+        saving = memory_saved(
             order.domain,
             order.watchdog,
             self.memory,
             self.targets,
+            before=order.before,
             meanwhile=meanwhile,
-            cancelled=order.cancelled,
+            check=check,
         )
-
-
-def _refuse_memory(domain: Domain, chosen: Plan) -> None:
-    """Raise ServerNotRunning, or MemoryNeedsReflink: once its memory is saved, QEMU holds a
-    guest's images inactive until it is resumed, and begins no copy of its own."""
-    refuse_without_memory(domain, chosen.state)
-    if chosen.way != "reflink":
-        raise MemoryNeedsReflink(
-            f"A snapshot of {domain.name} with memory needs disks that can be shared with the "
-            f"vault, and {chosen.reason}. Nothing was touched; take it without memory, or put "
-            "disks and vault on one XFS or btrfs."
-        )
+        try:
+            with saving as pause:
+                yield pause
+        except MemoryNotSaved as error:
+            if says_full(error.detail):
+                raise InsufficientSpace(
+                    f"The file system became full with the memory of {order.domain.name}. The "
+                    "guest runs and nothing was kept; make room, or do without memory."
+                ) from error
+            raise
 
 
 def _definition(domain: Domain, chosen: Plan) -> tuple[str, tuple[LeftOut, ...]]:
@@ -273,28 +282,46 @@ def _reflink(job: _Job) -> _Shot:
         else:
             for copy in copies:
                 os.fdatasync(copy.source)
-
-        def close_in() -> None:
-            if job.plan.catching_up:
-                follow(copies, order.pause_budget_ms)
-            for copy in copies:
-                os.fdatasync(copy.source)
-
-        if job.plan.state == "running" and not order.memory:
-            order.before("pause")
-        with order.frozen() as consistency:
-            faults.point("reflink:frozen")
-            close_in()  # what was written meanwhile, and what a freeze made the guest write out
-            hold = job.saved(close_in) if order.memory else paused(order.domain, order.watchdog)
-            with hold as pause:
-                taken_at = datetime.now(UTC)
-                faults.point("reflink:paused")
-                finish(copies, order.pause_budget_ms)
-                job.nvram.take()
-                faults.point("reflink:shared")
+        shot = _shared(job, copies)
         faults.point("reflink:resumed")
+        if job.plan.state != "stopped":
+            order.before("released")
         for copy in copies:
             os.fsync(copy.target)
+    return shot
+
+
+def _shared(job: _Job, copies: list[CatchingUp]) -> _Shot:
+    """The one instant: frozen, paused, the rest of the disks shared, resumed, thawed."""
+    order = job.order
+
+    def close_in() -> None:
+        if job.plan.catching_up:
+            follow(copies, order.pause_budget_ms)
+        for copy in copies:
+            os.fdatasync(copy.source)
+
+    told = job.plan.state == "running" and not order.memory
+    if told:  # ahead of the freeze, which waits for no database
+        order.before("pause")
+
+    def tell() -> None:
+        if not told:
+            order.before("pause")
+
+    with order.frozen() as consistency:
+        faults.point("reflink:frozen")
+        close_in()  # what was written meanwhile, and what a freeze made the guest write out
+        if order.memory:
+            hold = job.saved(close_in)
+        else:
+            hold = paused(order.domain, order.watchdog, before=tell)
+        with hold as pause:
+            taken_at = datetime.now(UTC)
+            faults.point("reflink:paused")
+            finish(copies, order.pause_budget_ms)
+            job.nvram.take()
+            faults.point("reflink:shared")
     return _Shot(taken_at, consistency, pause.ms)
 
 
@@ -336,6 +363,7 @@ def _stream_active(job: _Job) -> _Shot:
             ) from error
         raise
     faults.point("stream:copied")
+    order.before("released")
     if order.compress:
         for target in job.targets.values():
             _compressed(target, order)

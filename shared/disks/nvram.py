@@ -2,11 +2,15 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 from shared.disks.reflink import sync_source
 from shared.disks.space import full_is_said
 from shared.hypervisor.definition import DomainDefinition
+
+_TICK_NS = 20_000_000
+"""More than a tick of the clock that the kernel stamps files with (10 ms at the most)."""
 
 
 class Nvram:
@@ -17,6 +21,7 @@ class Nvram:
         self.source = Path(path) if path else None
         self.copy = destination / "nvram.fd"
         self._seen: tuple[int, int] | None = None
+        self._lately = False
 
     def warm(self) -> None:
         """Copy it ahead; it is rarely written, so that `take` mostly has nothing to do.
@@ -25,12 +30,14 @@ class Nvram:
         """
         if self.source is not None and self.source.is_file():
             self._seen = self._stamp()
+            self._lately = time.time_ns() - self.source.stat().st_mtime_ns < _TICK_NS
             with full_is_said(self.copy.parent):
                 shutil.copyfile(self.source, self.copy)
                 self.copy.chmod(0o600)
 
     def take(self) -> None:
-        if self._seen is not None and self._stamp() != self._seen:
+        """Copy it again if it was written since, or so lately before that one cannot tell."""
+        if self._seen is not None and (self._lately or self._stamp() != self._seen):
             self.warm()
 
     def sync(self) -> None:

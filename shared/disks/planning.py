@@ -15,7 +15,8 @@ from shared.disks.extents import extent_count
 from shared.disks.reflink import can_reflink, writes_elsewhere
 from shared.hypervisor.definition import DiskDefinition, DomainDefinition, LeftOut
 from shared.hypervisor.domains import Domain, State
-from shared.hypervisor.errors import DiskNotCopyable
+from shared.hypervisor.errors import DiskNotCopyable, MemoryNeedsReflink
+from shared.hypervisor.memory import refuse_without_memory
 
 Way = Literal["reflink", "stream"]
 Choice = Literal["auto", "reflink", "stream"]
@@ -103,6 +104,31 @@ def plan(
     needed = sum(images.measure(s.path, s.disk.format, s.copy_format) for s in sources)
     needed *= 2 if compress and state != "stopped" else 1
     return Plan("stream", obstacle or reason, state, sources, left_out, needed)
+
+
+def refuse_memory(domain: Domain, chosen: Plan) -> None:
+    """Raise where a copy of the domain as planned cannot have its memory with it.
+
+    ServerNotRunning; DiskNotCopyable where a disk that others write to would be of another
+    instant; MemoryNeedsReflink, since QEMU holds the images of a guest inactive from the save
+    until it is resumed, and begins no copy of its own then.
+    """
+    refuse_without_memory(domain)
+    left_out = {each.target for each in chosen.left_out}
+    disks = DomainDefinition.parse(domain.live_definition()).disks
+    shared = sorted(disk.target for disk in disks if disk.shareable and disk.target in left_out)
+    if shared:
+        raise DiskNotCopyable(
+            f"{', '.join(shared)} of {domain.name} is shared with other guests and not copied: it "
+            "would be of another instant than the memory. Nothing was touched; take the snapshot "
+            "without memory."
+        )
+    if chosen.way != "reflink":
+        raise MemoryNeedsReflink(
+            f"A snapshot of {domain.name} with memory needs disks that can be shared with the "
+            f"vault, and {chosen.reason}. Nothing was touched; take it without memory, or put "
+            "disks and vault on one XFS or btrfs."
+        )
 
 
 def _source(disk: DiskDefinition) -> SourceDisk:

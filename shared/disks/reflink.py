@@ -11,7 +11,6 @@ import fcntl
 import os
 import struct
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,8 +30,8 @@ _RANGE = struct.Struct("=qQQQ")  # struct file_clone_range
 # What file systems answer when they cannot share these two files' extents.
 _CANNOT = {errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS}
 
-_probed: dict[tuple[int, int], bool] = {}
-_lock = threading.Lock()
+_shares: set[tuple[tuple[int, int], tuple[int, int]]] = set()
+"""Pairs of file systems that were seen to share extents."""
 
 
 def reflink(src: Path, dst: Path) -> None:
@@ -127,16 +126,23 @@ def _told() -> Iterator[None]:
 
 
 def can_reflink(src_dir: Path, dst_dir: Path) -> bool:
-    """Whether files of `src_dir` can be reflinked into `dst_dir`; tried once per pair.
+    """Whether files of `src_dir` can be reflinked into `dst_dir`.
 
-    Tried with a real file of one block: sharing a mount is neither needed
-    (btrfs subvolumes) nor enough (XFS without reflink).
+    A yes is remembered per pair of file systems. A no is asked for again, which takes less than a
+    millisecond: device numbers are used again, by another file system on the same device. Tried
+    with a real file of one block: sharing a mount is neither needed (btrfs subvolumes) nor enough
+    (XFS without reflink).
     """
-    key = (src_dir.stat().st_dev, dst_dir.stat().st_dev)
-    with _lock:
-        if key not in _probed:
-            _probed[key] = _probe(src_dir, dst_dir)
-        return _probed[key]
+    key = (_file_system(src_dir), _file_system(dst_dir))
+    if key in _shares:
+        return True
+    if shares := _probe(src_dir, dst_dir):
+        _shares.add(key)
+    return shares
+
+
+def _file_system(path: Path) -> tuple[int, int]:
+    return path.stat().st_dev, os.statvfs(path).f_fsid
 
 
 def sync_source(path: Path) -> None:

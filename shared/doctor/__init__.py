@@ -110,7 +110,7 @@ def _not_the_workers_vault(site: Site) -> Finding | None:
     theirs = host.facts.get("vault") if host else None
     if not root.is_dir():
         detail = "it is no directory"
-    elif theirs and Path(theirs).resolve() != root.resolve():
+    elif theirs and Path(theirs) != root:  # the journal has paths as the workers name them
         detail = f"the workers of host {site.host} have their vault at {theirs}"
     elif any(each.owner for each in site.running()) and not presence.folder().is_dir():
         detail = "an operation is running, and its worker's lock is not here"

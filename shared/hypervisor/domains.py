@@ -32,7 +32,6 @@ _STATES: dict[int, State] = {
 }
 HELD_BY_SAVE = (
     libvirt.VIR_DOMAIN_PAUSED_UNKNOWN,
-    libvirt.VIR_DOMAIN_PAUSED_USER,
     libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
     libvirt.VIR_DOMAIN_PAUSED_SAVE,
     libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT,
@@ -96,7 +95,7 @@ class Domain:
 
     @property
     def held_by_save(self) -> bool:
-        """Whether it is paused as saving its memory leaves it, or because somebody asked for it.
+        """Whether it is paused as saving its memory leaves it.
 
         To libvirt the reason is unknown when the guest ran until then, and a migration's after
         a restart of the daemon.

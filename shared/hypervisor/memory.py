@@ -12,17 +12,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import libvirt
 from lxml import etree
 
 from shared import faults
-from shared.errors import Cancelled
 from shared.hypervisor.backup import settle
 from shared.hypervisor.connection import connect, translated
 from shared.hypervisor.definition import DomainDefinition
-from shared.hypervisor.domains import Domain, State
+from shared.hypervisor.domains import Domain
 from shared.hypervisor.errors import (
     HypervisorError,
     LibvirtFailed,
@@ -34,8 +33,7 @@ from shared.hypervisor.errors import (
 from shared.hypervisor.pause import Pause, give_back
 from shared.hypervisor.watchdog import GIVE_UP_S, Watchdog
 
-LIVE_PATIENCE_S = 60.0
-"""For so long the guest runs on while it writes its memory faster than that can be saved."""
+Held = Literal["memory", "pause"]
 _POLL_S = 0.1
 _MEANWHILE_S = 1.0
 _ABORT_PATIENCE_S = 60.0
@@ -48,94 +46,110 @@ def memory_saved(
     target: Path,
     disks: Iterable[str],
     *,
+    before: Callable[[Held], None] = lambda _held: None,
     meanwhile: Callable[[], None] = lambda: None,
-    cancelled: Callable[[], bool] = lambda: False,
-    live_patience_s: float = LIVE_PATIENCE_S,
+    check: Callable[[], None] = lambda: None,
+    most_bytes: int | None = None,
 ) -> Iterator[Pause]:
     """The guest is still inside, at the instant of the memory in `target`; it runs on after it.
 
-    `disks` are the targets that are copied inside. `meanwhile` is called about once a second
-    while the memory is being written. `Pause.ms` is what the guest felt: from the moment libvirt
-    told of the pause until resume had returned. A guest that its owner had paused stays paused.
+    `disks` are the targets that are copied inside. `before` is called ahead of what the journal
+    must know: the "memory" being saved, and a "pause" of ours. While the memory is being written
+    `meanwhile` is called about once a second, and ten times `check`, whose error ends it. A guest
+    that writes its memory faster than it is saved is paused once `most_bytes` are written, as many
+    as it has RAM if not given. `Pause.ms` is what the guest felt: from the moment libvirt told of
+    the pause until resume had returned. A pause that its owner asks for meanwhile stays.
 
-    Raises ServerNotRunning, MemoryNotSaved, Cancelled, WatchdogUnavailable, PauseFailed, and
-    what `meanwhile` or the block raises; then the guest runs, and `target` is no use.
+    Raises ServerNotRunning, MemoryNotSaved, WatchdogUnavailable, PauseFailed,
+    and what `meanwhile`, `check` or the block raises; then the guest runs, and `target` is no use.
     """
-    state = domain.state
-    refuse_without_memory(domain, state)
-    pause = Pause(was_running=state == "running")
-    save = _Save(domain, target, _description(domain, target, disks))
-    arms = []
+    refuse_without_memory(domain)
+    before("memory")
+    save = _Save(domain, watchdog, target, _description(domain, target, disks), before)
+    pause = Pause(was_running=True)
     still = False
     try:
-        if pause.was_running:
-            arms.append(watchdog.arm(domain.uuid, "release", GIVE_UP_S))
-        save.carry_out(meanwhile, cancelled, live_patience_s)
-        if pause.was_running:  # from here on there is a deadline
-            arms.append(watchdog.arm(domain.uuid, "release"))
-            for arm in arms:
-                watchdog.held(arm)
+        save.carry_out(meanwhile, check, domain.memory_bytes if most_bytes is None else most_bytes)
         faults.point("memory:saved")
         yield pause
         still = domain.state == "paused"
     finally:
-        fired = False
-        if pause.was_running:
-            give_back(domain, watchdog, arms, lambda: domain.held_by_save)
-            pause.ms = (time.perf_counter() - save.paused_at) * 1000
-            fired = any([watchdog.disarm(arm) for arm in arms])
-    if fired or not still:
+        if not save.paused_by_owner:
+            give_back(
+                domain, watchdog, save.arms, lambda: domain.held_by_save or domain.paused_by_user
+            )
+        pause.ms = (time.perf_counter() - save.paused_at) * 1000
+        fired = any([watchdog.disarm(arm) for arm in save.arms])
+    if fired or not still or save.paused_by_owner:
         raise PauseFailed(
-            f"{domain.name} was resumed by somebody else while it was being copied, so memory and "
-            "disks are not of one instant and are not kept. The guest runs; try again."
+            f"{domain.name} was paused or resumed by somebody else while it was being copied, so "
+            "memory and disks may not be of one instant and are not kept. It is as they left it; "
+            "try again."
         )
     settle(target)
 
 
-def refuse_without_memory(domain: Domain, state: State) -> None:
-    """Raise ServerNotRunning for a stopped domain."""
-    if state == "stopped":
+def refuse_without_memory(domain: Domain) -> None:
+    """Raise ServerNotRunning for a domain that is off, or that its owner has paused.
+
+    Of the latter QEMU would hold the images inactive for as long as it is paused, and neither
+    guard them with its locks nor copy them.
+    """
+    state = domain.state
+    if state != "running":
+        do = "start" if state == "stopped" else "resume"
         raise ServerNotRunning(
-            f"{domain.name} is off, so it has no memory to keep. Nothing was copied; start it, or "
-            "take the snapshot without memory."
+            f"{domain.name} is {state}, and memory is kept of a guest that runs. Nothing was "
+            f"copied; {do} it, or take the snapshot without memory."
         )
 
 
 class _Save:
-    """One save of the memory, in a thread of its own so that it can be cancelled."""
+    """One save of the memory, in a thread of its own so that it can be ended."""
 
-    def __init__(self, domain: Domain, target: Path, xml: str) -> None:
-        self.domain, self.target, self.xml = domain, target, xml
+    def __init__(
+        self,
+        domain: Domain,
+        watchdog: Watchdog,
+        target: Path,
+        xml: str,
+        before: Callable[[Held], None],
+    ) -> None:
+        self.domain, self.watchdog, self.target, self.xml = domain, watchdog, target, xml
+        self.arms = [watchdog.arm(domain.uuid, "release", GIVE_UP_S)]
         self.paused_at = time.perf_counter()
+        self._before = before
         self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
-        self._failure: HypervisorError | None = None
-        self._told_paused = False
+        self._failure: Exception | None = None
+        self._told_paused = self._held = False
+
+    @property
+    def paused_by_owner(self) -> bool:
+        """Whether somebody has asked for a pause that we have not."""
+        return not self._held and self.domain.paused_by_user
 
     def carry_out(
-        self, meanwhile: Callable[[], None], cancelled: Callable[[], bool], patience_s: float
+        self, meanwhile: Callable[[], None], check: Callable[[], None], most_bytes: int
     ) -> None:
         with self._listening():
-            begun = next_time = time.monotonic()
+            next_time = time.monotonic() + _MEANWHILE_S
             self._thread.start()
             try:
                 faults.point("memory:saving")
                 while self._thread.is_alive():
                     self._thread.join(_POLL_S)
-                    if cancelled():
-                        raise Cancelled(
-                            f"The snapshot of {self.domain.name} was cancelled. Nothing was kept."
-                        )
-                    if time.monotonic() > next_time + _MEANWHILE_S:
+                    check()
+                    if time.monotonic() > next_time:
                         meanwhile()
-                        next_time = time.monotonic()
-                    if time.monotonic() > begun + patience_s:
+                        next_time = time.monotonic() + _MEANWHILE_S
+                    if self._written() > most_bytes:
                         self._hold()
             except BaseException:
                 self._abort()
                 raise
         if self._failure is not None:
             raise MemoryNotSaved(
-                f"The memory of {self.domain.name} could not be saved: {self._failure.detail} The "
+                f"The memory of {self.domain.name} could not be saved: {self._failure} The "
                 "guest runs as before and nothing was kept; take the snapshot without memory if "
                 "this comes again."
             ) from self._failure
@@ -148,14 +162,27 @@ class _Save:
             self.domain.call(
                 "Saving the memory of", lambda handle: handle.snapshotCreateXML(self.xml, flags)
             )
-        except HypervisorError as error:
+            # Paused now: from here on there is a deadline, whatever the other thread is at.
+            self.arms.append(self.watchdog.arm(self.domain.uuid, "release"))
+            for arm in self.arms:
+                self.watchdog.held(arm)
+        except Exception as error:
             self._failure = error
 
+    def _written(self) -> int:
+        with contextlib.suppress(FileNotFoundError):  # not yet, or not any more
+            return self.target.stat().st_size
+        return 0
+
     def _hold(self) -> None:
-        """It would never end: the guest writes faster than its memory is saved."""
+        """It might never end: the guest writes faster than its memory is saved."""
+        if self._held or self.domain.state != "running":
+            return
+        self._before("pause")
+        self.arms.append(self.watchdog.arm(self.domain.uuid, "resume", GIVE_UP_S))
+        self._held = True
         with contextlib.suppress(HypervisorError):  # it may be paused by now
-            if self.domain.state == "running":
-                self.domain.suspend()
+            self.domain.suspend()
 
     def _abort(self) -> None:
         deadline = time.monotonic() + _ABORT_PATIENCE_S
@@ -211,7 +238,7 @@ def refuse_other_name(uri: str, saved: Path, name: str) -> None:
         )
 
 
-def resume_from(domain: Domain, saved: Path, *, paused: bool) -> None:
+def resume_from(domain: Domain, saved: Path, *, paused: bool = False) -> None:
     """Start the stopped domain at the instant of its saved memory; nothing of it is changed.
 
     Raises MemoryNotUsable where libvirt or QEMU cannot take it, and LibvirtUnavailable.

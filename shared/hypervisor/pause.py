@@ -27,11 +27,16 @@ class Pause:
 
 @contextlib.contextmanager
 def paused(
-    domain: Domain, watchdog: Watchdog, *, deadline_s: float = DEADLINE_S
+    domain: Domain,
+    watchdog: Watchdog,
+    *,
+    deadline_s: float = DEADLINE_S,
+    before: Callable[[], None] = lambda: None,
 ) -> Iterator[Pause]:
     """Suspend a running guest inside, resume it on every way out.
 
-    A guest that its owner had paused stays paused, a stopped one stopped. After
+    A guest that its owner had paused stays paused, a stopped one stopped. `before` is called
+    ahead of a pause of ours: the place for the journal. After
     `deadline_s` seconds the watchdog resumes the guest although we live.
 
     Raises WatchdogUnavailable (guest untouched), or PauseFailed: the guest could
@@ -39,9 +44,16 @@ def paused(
     then no picture of one instant), or does not resume (the watchdog goes on
     trying). An error raised inside passes through once the guest is resumed.
     """
-    if domain.state != "running":
+    state = domain.state
+    if state != "running":
         yield Pause(was_running=False)
+        if domain.state != state:
+            raise PauseFailed(
+                f"{domain.name} was {state} and is not any more, so the copy is not one instant "
+                "and is not kept. The server was not touched; try again."
+            )
         return
+    before()
     pause = Pause(was_running=True)
     arm = watchdog.arm(domain.uuid, "resume", deadline_s)
     started = time.perf_counter()

@@ -13,8 +13,8 @@ the helper of a dead worker acts only while it has that lock to itself.
 It cannot outlive the container or cgroup it runs in: for that case there is
 the operation's journal.
 
-The helper's lines, each answered by one: `arm TOKEN UUID ACTION SECONDS` -> `ok`;
-`held TOKEN` -> `ok`; `disarm TOKEN` -> `ok` or `fired`; `fire TOKEN` -> `ok`.
+The helper's lines: `arm TOKEN UUID ACTION SECONDS` -> `ok`; `held TOKEN`, which has no answer, as
+the guest stands still; `disarm TOKEN` -> `ok` or `fired`; `fire TOKEN` -> `ok`.
 """
 
 import contextlib
@@ -49,6 +49,11 @@ class Arm:
     action: Action
     fired: bool = False
 
+    @property
+    def hold(self) -> str:
+        """The name of the lock: frozen and paused guests are held apart from each other."""
+        return hold_of(self.uuid, self.action)
+
 
 class Watchdog:
     """The worker's end. One per process; safe to use from several threads.
@@ -64,6 +69,7 @@ class Watchdog:
         self._owner = 0
         self._tokens = 0
         self._armed: dict[int, str] = {}
+        self._held_by: dict[int, str] = {}
         self._locks: dict[str, int] = {}
 
     @property
@@ -81,6 +87,9 @@ class Watchdog:
         with self._lock:
             helper, self._helper = self._helper, None
             self._armed.clear()
+            self._held_by.clear()
+            for hold in list(self._locks):
+                self._let_go(hold)
         if helper and self._owner == os.getpid():
             for pipe in (helper.stdin, helper.stdout):
                 if pipe:
@@ -95,43 +104,54 @@ class Watchdog:
         which the guest must not be paused.
         """
         with self._lock:
-            if uuid not in self._locks:
-                self._locks[uuid] = locked(self.holds, uuid, fcntl.LOCK_SH)
-            self._ensure()
-            self._tokens += 1
-            line = f"arm {self._tokens} {uuid} {action} {deadline_s}"
-            if self._ask(line) != "ok":
-                raise WatchdogUnavailable(
-                    "The helper that would resume the guest did not confirm; the guest was "
-                    "not touched. Try again; if it persists, restart the worker."
-                )
-            self._armed[self._tokens] = line
-            return Arm(self._tokens, uuid, action)
+            arm = Arm(self._tokens + 1, uuid, action)
+            if arm.hold not in self._locks:
+                self._locks[arm.hold] = locked(self.holds, arm.hold, fcntl.LOCK_SH)
+            try:
+                self._ensure()
+                self._tokens += 1
+                line = f"arm {arm.token} {uuid} {action} {deadline_s}"
+                if self._ask(line) != "ok":
+                    raise WatchdogUnavailable(
+                        "The helper that would resume the guest did not confirm; the guest was "
+                        "not touched. Try again; if it persists, restart the worker."
+                    )
+            except BaseException:
+                self._let_go(arm.hold)
+                raise
+            self._armed[arm.token] = line
+            self._held_by[arm.token] = arm.hold
+            return arm
 
     def held(self, arm: Arm) -> None:
         """Tell that the guest is paused by now: a pause that is seen later is somebody else's."""
-        with self._lock, contextlib.suppress(WatchdogUnavailable):
-            self._ask(f"held {arm.token}")
+        with self._lock:
+            if self._helper and self._helper.stdin:
+                with contextlib.suppress(
+                    OSError
+                ):  # it is gone, and its arms come back with another
+                    self._helper.stdin.write(f"held {arm.token}\n".encode())
+                    self._helper.stdin.flush()
 
     def disarm(self, arm: Arm) -> bool:
         """Take an action back. True when the helper had already acted on it."""
         with self._lock:
-            self._armed.pop(arm.token, None)
+            self._forget(arm.token)
             with contextlib.suppress(WatchdogUnavailable):
                 arm.fired = self._ask(f"disarm {arm.token}") == "fired"
             if self._armed and self.pid is None:
                 with contextlib.suppress(WatchdogUnavailable):
                     self._ensure()  # another thread's guest must not go unguarded
-            self._let_go(arm.uuid)
+            self._let_go(arm.hold)
             return arm.fired
 
     def fire(self, arm: Arm) -> None:
         """Hand the action over to the helper now: it goes on trying after we gave up."""
         with self._lock, contextlib.suppress(WatchdogUnavailable):
-            self._armed.pop(arm.token, None)
+            self._forget(arm.token)
             self._ask(f"fire {arm.token}")
             arm.fired = True
-            self._let_go(arm.uuid)
+            self._let_go(arm.hold)
 
     @contextlib.contextmanager
     def armed(
@@ -144,15 +164,19 @@ class Watchdog:
         finally:
             self.disarm(arm)
 
-    def _let_go(self, uuid: str) -> None:
-        """Give up the lock on a domain that nothing is armed for any more."""
-        if uuid in self._locks and not any(uuid in line for line in self._armed.values()):
-            os.close(self._locks.pop(uuid))
+    def _forget(self, token: int) -> None:
+        self._armed.pop(token, None)
+        self._held_by.pop(token, None)
+
+    def _let_go(self, hold: str) -> None:
+        """Give up a lock that nothing armed needs any more."""
+        if hold in self._locks and hold not in self._held_by.values():
+            os.close(self._locks.pop(hold))
 
     def _ensure(self) -> None:
         if self._owner != os.getpid():
             # A fork copied us: the helper and what is armed belong to the parent.
-            self._helper, self._armed, self._locks = None, {}, {}
+            self._helper, self._armed, self._held_by, self._locks = None, {}, {}, {}
         if self._helper is not None and self._helper.poll() is None:
             return
         root = str(Path(__file__).resolve().parents[2])
@@ -212,14 +236,18 @@ class Watchdog:
             helper.wait()
 
 
-def locked(holds: Path, uuid: str, how: int) -> int:
-    """A lock on the domain's file, of this process alone: a child that it forks has no part in it.
+def hold_of(uuid: str, action: Action) -> str:
+    return f"{uuid}.{'frozen' if action == 'thaw' else 'paused'}"
+
+
+def locked(holds: Path, name: str, how: int) -> int:
+    """A lock on that file, of this process alone: a child that it forks has no part in it.
 
     Raises WatchdogUnavailable, and BlockingIOError where it is not to wait.
     """
     try:
         holds.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(holds / uuid, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(holds / name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise WatchdogUnavailable(
             f"The lock on the guest cannot be had in {holds} ({error}); the guest was not touched. "
@@ -227,7 +255,13 @@ def locked(holds: Path, uuid: str, how: int) -> int:
         ) from error
     try:
         fcntl.lockf(descriptor, how)
-    except BaseException:
+    except BlockingIOError:
         os.close(descriptor)
         raise
+    except OSError as error:  # a network's storage may have no locks
+        os.close(descriptor)
+        raise WatchdogUnavailable(
+            f"No lock can be had in {holds} ({error}); the guest was not touched. Put the vault on "
+            "storage that has locks."
+        ) from error
     return descriptor

@@ -20,13 +20,15 @@ import libvirt
 
 from shared.hypervisor.domains import HELD_BY_SAVE
 from shared.hypervisor.errors import WatchdogUnavailable
-from shared.hypervisor.watchdog import GIVE_UP_S, Action, locked
+from shared.hypervisor.watchdog import GIVE_UP_S, Action, hold_of, locked
 
 # A suspend that the dead worker had sent, and not yet seen the end of, may still
 # wait for the domain's job lock, 30 s by libvirt's own hard-coded limit, so that a
 # guest found running is looked at again for that long.
 LINGER_S = 35.0
 AGENT_TIMEOUT_S = 10
+_own_threads: dict[str, threading.Lock] = {}
+"""The lock of a file is the process's: it does not keep its threads apart."""
 
 
 class _Helper:
@@ -58,7 +60,8 @@ class _Helper:
                     break
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
-                    self._answer(self.obey(line.decode()))
+                    if answer := self.obey(line.decode()):
+                        self._answer(answer)
             elif events:
                 break  # the worker is dead
         for token in list(self.armed):
@@ -73,7 +76,7 @@ class _Helper:
                 return "ok"
             case ["held", token]:
                 self.held.add(token)
-                return "ok"
+                return ""
             case ["disarm", token]:
                 self.armed.pop(token, None)
                 self.held.discard(token)
@@ -128,16 +131,20 @@ def give_back(
     """
     begun, reached, pause_s = time.monotonic(), 0.0, 0.05
     while time.monotonic() - begun < GIVE_UP_S:
-        with contextlib.suppress(libvirt.libvirtError), _undisputed(holds, uuid) as ours:
+        with contextlib.suppress(libvirt.libvirtError), _undisputed(holds, uuid, action) as ours:
             connection = libvirt.open(uri)
             try:
-                outcome = _attempt(connection, uuid, action) if ours else None
+                if ours:
+                    outcome = _attempt(connection, uuid, action)
+                else:  # a suspend that is under way may still come, whoever holds it now
+                    outcome = None if linger_s else _watched(connection, uuid)
             finally:
                 connection.close()
             if outcome is not None:
                 _say(f"{action} {uuid}: {'done' if outcome else 'nothing to do'}")
                 return outcome
-            reached = reached or time.monotonic()
+            if ours:
+                reached = reached or time.monotonic()
         if reached and time.monotonic() - reached > linger_s:
             _say(f"{action} {uuid}: nothing to do")
             return False
@@ -146,14 +153,32 @@ def give_back(
     return False
 
 
+def _watched(connection: Any, uuid: str) -> bool | None:
+    """While somebody alive holds the domain: False once it is seen not to be paused."""
+    try:
+        state, _ = connection.lookupByUUIDString(uuid).state()
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            return False
+        raise
+    return None if state == libvirt.VIR_DOMAIN_PAUSED else False
+
+
 @contextlib.contextmanager
-def _undisputed(holds: Path | None, uuid: str) -> Iterator[bool]:
+def _undisputed(holds: Path | None, uuid: str, action: Action) -> Iterator[bool]:
     """Whether nobody alive holds the domain, nor begins to until the block is left."""
     if holds is None:
         yield True
         return
+    name = hold_of(uuid, action)
+    with _own_threads.setdefault(name, threading.Lock()), _lock_of(holds, name) as ours:
+        yield ours
+
+
+@contextlib.contextmanager
+def _lock_of(holds: Path, name: str) -> Iterator[bool]:
     try:
-        lock = locked(holds, uuid, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = locked(holds, name, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         yield False
         return

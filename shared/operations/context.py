@@ -121,13 +121,13 @@ class Context:
         patiently(self.check, write)
         faults.point(f"journalled:{action}")
 
-    def strike(self, action: str) -> None:
-        """Take back what `undo` wrote down for a step that is over."""
+    def strike(self, *actions: str) -> None:
+        """Take back what `undo` wrote down for steps that are over."""
 
         def delete() -> None:
             with transaction() as session:
                 held(session, self.id, self.owner)
-                journal.strike(session, self.id, action)
+                journal.strike(session, self.id, *actions)
 
         patiently(self.check, delete)
 

@@ -44,7 +44,7 @@ class Digester(Tender):
 
     def turn(self) -> None:
         vault = Vault(settings().vault)
-        folders = list(vault.copies(self.kind))
+        folders = set(vault.copies(self.kind))
         self._rest = {path: until for path, until in self._rest.items() if path in folders}
         self._found = {key: value for key, value in self._found.items() if key[0] in folders}
         for folder in folders:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from faults.conftest import OF_THE_GUEST, WHOLE
-from faults.walk import KINDS, Walk, before_commit
+from faults.walk import HELD, KINDS, Walk, before_commit
 from system.live_site import wait_for
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
@@ -35,9 +35,12 @@ def test_worker_killed_at_every_point(walk: Walk, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_worker_killed_at_every_point_of_an_undo(walk: Walk, kind: str) -> None:
-    """An error at the very end, and the worker killed while all is being put back."""
-    for point in _to_walk(walk.undone_by(KINDS[kind])):
-        walk.disturb(KINDS[kind], point, "raise, kill")
+    """An error while a guest is held, or at the very end, and the worker killed while all is
+    being put back."""
+    held = [point for point in HELD if point in walk.passed_by(KINDS[kind])][:1]
+    for at in [*held, "committing"]:
+        for point in _to_walk(walk.undone_by(KINDS[kind], at)):
+            walk.disturb(KINDS[kind], point, "raise, kill", at)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -58,6 +58,10 @@ class Points:
         (self.directory / "go").touch()
 
 
+HELD = ("stream:begun", "memory:saved", "reflink:shared")
+"""Where a guest, or a job of QEMU's, is held: what undoes that is over soon after."""
+
+
 def before_commit(points: list[str]) -> list[str]:
     """Those up to where the operation has succeeded; what is left then is done, however often it
     fails."""
@@ -211,19 +215,22 @@ class Walk:
         self.settle(kind, self.site.done(operation))
         return self.points.passed()
 
-    def undone_by(self, kind: Kind) -> list[str]:
-        """The points of undoing it, when it fails at its very end."""
-        self.disturb(kind, "committing", "raise")
+    def undone_by(self, kind: Kind, at: str) -> list[str]:
+        """The points of undoing it, when it fails there."""
+        self.disturb(kind, at, "raise")
         passed = self.points.passed()
-        return passed[passed.index("committing") + 1 :]
+        return passed[passed.index(at) + 1 :]
 
-    def disturb(self, kind: Kind, point: str, fault: str) -> Case:
-        """One case: prepared, disturbed at the point, ended, and all of it checked."""
+    def disturb(self, kind: Kind, point: str, fault: str, at: str = "committing") -> Case:
+        """One case: prepared, disturbed at the point, ended, and all of it checked.
+
+        `raise, kill` fails the operation `at` a point, and kills the worker at another of undoing.
+        """
         case = Case(kind.name, self.machine.power, self.site.way, point, fault)
         self.cases.append(case)
         kind.prepare(self.site, self.machine)
         self.site.mark_logs()
-        first = [("committing", "raise")] if fault == "raise, kill" else []
+        first = [(at, "raise")] if fault == "raise, kill" else []
         plain = "kill" if first else "wait" if fault in EVENTS else fault
         self.points.arm(*first, (point, plain))
         started = time.monotonic()

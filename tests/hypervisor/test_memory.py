@@ -79,13 +79,17 @@ def test_memory_and_disks_are_one_instant(
         guest.run("touch /tmp/stop")
 
 
+def _cancel() -> None:
+    raise Cancelled("The copy was cancelled.")
+
+
 def test_a_cancelled_save_leaves_the_guest_running(
     guest: Guest, domain: Domain, watchdog: Watchdog, saved: Path
 ) -> None:
     """The save is ended, the guest runs, and it can be saved the next time."""
     with (
         pytest.raises(Cancelled),
-        memory_saved(domain, watchdog, saved, ["vda", "vdb"], cancelled=lambda: True),
+        memory_saved(domain, watchdog, saved, ["vda", "vdb"], check=_cancel),
     ):
         pytest.fail("it was cancelled")
     assert guest.state() == "running"
@@ -98,20 +102,41 @@ def test_a_cancelled_save_leaves_the_guest_running(
 def test_a_guest_that_writes_too_fast_is_paused_for_it(
     guest: Guest, domain: Domain, watchdog: Watchdog, saved: Path
 ) -> None:
-    """After the patience with it the guest is held, so that the save comes to an end."""
-    with memory_saved(domain, watchdog, saved, ["vda", "vdb"], live_patience_s=0) as pause:
+    """Once as much is written as it has RAM the guest is held, so that the save ends."""
+    with memory_saved(domain, watchdog, saved, ["vda", "vdb"], most_bytes=0) as pause:
         assert guest.state() == "paused"
     assert pause.ms > 0
 
 
-def test_an_owners_pause_is_kept(domain: Domain, watchdog: Watchdog, saved: Path) -> None:
-    """A guest that its owner had paused is saved and stays paused."""
+def test_memory_of_a_paused_guest_is_refused(
+    domain: Domain, watchdog: Watchdog, saved: Path
+) -> None:
+    """QEMU would hold its images inactive for as long as its owner has it paused."""
     domain.suspend()
     try:
-        with memory_saved(domain, watchdog, saved, ["vda", "vdb"]) as pause:
-            assert domain.state == "paused"
+        with (
+            pytest.raises(ServerNotRunning, match="resume it"),
+            memory_saved(domain, watchdog, saved, ["vda", "vdb"]),
+        ):
+            pytest.fail("it was refused")
         assert domain.state == "paused"
-        assert (pause.was_running, pause.ms) == (False, 0)
+    finally:
+        domain.resume()
+
+
+def test_a_pause_that_its_owner_asks_for_meanwhile_stays(
+    domain: Domain, watchdog: Watchdog, saved: Path
+) -> None:
+    """It is not taken for ours, and the copy is not kept."""
+    try:
+        with (
+            pytest.raises(PauseFailed, match="as they left it"),
+            memory_saved(
+                domain, watchdog, saved, ["vda", "vdb"], before=lambda _: domain.suspend()
+            ),
+        ):
+            pass
+        assert domain.paused_by_user
     finally:
         domain.resume()
 
@@ -168,7 +193,7 @@ def test_the_journal_gives_the_guest_back_too(
 ) -> None:
     """What a successor does for a worker whose watchdog died with it; twice does no harm."""
     with (
-        pytest.raises(PauseFailed, match="resumed by somebody else"),
+        pytest.raises(PauseFailed, match="paused or resumed by somebody else"),
         memory_saved(domain, watchdog, saved, ["vda", "vdb"]),
     ):
         assert undo.release_memory(domain.uri, domain.uuid)
