@@ -85,8 +85,8 @@ def _adopted(session: Session, stored: Stored) -> tuple[str, str]:
         if taken:
             return "conflict", f"the server has another snapshot, {taken.id}; delete one of them"
         row = stored.snapshot_row()
-        # One that would have expired by now may be all that is left: somebody is to look first.
-        row.expires_at = max(row.expires_at, now() + settings().snapshot_retention)
+        if row.expires_at <= now():  # it may be all that is left: somebody is to look first
+            row.expires_at = now() + settings().snapshot_retention
     else:
         row = stored.image_row()
         if _one(session, Image, server_id=server.id, name=row.name):

@@ -35,7 +35,7 @@ HOST: dict[str, Any] = {
     },
     "reflink": True,
     "quiesce": True,
-    "memory": False,
+    "memory": True,
     "free_bytes": 412316860416,
     "total_bytes": 1099511627776,
 }

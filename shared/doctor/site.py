@@ -69,12 +69,14 @@ def is_lost(operation: Operation) -> bool:
     """
     if operation.owner is None:
         return bool(steps(operation))
+    seen = presence.left(operation.owner)
     known = presence.of(operation.owner, sweep=False)
     with reading() as session:
         current = session.get(Operation, operation.seq)
         if current is None or (current.state, current.owner) != ("running", operation.owner):
             return False
-        if known == "unknown":  # of this host while it had another name
+        # Of this host while it had another name; or of another host whose name we were given.
+        if known == "unknown" or not seen:
             lease = current.lease_expires_at
             return lease is None or lease < database_now(session)
         return known == "dead"

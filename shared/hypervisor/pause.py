@@ -47,10 +47,10 @@ def paused(
     state = domain.state
     if state != "running":
         yield Pause(was_running=False)
-        if domain.state != state:
+        if state == "paused" and domain.state == "running":
             raise PauseFailed(
-                f"{domain.name} was {state} and is not any more, so the copy is not one instant "
-                "and is not kept. The server was not touched; try again."
+                f"{domain.name} was paused and was resumed while it was being copied, so the copy "
+                "is not one instant and is not kept. The server was not touched; try again."
             )
         return
     before()

@@ -63,6 +63,11 @@ def dead() -> set[str]:
     return {owner for owner in left if _file(owner).exists() and of(owner) == "dead"}
 
 
+def left(owner: str) -> bool:
+    """Whether there is a file of that owner in this host's vault."""
+    return _file(owner).exists()
+
+
 def of(owner: str, *, sweep: bool = True) -> Literal["alive", "dead", "unknown"]:
     """What is known of an owner; `unknown` for those of other hosts.
 

@@ -24,7 +24,7 @@ class World:
     """Rows as the workers write them."""
 
     def host(self, name: str = "kvm-1", **fields: Any) -> Host:
-        facts = {"reflink": True, "quiesce": True, "memory": False, "free_bytes": 1 << 40}
+        facts = {"reflink": True, "quiesce": True, "memory": True, "free_bytes": 1 << 40}
         given = {"last_seen_at": now(), "facts": facts, **fields}
         return self.add(Host(name=name, **given))
 

@@ -18,6 +18,7 @@ from shared import admin, doctor
 from shared.database import now, transaction
 from shared.disks import setaside
 from shared.models import Host
+from shared.operations import presence
 
 pytestmark = pytest.mark.vm
 
@@ -77,6 +78,8 @@ def test_operation_that_is_at_work_is_left_alone(patient: Patient) -> None:
         patient.is_healthy()
         owner = patient.world.row(operation).owner
         patient.world.change(operation, owner="kvm-1/snapshotter/another")
+        assert doctor.examine() == []  # no file of that worker: it may be another host's
+        (presence.folder() / "kvm-1~snapshotter~another").touch()
         (early,) = doctor.examine()
         patient.world.change(operation, owner=owner)
         doctor.repair([early])

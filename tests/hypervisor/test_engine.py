@@ -78,7 +78,7 @@ def test_reflink_under_a_writer(
     assert (taken.way, taken.consistency) == ("reflink", "crash")
     assert 0 < taken.pause_ms < 1000
     print(f"paused {taken.pause_ms:.1f} ms")
-    assert steps == ["pause"]
+    assert steps == ["pause", "released"]
     assert [(f.target, f.format, f.path.name) for f in taken.files] == [
         ("vda", "qcow2", "vda.qcow2"),
         ("vdb", "raw", "vdb.raw"),
@@ -131,7 +131,7 @@ def test_stream_copies_a_running_guest(
     steps: list[str] = []
     taken = capture(domain, elsewhere, watchdog=watchdog, before=steps.append)
     assert (taken.way, taken.consistency, taken.pause_ms) == ("stream", "file-system", 0.0)
-    assert steps == ["backup"]
+    assert steps == ["backup", "released"]
     assert b"streamed" in (elsewhere / "vdb.raw").read_bytes()
     assert complaints(elsewhere / "vdb.raw") == ""
 
@@ -319,7 +319,7 @@ def test_a_pause_over_the_budget_is_not_made(
             )
     assert (taken.way, taken.pause_ms) == ("stream", 0)
     assert "the guest would pause for" in taken.way_reason
-    assert steps[-1] == "backup"
+    assert steps[-2:] == ["backup", "released"]
     assert complaints(folder / "vdb.raw") == ""
 
 
