@@ -66,7 +66,7 @@ def machine() -> dict[str, Any]:
     found = {
         "cpus": os.cpu_count(),
         "memory_gib": round(pages / 2**30, 1),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
     }
     return found | {name: _first_line(command) for name, command in VERSIONS.items()}
