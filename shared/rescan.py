@@ -44,7 +44,7 @@ def rescan(session: Session, vault: Vault) -> list[Finding]:
             continue  # of an operation, and gone with it
         name = str(folder.relative_to(vault.root))
         # Asked before its row is: an operation's last transaction adds that and ends this.
-        if str(folder) in under_way(session):
+        if str(folder) in _under_way(session):
             found.append(Finding(name, "under_way", "an operation is making or removing it"))
             continue
         try:
@@ -58,7 +58,7 @@ def rescan(session: Session, vault: Vault) -> list[Finding]:
     return [*found, *_missing(session, vault)]
 
 
-def under_way(session: Session) -> set[str]:
+def _under_way(session: Session) -> set[str]:
     """Folders that an unfinished operation has yet to keep or to remove."""
     query = select(JournalEntry).where(JournalEntry.action == "remove_copy")  # type: ignore[arg-type]
     return {entry.arguments["folder"] for entry in session.scalars(query)}

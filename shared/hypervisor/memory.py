@@ -74,13 +74,12 @@ def memory_saved(
         yield pause
         still = domain.state == "paused"
     finally:
-        if not save.paused_by_owner:
-            give_back(
-                domain, watchdog, save.arms, lambda: domain.held_by_save or domain.paused_by_user
-            )
-        pause.ms = (time.perf_counter() - save.paused_at) * 1000
-        fired = any([watchdog.disarm(arm) for arm in save.arms])
-    if fired or not still or save.paused_by_owner:
+        try:
+            give_back(domain, watchdog, save.arms, save.holds, look_first=True)
+        finally:
+            pause.ms = (time.perf_counter() - save.paused_at) * 1000
+            fired = any([watchdog.disarm(arm) for arm in save.arms])
+    if fired or not still or domain.state != "running":
         raise PauseFailed(
             f"{domain.name} was paused or resumed by somebody else while it was being copied, so "
             "memory and disks may not be of one instant and are not kept. It is as they left it; "
@@ -123,10 +122,9 @@ class _Save:
         self._failure: Exception | None = None
         self._told_paused = self._held = False
 
-    @property
-    def paused_by_owner(self) -> bool:
-        """Whether somebody has asked for a pause that we have not."""
-        return not self._held and self.domain.paused_by_user
+    def holds(self) -> bool:
+        """Whether the guest is paused by this save, and not because its owner asked for it."""
+        return self.domain.held_by_save or (self._held and self.domain.paused_by_user)
 
     def carry_out(
         self, meanwhile: Callable[[], None], check: Callable[[], None], most_bytes: int
@@ -238,12 +236,12 @@ def refuse_other_name(uri: str, saved: Path, name: str) -> None:
         )
 
 
-def resume_from(domain: Domain, saved: Path, *, paused: bool = False) -> None:
+def resume_from(domain: Domain, saved: Path) -> None:
     """Start the stopped domain at the instant of its saved memory; nothing of it is changed.
 
     Raises MemoryNotUsable where libvirt or QEMU cannot take it, and LibvirtUnavailable.
     """
-    flags = libvirt.VIR_DOMAIN_SAVE_PAUSED if paused else libvirt.VIR_DOMAIN_SAVE_RUNNING
+    flags = libvirt.VIR_DOMAIN_SAVE_RUNNING
     try:
         with translated(f"Resuming the memory of {domain.name}"):
             connect(domain.uri).restoreFlags(os.fspath(saved), None, flags)

@@ -86,9 +86,15 @@ def _suspend(domain: Domain) -> None:
 
 
 def give_back(
-    domain: Domain, watchdog: Watchdog, arms: Iterable[Arm], held: Callable[[], bool]
+    domain: Domain,
+    watchdog: Watchdog,
+    arms: Iterable[Arm],
+    held: Callable[[], bool],
+    *,
+    look_first: bool = False,
 ) -> None:
-    """Resume until the guest is seen not to be `held` any more.
+    """Resume until the guest is seen not to be `held` any more; with `look_first` not even once
+    where it is not. While libvirt is away it is waited for.
 
     Raises PauseFailed where it does not resume; the watchdog goes on trying.
     """
@@ -96,7 +102,8 @@ def give_back(
     delay = 0.01
     while True:
         try:
-            domain.resume()
+            if not look_first or held():
+                domain.resume()
             return
         except DomainMissing:
             return

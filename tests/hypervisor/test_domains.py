@@ -16,6 +16,7 @@ from shared.hypervisor.domains import Domain, define, find, find_by_name
 from shared.hypervisor.duplicate import clone_definition
 from shared.hypervisor.errors import DomainMissing, LibvirtFailed, LibvirtUnavailable
 from shared.hypervisor.inventory import scan, watch
+from shared.hypervisor.memory import memory_saved
 from shared.hypervisor.pause import paused
 from shared.hypervisor.watchdog import Watchdog
 from tests.hypervisor.test_pause import wait_until
@@ -243,6 +244,31 @@ def test_libvirtd_may_be_restarted_at_any_time(own: Hypervisor, workspace: Path)
         finally:
             stop.set()
             thread.join(5)
+            watchdog.close()
+
+
+def test_libvirtd_dies_while_a_guest_is_held_with_its_memory(
+    own: Hypervisor, workspace: Path
+) -> None:
+    """It is waited for, the guest runs again at once then, and nothing stays armed."""
+    workspace.chmod(0o711)
+    with Guest.create(own, workspace / "g") as made:
+        made.start(wait=False)
+        domain = find_by_name(connect(own.uri), made.name)
+        watchdog = Watchdog(own.uri, workspace / "holds")
+        back = threading.Timer(1.0, own.start)
+        try:
+            with (
+                pytest.raises(LibvirtUnavailable),
+                memory_saved(domain, watchdog, workspace / "memory.save", ["vda"]),
+            ):
+                own.stop(kill=True)
+                back.start()
+                domain.live_definition()  # as the end of a copy would ask
+            assert domain.state == "running"
+            assert watchdog._armed == {}
+        finally:
+            back.join()
             watchdog.close()
 
 
