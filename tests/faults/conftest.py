@@ -29,10 +29,11 @@ OF_THE_GUEST = (
 )
 """The operations that are about the server itself, not about what is in the vault."""
 
-KILLED, UNDONE, HELD = (
+KILLED, UNDONE, HELD, OWNERS = (
     "test_worker_killed_at_every_point",
     "test_worker_killed_at_every_point_of_an_undo",
     "test_worker_and_watchdog_die_while_the_guest_is_held",
+    "test_a_pause_that_its_owner_asks_for_later_stays",
 )
 PART = {
     ("xfs", "stopped"): {
@@ -50,6 +51,7 @@ PART = {
         (UNDONE, "image.restore"),
         (UNDONE, "clone.server"),
         (HELD, None),
+        (OWNERS, None),
     },
     ("ext4", "running"): {(KILLED, "image.create"), (UNDONE, "image.create")},
     ("ext4", "stopped"): {(KILLED, "image.create")},
@@ -76,7 +78,7 @@ def _is_wanted(item: Any) -> bool:
         return where[1] == "running"
     if name == "test_disk_full_at_every_point":
         return where[1] == "stopped"  # a running guest stops on the write that finds no room
-    if name in (HELD, "test_worker_hangs_while_the_guest_is_held"):
+    if name in (HELD, OWNERS, "test_worker_hangs_while_the_guest_is_held"):
         return where == ("xfs", "running")
     return True
 

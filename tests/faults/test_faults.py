@@ -93,3 +93,22 @@ def test_worker_and_watchdog_die_while_the_guest_is_held(walk: Walk) -> None:
     assert time.monotonic() - died < 2
     walk.site.stack.start_worker("snapshotter")
     walk.settle(kind, walk.site.done(operation))
+
+
+def test_a_pause_that_its_owner_asks_for_later_stays(walk: Walk) -> None:
+    """Once a guest was released, to undo the rest of the operation resumes nobody."""
+    kind = KINDS["snapshot.take"]
+    kind.prepare(walk.site, walk.machine)
+    walk.points.arm(("publish:sealed", "wait"))
+    operation = kind.ask(walk.site, walk.machine)
+    wait_for(lambda: walk.points.reached, "the copy is made")
+
+    walk.machine.guest.domain.suspend()
+    walk.site.client.operations.cancel(operation["id"])
+    walk.points.go()
+    ended = walk.site.ended(operation)
+    left = walk.machine.state()
+    walk.machine.guest.domain.resume()
+
+    assert (ended["state"], left) == ("cancelled", "paused")
+    walk.settle(kind, ended)
