@@ -15,6 +15,7 @@ from typing import Literal
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from shared.disks.durable import sync
 from shared.disks.space import full_is_said
 from shared.errors import TriptychError
 
@@ -189,12 +190,3 @@ def seal_file(path: Path) -> None:
     os.chown(path, os.geteuid(), os.getegid())  # QEMU's user may own what QEMU wrote
     path.chmod(0o400)
     sync(path)
-
-
-def sync(path: Path) -> None:
-    """Make a file, or the names in a directory, last."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

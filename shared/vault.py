@@ -22,6 +22,7 @@ from types import TracebackType
 
 from shared import faults
 from shared.disks.digest import digest
+from shared.disks.durable import sync
 from shared.disks.space import full_is_said
 from shared.manifest import (
     DEFINITION,
@@ -31,7 +32,6 @@ from shared.manifest import (
     VaultError,
     read_manifest,
     seal_file,
-    sync,
     write_manifest,
 )
 

@@ -23,7 +23,7 @@ FEW = 64
 MOST_ROUNDS = 8
 SHRINKS = 0.7
 """A round that leaves more than this part of the one before is the last."""
-_TICK_NS = 20_000_000
+TICK_NS = 20_000_000
 """More than a tick of the clock that the kernel stamps files with (10 ms at the most)."""
 NEGLIGIBLE_MS = 1.0
 _TO_THE_END = (1 << 64) - 1
@@ -92,7 +92,7 @@ class CatchingUp:
         """When the last write began; None if that was too lately to tell a later one from it."""
         stamp = os.fstat(self.source).st_mtime_ns
         now = time.clock_gettime_ns(time.CLOCK_REALTIME)
-        return stamp if abs(now - stamp) > _TICK_NS else None
+        return stamp if abs(now - stamp) > TICK_NS else None
 
     def _drain(self) -> None:
         """Wait for the writes that have begun, those past the page cache too: to share a block
@@ -125,7 +125,7 @@ def follow(
                 return
             # What was written a moment ago, as by a freeze, cannot be told from what is written
             # now; once it can, nothing is to be looked for in the pause.
-            time.sleep(_TICK_NS / 1e9)
+            time.sleep(TICK_NS / 1e9)
             waited = True
         before = changed
     refuse_if_too_long(copies, budget_ms)

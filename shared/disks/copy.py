@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shared.disks import images
+from shared.disks.durable import sync
 from shared.disks.errors import CopyFailed, InsufficientSpace, ReflinkRefused
 from shared.disks.reflink import reflink
 from shared.disks.space import FLOOR, FloorWatch, full_is_said, says_full
@@ -76,7 +77,7 @@ def stream_copy(
         _convert(src, dst, (src_format, dst_format), _ZSTD if compress else [], tell, check)
         with full_is_said(dst.parent):
             dst.chmod(0o600)
-            _sync(dst)
+            sync(dst)
     except BaseException:
         dst.unlink(missing_ok=True)
         raise
@@ -172,11 +173,3 @@ def _direct(path: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

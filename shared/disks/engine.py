@@ -21,13 +21,13 @@ from shared.disks.copied import CopiedDisk, Unchanged, copied
 from shared.disks.copy import stream_copy
 from shared.disks.errors import InsufficientSpace, PauseTooLong
 from shared.disks.nvram import Nvram
-from shared.disks.planning import Choice, Plan, Way, plan, refuse_memory
+from shared.disks.planning import Choice, Plan, Way, definition_of, plan, refuse_memory
 from shared.disks.reflink import create_target, writes_elsewhere
 from shared.disks.space import FLOOR, FloorWatch, ensure_space, full_is_said, says_full
 from shared.errors import Cancelled
 from shared.hypervisor.agent import Consistency, Level, Policy, frozen
 from shared.hypervisor.backup import push_backup
-from shared.hypervisor.definition import DomainDefinition, LeftOut, with_live_disks
+from shared.hypervisor.definition import LeftOut
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.errors import (
     BackupFailed,
@@ -131,7 +131,7 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
             catching_up=writes_elsewhere(destination),
         )
     ensure_space(destination, chosen.needed_bytes, order.free_floor)
-    definition, left_out = _definition(domain, chosen)
+    definition, left_out = definition_of(domain, chosen)
     order.check()
     nvram = Nvram(definition, destination)
     targets = {
@@ -239,21 +239,6 @@ class _Job:
                     "guest runs and nothing was kept; make room, or do without memory."
                 ) from error
             raise
-
-
-def _definition(domain: Domain, chosen: Plan) -> tuple[str, tuple[LeftOut, ...]]:
-    """The definition that goes with the copy, and what it names that is not in the copy."""
-    inactive = domain.definition()
-    if chosen.state == "stopped":
-        return inactive, chosen.left_out
-    live = domain.live_definition()
-    plugged = {disk.target for disk in DomainDefinition.parse(live).disks}
-    later = tuple(
-        LeftOut(disk.target, "it is in the definition, but not attached until the next start")
-        for disk in DomainDefinition.parse(inactive).disks
-        if disk.target not in plugged
-    )
-    return with_live_disks(inactive, live), (*chosen.left_out, *later)
 
 
 @dataclass

@@ -5,12 +5,10 @@ import shutil
 import time
 from pathlib import Path
 
+from shared.disks.catching_up import TICK_NS
 from shared.disks.reflink import sync_source
 from shared.disks.space import full_is_said
 from shared.hypervisor.definition import DomainDefinition
-
-_TICK_NS = 20_000_000
-"""More than a tick of the clock that the kernel stamps files with (10 ms at the most)."""
 
 
 class Nvram:
@@ -30,7 +28,7 @@ class Nvram:
         """
         if self.source is not None and self.source.is_file():
             self._seen = self._stamp()
-            self._lately = time.time_ns() - self.source.stat().st_mtime_ns < _TICK_NS
+            self._lately = time.time_ns() - self.source.stat().st_mtime_ns < TICK_NS
             with full_is_said(self.copy.parent):
                 shutil.copyfile(self.source, self.copy)
                 self.copy.chmod(0o600)

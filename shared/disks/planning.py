@@ -13,7 +13,12 @@ from typing import Literal
 from shared.disks import images
 from shared.disks.extents import extent_count
 from shared.disks.reflink import can_reflink, writes_elsewhere
-from shared.hypervisor.definition import DiskDefinition, DomainDefinition, LeftOut
+from shared.hypervisor.definition import (
+    DiskDefinition,
+    DomainDefinition,
+    LeftOut,
+    with_live_disks,
+)
 from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import DiskNotCopyable, MemoryNeedsReflink
 from shared.hypervisor.memory import refuse_without_memory
@@ -129,6 +134,21 @@ def refuse_memory(domain: Domain, chosen: Plan) -> None:
             f"vault, and {chosen.reason}. Nothing was touched; take it without memory, or put "
             "disks and vault on one XFS or btrfs."
         )
+
+
+def definition_of(domain: Domain, chosen: Plan) -> tuple[str, tuple[LeftOut, ...]]:
+    """The definition that goes with the copy, and what it names that is not in the copy."""
+    inactive = domain.definition()
+    if chosen.state == "stopped":
+        return inactive, chosen.left_out
+    live = domain.live_definition()
+    plugged = {disk.target for disk in DomainDefinition.parse(live).disks}
+    later = tuple(
+        LeftOut(disk.target, "it is in the definition, but not attached until the next start")
+        for disk in DomainDefinition.parse(inactive).disks
+        if disk.target not in plugged
+    )
+    return with_live_disks(inactive, live), (*chosen.left_out, *later)
 
 
 def _source(disk: DiskDefinition) -> SourceDisk:

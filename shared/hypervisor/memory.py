@@ -31,7 +31,7 @@ from shared.hypervisor.errors import (
     ServerNotRunning,
 )
 from shared.hypervisor.pause import Pause, give_back
-from shared.hypervisor.watchdog import GIVE_UP_S, Watchdog
+from shared.hypervisor.watchdog import DEADLINE_S, GIVE_UP_S, Watchdog
 
 Held = Literal["memory", "pause"]
 _POLL_S = 0.1
@@ -50,6 +50,7 @@ def memory_saved(
     meanwhile: Callable[[], None] = lambda: None,
     check: Callable[[], None] = lambda: None,
     most_bytes: int | None = None,
+    deadline_s: float = DEADLINE_S,
 ) -> Iterator[Pause]:
     """The guest is still inside, at the instant of the memory in `target`; it runs on after it.
 
@@ -58,14 +59,15 @@ def memory_saved(
     `meanwhile` is called about once a second, and ten times `check`, whose error ends it. A guest
     that writes its memory faster than it is saved is paused once `most_bytes` are written, as many
     as it has RAM if not given. `Pause.ms` is what the guest felt: from the moment libvirt told of
-    the pause until resume had returned. A pause that its owner asks for meanwhile stays.
+    the pause until resume had returned. A pause that its owner asks for meanwhile stays. After
+    `deadline_s` seconds of it the watchdog resumes the guest although we live.
 
     Raises ServerNotRunning, MemoryNotSaved, WatchdogUnavailable, PauseFailed,
     and what `meanwhile`, `check` or the block raises; then the guest runs, and `target` is no use.
     """
     refuse_without_memory(domain)
     before("memory")
-    save = _Save(domain, watchdog, target, _description(domain, target, disks), before)
+    save = _Save(domain, watchdog, target, _description(domain, target, disks), before, deadline_s)
     pause = Pause(was_running=True)
     still = False
     try:
@@ -113,11 +115,12 @@ class _Save:
         target: Path,
         xml: str,
         before: Callable[[Held], None],
+        deadline_s: float,
     ) -> None:
         self.domain, self.watchdog, self.target, self.xml = domain, watchdog, target, xml
         self.arms = [watchdog.arm(domain.uuid, "release", GIVE_UP_S)]
         self.paused_at = time.perf_counter()
-        self._before = before
+        self._before, self._deadline_s = before, deadline_s
         self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
         self._failure: Exception | None = None
         self._told_paused = self._held = False
@@ -161,7 +164,7 @@ class _Save:
                 "Saving the memory of", lambda handle: handle.snapshotCreateXML(self.xml, flags)
             )
             # Paused now: from here on there is a deadline, whatever the other thread is at.
-            self.arms.append(self.watchdog.arm(self.domain.uuid, "release"))
+            self.arms.append(self.watchdog.arm(self.domain.uuid, "release", self._deadline_s))
             for arm in self.arms:
                 self.watchdog.held(arm)
         except Exception as error:

@@ -139,6 +139,15 @@ def test_a_pause_that_its_owner_asks_for_meanwhile_stays(
         domain.resume()
 
 
+def test_a_hung_workers_guest_is_resumed_at_the_deadline(
+    domain: Domain, watchdog: Watchdog, saved: Path
+) -> None:
+    """The worker lives and loses its hold, and learns that its copy is void."""
+    held = memory_saved(domain, watchdog, saved, ["vda", "vdb"], deadline_s=0.5)
+    with pytest.raises(PauseFailed, match="paused or resumed by somebody else"), held:
+        wait_until(lambda: domain.state == "running", 5)
+
+
 def test_an_error_while_saving_leaves_the_guest_running(
     guest: Guest, domain: Domain, watchdog: Watchdog, workspace: Path
 ) -> None:
