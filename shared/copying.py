@@ -165,11 +165,8 @@ def _journal(context: Context, domain: Domain, step: engine.Step) -> None:
     if step == "memory":
         context.undo("release_memory", uuid=domain.uuid)
         return
-    context.undo("thaw_domain", uuid=domain.uuid)
-    if step == "pause":
-        context.undo("resume_domain", uuid=domain.uuid)
-    else:
-        context.undo("abort_backup", uuid=domain.uuid)
+    holds = "resume_domain" if step == "pause" else "abort_backup"
+    context.undo_all(("thaw_domain", {"uuid": domain.uuid}), (holds, {"uuid": domain.uuid}))
 
 
 @cache

@@ -28,7 +28,7 @@ UNDOES: dict[str, type[Command]] = {
     commands.RevertSnapshot.kind: commands.UndoRevert,
     commands.RestoreImage.kind: commands.UndoRestore,
 }
-FIRST_STEP, LAST_STEP = 0.01, 0.1
+FIRST_STEP, LAST_STEP = 0.005, 0.1
 """Seconds between two looks at the row while a caller waits; slower after EAGER seconds."""
 EAGER = 0.3
 
@@ -68,9 +68,15 @@ def _look(operation: str) -> Operation:
         return lookups.operation(session, operation)
 
 
-def _shown(row: Operation) -> shapes.Operation:
+def _state(operation: str) -> str:
+    row: Any = Operation
     with reading() as session:
-        return shown(session, [row])[0]
+        return str(session.scalars(select(row.state).where(row.id == operation)).one())
+
+
+def _shown(operation: str) -> shapes.Operation:
+    with reading() as session:
+        return shown(session, [lookups.operation(session, operation)])[0]
 
 
 @router.get(
@@ -87,7 +93,8 @@ async def show(
     began = time.monotonic()
     step = FIRST_STEP
     found = await run_in_threadpool(_look, operation)
-    while found.state not in ENDED:
+    state = found.state
+    while state not in ENDED:
         waited = time.monotonic() - began
         stopping = request.app.state.stopping.is_set()
         if waited >= wait or stopping or await request.is_disconnected():
@@ -95,8 +102,8 @@ async def show(
         if waited > EAGER:
             step = min(step * 1.5, LAST_STEP)
         await asyncio.sleep(min(step, wait - waited))
-        found = await run_in_threadpool(_look, operation)
-    return await run_in_threadpool(_shown, found)
+        state = await run_in_threadpool(_state, found.id)
+    return await run_in_threadpool(_shown, found.id)
 
 
 CANCELLED: dict[int | str, dict[str, Any]] = {

@@ -73,5 +73,5 @@ def _faults(context: Context, folder: Path) -> list[dict[str, Any]]:
 
 
 def _digest(context: Context, path: Path, image_format: str, before: int, total: int) -> str:
-    disk_images.check(path, image_format)
+    disk_images.check_by_qemu(path, image_format)
     return digest(path, lambda at: context.progress(before + at, total), context.stopping)

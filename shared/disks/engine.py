@@ -28,7 +28,7 @@ from shared.errors import Cancelled
 from shared.hypervisor.agent import Consistency, Level, Policy, frozen
 from shared.hypervisor.backup import push_backup
 from shared.hypervisor.definition import LeftOut
-from shared.hypervisor.domains import Domain
+from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import (
     BackupFailed,
     MemoryNotSaved,
@@ -133,7 +133,7 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
     ensure_space(destination, chosen.needed_bytes, order.free_floor)
     definition, left_out = definition_of(domain, chosen)
     order.check()
-    nvram = Nvram(definition, destination)
+    nvram = Nvram(chosen.live.nvram_path, destination)
     targets = {
         s.disk.target: destination / f"{s.disk.target}.{s.copy_format}" for s in chosen.sources
     }
@@ -191,10 +191,10 @@ class _Order:
                 f"The copy of {self.domain.name} was cancelled. Nothing of it was kept."
             )
 
-    def frozen(self) -> contextlib.AbstractContextManager[Consistency]:
+    def frozen(self, state: State) -> contextlib.AbstractContextManager[Consistency]:
         if self.memory:  # a guest that is resumed from it would still be frozen
             return contextlib.nullcontext(Consistency("crash", WITH_MEMORY))
-        return frozen(self.domain, self.watchdog, self.quiesce)
+        return frozen(self.domain, self.watchdog, self.quiesce, state=state)
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def _shared(job: _Job, copies: list[CatchingUp]) -> _Shot:
         if not told:
             order.before("pause")
 
-    with order.frozen() as consistency:
+    with order.frozen(job.plan.state) as consistency:
         faults.point("reflink:frozen")
         close_in()  # what was written meanwhile, and what a freeze made the guest write out
         if order.memory:
@@ -321,7 +321,7 @@ def _stream_active(job: _Job) -> _Shot:
 
     @contextlib.contextmanager
     def instant() -> Iterator[None]:
-        with job.order.frozen() as consistency:
+        with job.order.frozen(job.plan.state) as consistency:
             faults.point("stream:frozen")
             shots.append(_Shot(datetime.now(UTC), consistency))
             yield
@@ -373,7 +373,9 @@ def _compressed(target: Path, order: _Order) -> None:
 
 
 def _stream_stopped(job: _Job) -> _Shot:
-    with job.order.frozen() as consistency:  # nothing is frozen; it says what this is worth
+    with job.order.frozen(
+        "stopped"
+    ) as consistency:  # nothing is frozen; it says what this is worth
         shot = _Shot(datetime.now(UTC), consistency)
     job.nvram.take()
     done = 0

@@ -8,14 +8,12 @@ from pathlib import Path
 from shared.disks.catching_up import TICK_NS
 from shared.disks.reflink import sync_source
 from shared.disks.space import full_is_said
-from shared.hypervisor.definition import DomainDefinition
 
 
 class Nvram:
     """Those of a server, copied, not cloned, at the disks' instant."""
 
-    def __init__(self, definition: str, destination: Path) -> None:
-        path = DomainDefinition.parse(definition).nvram_path
+    def __init__(self, path: str | None, destination: Path) -> None:
         self.source = Path(path) if path else None
         self.copy = destination / "nvram.fd"
         self._seen: tuple[int, int] | None = None

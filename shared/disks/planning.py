@@ -51,12 +51,14 @@ class SourceDisk:
 class Plan:
     """How a server would be copied to a place: the way, why, and the room it takes.
 
-    `catching_up`: shared while the guest runs, so that the pause shares only what is left.
+    `live` is its definition as it is now. `catching_up`: shared while the guest runs, so that
+    the pause shares only what is left.
     """
 
     way: Way
     reason: str
     state: State
+    live: DomainDefinition
     sources: tuple[SourceDisk, ...]
     left_out: tuple[LeftOut, ...]
     needed_bytes: int
@@ -77,7 +79,8 @@ def plan(
     only a qcow2 can hold: an active domain's disks in a second pass, beside the first. Raises
     DiskNotCopyable, DomainWithoutDisks, or CopyFailed where an image cannot be read.
     """
-    disks, left_out = DomainDefinition.parse(domain.live_definition()).split_disks()
+    live = DomainDefinition.parse(domain.live_definition())
+    disks, left_out = live.split_disks()
     sources = tuple(_source(disk) for disk in disks)
     state = domain.state
     pieces = sum(extent_count(s.path) for s in sources) if state == "running" else 0
@@ -92,6 +95,7 @@ def plan(
             "reflink",
             "every disk shares its extents",
             state,
+            live,
             sources,
             left_out,
             needed,
@@ -108,7 +112,7 @@ def plan(
         sources = tuple(replace(s, copy_format="qcow2") for s in sources)
     needed = sum(images.measure(s.path, s.disk.format, s.copy_format) for s in sources)
     needed *= 2 if compress and state != "stopped" else 1
-    return Plan("stream", obstacle or reason, state, sources, left_out, needed)
+    return Plan("stream", obstacle or reason, state, live, sources, left_out, needed)
 
 
 def refuse_memory(domain: Domain, chosen: Plan) -> None:
@@ -120,8 +124,8 @@ def refuse_memory(domain: Domain, chosen: Plan) -> None:
     """
     refuse_without_memory(domain)
     left_out = {each.target for each in chosen.left_out}
-    disks = DomainDefinition.parse(domain.live_definition()).disks
-    shared = sorted(disk.target for disk in disks if disk.shareable and disk.target in left_out)
+    disks = (disk for disk in chosen.live.disks if disk.target in left_out)
+    shared = sorted(disk.target for disk in disks if disk.shareable)
     if shared:
         raise DiskNotCopyable(
             f"{', '.join(shared)} of {domain.name} is shared with other guests and not copied: it "
@@ -141,14 +145,13 @@ def definition_of(domain: Domain, chosen: Plan) -> tuple[str, tuple[LeftOut, ...
     inactive = domain.definition()
     if chosen.state == "stopped":
         return inactive, chosen.left_out
-    live = domain.live_definition()
-    plugged = {disk.target for disk in DomainDefinition.parse(live).disks}
+    plugged = {disk.target for disk in chosen.live.disks}
     later = tuple(
         LeftOut(disk.target, "it is in the definition, but not attached until the next start")
         for disk in DomainDefinition.parse(inactive).disks
         if disk.target not in plugged
     )
-    return with_live_disks(inactive, live), (*chosen.left_out, *later)
+    return with_live_disks(inactive, chosen.live.xml), (*chosen.left_out, *later)
 
 
 def _source(disk: DiskDefinition) -> SourceDisk:

@@ -17,7 +17,7 @@ from typing import Literal
 import libvirt
 from lxml import etree
 
-from shared.hypervisor.domains import Domain
+from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import DomainMissing, HypervisorError, QuiesceFailed
 from shared.hypervisor.watchdog import Arm, Watchdog
 
@@ -56,15 +56,17 @@ def frozen(
     watchdog: Watchdog,
     policy: Policy = "auto",
     *,
+    state: State | None = None,
     timeout_s: int = FREEZE_TIMEOUT_S,
 ) -> Iterator[Consistency]:
     """Freeze the guest's file systems inside, thaw them on every way out.
 
     Keep the block short: the guest cannot write, and Windows holds a freeze for
     10 s at most. `auto` goes on without and says why; `require` raises
-    QuiesceFailed. A guest that does not run has nothing to freeze.
+    QuiesceFailed. A guest that does not run has nothing to freeze; `state` spares asking whether
+    it does.
     """
-    at_rest = _without_freeze(domain, policy)
+    at_rest = _without_freeze(domain, policy, state or domain.state)
     if at_rest is not None:
         yield at_rest
         return
@@ -91,9 +93,8 @@ def frozen(
             consistency.reason = "the guest did not stay frozen until the copy was taken"
 
 
-def _without_freeze(domain: Domain, policy: Policy) -> Consistency | None:
+def _without_freeze(domain: Domain, policy: Policy, state: State) -> Consistency | None:
     """What holds without freezing, or None if the guest is to be frozen."""
-    state = domain.state
     if state == "stopped":
         if domain.has_managed_save:
             return Consistency("crash", "the server's memory was saved to disk apart from this")
@@ -115,12 +116,20 @@ def _without_freeze(domain: Domain, policy: Policy) -> Consistency | None:
     return Consistency("crash", reason) if reason else None
 
 
+_systems: dict[str, tuple[int, str]] = {}
+"""What runs in the domains, by UUID: libvirt's number of that boot, and the system's id."""
+
+
 def _level(domain: Domain, timeout_s: int) -> Level:
     """Windows' freeze goes through VSS, which has applications write out their state."""
 
     def ask(handle: libvirt.virDomain) -> str:
         handle.agentSetResponseTimeout(timeout_s)
-        return str(handle.guestInfo(libvirt.VIR_DOMAIN_GUEST_INFO_OS).get("os.id", ""))
+        boot, system = _systems.get(domain.uuid, (0, ""))
+        if boot != handle.ID():
+            system = str(handle.guestInfo(libvirt.VIR_DOMAIN_GUEST_INFO_OS).get("os.id", ""))
+            _systems[domain.uuid] = (handle.ID(), system)
+        return system
 
     with contextlib.suppress(HypervisorError):
         return "application" if domain.call("Asking", ask) == "mswindows" else "file-system"

@@ -111,15 +111,21 @@ class Context:
 
     def undo(self, action: str, /, **arguments: Any) -> None:
         """Write down, before a step, what undoes it. Waits for a database that is away."""
+        self.undo_all((action, arguments))
+
+    def undo_all(self, *steps: journal.Step) -> None:
+        """Write down several at once; the last is undone first."""
         self.check()
 
         def write() -> None:
             with transaction() as session:
                 held(session, self.id, self.owner)
-                journal.write(session, self.id, "undo", action, **arguments)
+                for action, arguments in steps:
+                    journal.write(session, self.id, "undo", action, **arguments)
 
         patiently(self.check, write)
-        faults.point(f"journalled:{action}")
+        for action, _ in steps:
+            faults.point(f"journalled:{action}")
 
     def strike(self, *actions: str) -> None:
         """Take back what `undo` wrote down for steps that are over."""

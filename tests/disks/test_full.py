@@ -24,7 +24,6 @@ from shared.manifest import write_manifest as write
 from shared.vault import Partial
 
 MIB = 1 << 20
-UEFI = "<domain><name>web1</name><os><nvram>{path}</nvram></os><devices/></domain>"
 MANIFEST = Manifest(
     kind="image",
     id="img1",
@@ -96,7 +95,7 @@ def by_materialising(disk: Path, new: Path) -> Callable[[], object]:
 
 
 def by_copying_uefi_variables_in(disk: Path, new: Path) -> Callable[[], object]:
-    variables = Nvram(UEFI.format(path=disk), new)
+    variables = Nvram(str(disk), new)
     new.mkdir()
 
     def warm() -> None:

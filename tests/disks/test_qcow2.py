@@ -1,0 +1,189 @@
+"""The quick yes to a qcow2: given to what is sound, never to what qemu-img finds damaged."""
+
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.disks import images
+from shared.disks.errors import ImageDamaged
+from shared.disks.qcow2 import plainly_sound
+
+MIB = 1 << 20
+CLUSTER = 65536
+COPIED = 1 << 63
+
+
+def made(path: Path, *options: str, size: str = "64M") -> Path:
+    """An image in which a guest has written, discarded and zeroed."""
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", *options, str(path), size]
+    subprocess.run(create, check=True)
+    wrote(path, "write -P 7 0 1M", "write -P 8 20M 3M", "discard 21M 1M", "write -z 22M 512k")
+    return path
+
+
+def wrote(path: Path, *commands: str) -> None:
+    told = [word for command in commands for word in ("-c", command)]
+    subprocess.run(["qemu-io", *told, str(path)], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("qcow2") / "image.qcow2")
+
+
+def header(path: Path) -> dict[str, int]:
+    data = path.read_bytes()[:104]
+    names = {"l1_at": (">Q", 40), "counts_at": (">Q", 48)}
+    return {name: struct.unpack_from(form, data, at)[0] for name, (form, at) in names.items()}
+
+
+def put(path: Path, at: int, form: str, value: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(struct.pack(form, value))
+
+
+def got(path: Path, at: int) -> int:
+    with path.open("rb") as file:
+        file.seek(at)
+        value: int = struct.unpack(">Q", file.read(8))[0]
+        return value
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ((), "64M"),
+        (("-o", "cluster_size=4k"), "200M"),
+        (("-o", "cluster_size=2M"), "1G"),
+        (("-o", "preallocation=metadata"), "64M"),
+        (("-o", "lazy_refcounts=on"), "64M"),
+        ((), "3T"),
+    ],
+)
+def test_sound_images_need_no_process(tmp_path: Path, options: tuple[str, ...], size: str) -> None:
+    """Whatever its cluster size and length, a plain image that is in order is told so here."""
+    path = made(tmp_path / "a.qcow2", *options, size=size)
+    assert plainly_sound(path)
+    images.check_by_qemu(path, "qcow2")
+    subprocess.run(["qemu-img", "resize", "-q", str(path), "+5G"], check=True)
+    assert plainly_sound(path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-o", "compat=0.10"),
+        ("-o", "refcount_bits=64"),
+        ("-o", "extended_l2=on"),
+        ("-o", "compression_type=zstd"),
+    ],
+)
+def test_other_kinds_are_qemus_to_judge(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """No yes to features that are not read here; the check as a whole passes all the same."""
+    path = made(tmp_path / "a.qcow2", *options)
+    assert not plainly_sound(path)
+    images.check(path, "qcow2")
+
+
+def test_what_refers_to_more_is_qemus_to_judge(tmp_path: Path, image: Path) -> None:
+    """Snapshots and bitmaps have tables of their own; an overlay has another file."""
+    with_snapshot = Path(shutil.copy(image, tmp_path / "snapshot.qcow2"))
+    subprocess.run(["qemu-img", "snapshot", "-c", "one", str(with_snapshot)], check=True)
+    with_bitmap = Path(shutil.copy(image, tmp_path / "bitmap.qcow2"))
+    subprocess.run(["qemu-img", "bitmap", "--add", str(with_bitmap), "one"], check=True)
+    compressed = tmp_path / "compressed.qcow2"
+    convert = ["qemu-img", "convert", "-c", "-O", "qcow2", str(image), str(compressed)]
+    subprocess.run(convert, check=True)
+    overlay = tmp_path / "overlay.qcow2"
+    over = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(image), "-F", "qcow2"]
+    subprocess.run([*over, str(overlay)], check=True)
+    for path in (with_snapshot, with_bitmap, compressed, overlay):
+        assert not plainly_sound(path)
+        images.check(path, "qcow2")
+
+
+def _first_data(path: Path) -> tuple[int, int]:
+    """Where the first entry of the first level 2 table is, and what it says."""
+    at = got(path, header(path)["l1_at"]) & ~COPIED
+    return at, got(path, at)
+
+
+def _twice(path: Path) -> None:
+    at, entry = _first_data(path)
+    put(path, at + 8, ">Q", entry)
+
+
+def _past_the_end(path: Path) -> None:
+    at, _ = _first_data(path)
+    put(path, at, ">Q", COPIED | 1 << 40)
+
+
+def _crooked(path: Path) -> None:
+    at, entry = _first_data(path)
+    put(path, at, ">Q", entry + 512)
+
+
+def _not_counted(path: Path) -> None:
+    _, entry = _first_data(path)
+    block = got(path, header(path)["counts_at"])
+    put(path, block + (entry & ~COPIED) // CLUSTER * 2, ">H", 0)
+
+
+def _onto_the_header(path: Path) -> None:
+    at, _ = _first_data(path)
+    put(path, at, ">Q", COPIED)
+
+
+def _shared_table(path: Path) -> None:
+    at = header(path)["l1_at"]
+    put(path, at + 8, ">Q", got(path, at))
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, 5 * CLUSTER)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _twice,
+        _past_the_end,
+        _crooked,
+        _not_counted,
+        _shared_table,
+        _cut,
+    ],
+)
+def test_damage_is_never_called_sound(tmp_path: Path, damage: Any) -> None:
+    """Each kind that qemu-img finds; it is the one that says what is wrong."""
+    path = made(tmp_path / "a.qcow2", size="2G")
+    damage(path)
+    assert not plainly_sound(path)
+    with pytest.raises(ImageDamaged):
+        images.check(path, "qcow2")
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_yes_is_only_said_where_qemu_finds_nothing(image: Path, data: st.DataObject) -> None:
+    """Whatever bytes of header and tables change: no yes to what qemu-img calls damaged."""
+    tables = [0, header(image)["l1_at"], header(image)["counts_at"]]
+    tables += [got(image, header(image)["counts_at"]), _first_data(image)[0]]
+    path = image.with_name("changed.qcow2")
+    shutil.copy(image, path)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.sampled_from(tables)) + data.draw(st.integers(0, 255))
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(bytes([data.draw(st.integers(0, 255))]))
+    if plainly_sound(path):
+        done = subprocess.run(["qemu-img", "check", "-f", "qcow2", str(path)], capture_output=True)
+        assert done.returncode in (0, 3), done.stderr
