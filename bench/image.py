@@ -45,6 +45,7 @@ def reflink(name: str, site: Site, book: Book, **wishes: str) -> None:
     command, note = str(peers.CONVERT), f"peer {len(theirs)} runs; {INCONSISTENT}"
     result = Result.of(*_timed(ours, theirs), FASTEST, peer_command=command, note=note)
     result.also = {"way": ours[0].result["way"], "bytes": ours[0].result["bytes"]}
+    result.also["guests_own_freeze_ms"] = site.freeze_ms()
     book.record(name, result)
 
 

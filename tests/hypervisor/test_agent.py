@@ -3,6 +3,7 @@
 import threading
 import time
 
+import libvirt
 import pytest
 
 from lab.guest import Guest
@@ -28,6 +29,32 @@ def test_frozen_inside_thawed_after(guest: Guest, domain: Domain, watchdog: Watc
     assert not is_frozen(guest)
     assert consistency.level == "file-system"
     guest.write("/data/after", "written")
+
+
+def test_system_is_asked_for_once_a_boot(
+    guest: Guest, domain: Domain, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs in a guest is known from then on, of another boot it is not."""
+    asked: list[int] = []
+    ask = libvirt.virDomain.guestInfo
+
+    def counted(handle: libvirt.virDomain, *arguments: int) -> object:
+        asked.append(handle.ID())
+        return ask(handle, *arguments)
+
+    monkeypatch.setattr(libvirt.virDomain, "guestInfo", counted)
+    monkeypatch.setattr(
+        agent, "_systems", {domain.uuid: (domain.call("", lambda h: h.ID()) - 1, "")}
+    )
+    for _ in range(2):
+        with frozen(domain, watchdog, "require") as consistency:
+            pass
+    assert len(asked) == 1
+    assert consistency.level == "file-system"
+    monkeypatch.setitem(agent._systems, domain.uuid, (asked[0], "mswindows"))
+    with frozen(domain, watchdog, "require") as consistency:
+        pass
+    assert consistency.level == "application"
 
 
 def test_an_error_inside_thaws(guest: Guest, domain: Domain, watchdog: Watchdog) -> None:
