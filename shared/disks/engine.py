@@ -50,7 +50,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Capture:
-    """A finished copy: files complete, checked and synced in their folder."""
+    """A finished copy: files complete and checked in their folder; to sync them is the vault's."""
 
     way: Way
     way_reason: str
@@ -146,7 +146,6 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
             shot = _reflink(job) if chosen.way == "reflink" else _stream(job)
             guard.verify()
             files = tuple(copied(s, targets[s.disk.target]) for s in chosen.sources)
-            nvram.sync()
     except BaseException:
         for path in [*targets.values(), nvram.copy, job.memory]:
             path.unlink(missing_ok=True)
@@ -271,8 +270,6 @@ def _reflink(job: _Job) -> _Shot:
         faults.point("reflink:resumed")
         if job.plan.state != "stopped":
             order.before("released")
-        for copy in copies:
-            os.fsync(copy.target)
     return shot
 
 

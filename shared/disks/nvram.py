@@ -36,10 +36,6 @@ class Nvram:
         if self._seen is not None and (self._lately or self._stamp() != self._seen):
             self.warm()
 
-    def sync(self) -> None:
-        if self.copy.exists():
-            sync_source(self.copy)
-
     def _stamp(self) -> tuple[int, int] | None:
         if self.source is None:
             return None
