@@ -68,10 +68,10 @@ def _look(operation: str) -> Operation:
         return lookups.operation(session, operation)
 
 
-def _state(operation: str) -> str:
+def _state(operation: str) -> str | None:
     row: Any = Operation
     with reading() as session:
-        return str(session.scalars(select(row.state).where(row.id == operation)).one())
+        return session.scalar(select(row.state).where(row.id == operation))
 
 
 def _shown(operation: str) -> shapes.Operation:
@@ -93,7 +93,7 @@ async def show(
     began = time.monotonic()
     step = FIRST_STEP
     found = await run_in_threadpool(_look, operation)
-    state = found.state
+    state: str | None = found.state
     while state not in ENDED:
         waited = time.monotonic() - began
         stopping = request.app.state.stopping.is_set()
