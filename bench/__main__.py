@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import image, load, report, revert, snapshot, space
+from bench import clone, image, load, report, revert, snapshot, space
 from bench.book import Book, machine
 from bench.figure import Figure
 from bench.result import in_words
@@ -34,6 +34,7 @@ PARTS = {
     "image": image.FIGURES,
     "revert": revert.FIGURES,
     "space": space.FIGURES,
+    "clone": clone.FIGURES,
     "load": load.FIGURES,
 }
 """In the order in which those that share a site are measured there: the one that leaves the

@@ -51,6 +51,13 @@ def system_disk(folder: Path, data: int, size: int) -> Path:
     return disk
 
 
+def raw_of(disk: Path, raw: Path) -> Path:
+    """The same disk, of a guest that is off, as a sparse raw file."""
+    _run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(disk), str(raw))
+    sync_source(raw)
+    return raw
+
+
 @contextlib.contextmanager
 def noise(length: int) -> Iterator[tuple[Path, int]]:
     """A file of `length` random bytes, in memory where there is a place for that."""

@@ -6,7 +6,6 @@ peers' copy of it is not, is not held against them. `stream` is measured on ext4
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -125,7 +124,7 @@ def _beside_backup(site: Site) -> tuple[list[Done], list[float]]:
             ours.append(_image(site))
             with gone_after(scratch / "backup.qcow2") as copy:
                 theirs.append(peers.backup(site.uri, site.guest.name, copy))
-            _settled(site)
+            site.settle()
     return ours[WARM_UP:], theirs[WARM_UP:]
 
 
@@ -133,20 +132,15 @@ def _image(site: Site, **wishes: str) -> Done:
     """An image, which is deleted again; nothing of it is left to write out."""
     done = site.image(**wishes)
     site.clear()
-    _settled(site)
+    site.settle()
     return done
 
 
 def _bare(site: Site, bare: Bare, scratch: Path) -> float:
     with gone_after(scratch / "copy.qcow2") as copy:
         took = bare.run(disk=site.disk, copy=copy)
-    _settled(site)
+    site.settle()
     return took
-
-
-def _settled(site: Site) -> None:
-    """What a deletion leaves to be done is not the next run's."""
-    subprocess.run(["sync", "-f", str(site.folder)], check=True)
 
 
 def _timed(ours: list[Done], theirs: list[float]) -> tuple[list[float], list[float]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from shared.disks.reflink import sync_source
 
-PACKAGES = {"borg": "borgbackup", "restic": "restic"}
+PACKAGES = {"borg": "borgbackup", "restic": "restic", "virt-clone": "virtinst"}
 _ALWAYS_LOCAL = {
     "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes",
     "BORG_RELOCATED_REPO_ACCESS_IS_OK": "yes",
@@ -74,6 +74,14 @@ SNAPSHOT = Bare(
 )
 COMMIT = Bare("virsh -c {uri} blockcommit {domain} vda --active --pivot --wait && rm {overlay}")
 RESTART = Bare("virsh -c {uri} destroy {domain} && virsh -c {uri} start {domain}")
+_VIRT_CLONE = "virt-clone --quiet --connect {uri} --original {domain} --name {name} --file {copy}"
+_START = "virsh -c {uri} start {name}"
+VIRT_CLONE = Bare(f"{_VIRT_CLONE} && {_START}")
+VIRT_CLONE_REFLINK = Bare(f"{_VIRT_CLONE} --reflink && {_START}")
+LINKED = Bare(
+    "qemu-img create -q -f qcow2 -F qcow2 -b {disk} {copy} && "
+    f"virsh -c {{uri}} define {{definition}} && {_START}"
+)
 _BACKUP_BEGIN = Bare("virsh -c {uri} backup-begin {domain} {job}")
 BACKUP = f"{_BACKUP_BEGIN} && virsh event domain --event job-completed && sync copy"
 

@@ -43,6 +43,7 @@ class Kind:
     data: int = 2
     disk: int = 20
     pieces: int = 0
+    memory_mib: int = 192
 
     @property
     def room(self) -> int:
@@ -59,6 +60,7 @@ SITES = {
     "xfs_20g": Kind("xfs", data=20, disk=24),
     "xfs_200k_extents": Kind("xfs", data=0, disk=1, pieces=EXTENTS),
     "xfs_space": Kind("xfs"),
+    "xfs_farm": Kind("xfs", memory_mib=256),
 }
 
 
@@ -91,12 +93,23 @@ class Site:
     def register(self, name: str) -> None:
         self._asked("POST", "/servers", {"host": "local", "domain": name})
 
+    def forget(self, name: str) -> None:
+        self._asked("DELETE", f"/servers/{name}")
+
     def snapshot(self, server: str | None = None, **wishes: Any) -> Done:
         body = {"replace": True, **wishes}
         return self.operate(f"/servers/{server or self.guest.name}/snapshot", body)
 
     def image(self, **wishes: Any) -> Done:
         return self.operate(f"/servers/{self.guest.name}/images", wishes)
+
+    def clones(self, names: str, count: int, server: str | None = None, **wishes: Any) -> Done:
+        """Clones by a pattern of names, all of them made."""
+        body = {"name": names, "count": count, **wishes}
+        done = self.operate(f"/servers/{server or self.guest.name}/clones", body)
+        if failed := [each["error"] for each in done.result["clones"] if each["error"]]:
+            raise RuntimeError(f"{len(failed)} of {count} clones failed: {failed[0]}")
+        return done
 
     def operate(self, path: str, body: dict[str, Any] | None = None, verb: str = "POST") -> Done:
         """Ask for an operation and wait until it succeeded. Raises RuntimeError otherwise."""
@@ -130,7 +143,7 @@ class Site:
         answer = self._client.request(verb, path, json=body)
         if answer.is_error:
             raise RuntimeError(f"{verb} {path} answered {answer.status_code}: {answer.text}")
-        return answer.json()
+        return answer.json() if answer.content else None
 
     # Beside Triptych
 
@@ -209,17 +222,21 @@ class Site:
             if self.guest.state() == "stopped":
                 self.guest.start()
 
+    def settle(self) -> None:
+        """What a deletion leaves to be done is not the next run's."""
+        subprocess.run(["sync", "-f", str(self.folder)], check=True)
+
     def used(self) -> int:
         """Bytes of the file system in use, everything written out.
 
         What XFS has set aside for files that are being written to is given back first; XFS does
         that by itself, but minutes later.
         """
-        subprocess.run(["sync", "-f", str(self.folder)], check=True)
+        self.settle()
         if self.kind.file_system == "xfs":
             free = ["xfs_spaceman", "-c", "prealloc -s", str(self.folder)]
             subprocess.run(free, check=True, capture_output=True)
-            subprocess.run(["sync", "-f", str(self.folder)], check=True)
+            self.settle()
         return shutil.disk_usage(self.folder).used
 
 
@@ -248,7 +265,11 @@ def _guest(kind: Kind, folder: Path, hypervisor: Hypervisor) -> Guest:
     shutil.chown(ends, hypervisor.qemu_user)
     device = channel(ends / "end")
     return Guest.create(
-        hypervisor, place, disks=[str(path) for path in paths], extra_devices=device
+        hypervisor,
+        place,
+        disks=[str(path) for path in paths],
+        memory_mib=kind.memory_mib,
+        extra_devices=device,
     )
 
 

@@ -1,14 +1,18 @@
 """What the bench does with numbers: results kept, shown, drawn, and gaps and blocks counted."""
 
 from pathlib import Path
+from string import Formatter
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from bench import report
+from bench import peers, report
+from bench.__main__ import PARTS
 from bench.book import Book
+from bench.clone import growth
 from bench.result import Result, in_words
+from bench.site import SITES
 from bench.space import covered
 from bench.ticker import Window, gaps
 
@@ -114,3 +118,28 @@ def test_shared_blocks_are_counted_once() -> None:
     """Pieces that overlap, touch, lie inside another or stand alone."""
     pieces = np.array([[0, 10], [5, 8], [8, 12], [12, 13], [20, 21]], np.uint64)
     assert covered(pieces) == 14
+
+
+def test_each_figure_is_measured_once_and_at_a_site_that_there_is() -> None:
+    """A name that two groups record would be the later one's, whatever the first had found."""
+    figures = [figure for part in PARTS.values() for figure in part]
+    names = [name for figure in figures for name in figure.names]
+    assert len(names) == len(set(names))
+    assert {figure.site for figure in figures} <= {*SITES, None}
+
+
+@pytest.mark.parametrize(
+    "bare", [each for each in vars(peers).values() if isinstance(each, peers.Bare)], ids=str
+)
+def test_what_is_shown_of_a_peer_is_a_command(bare: peers.Bare) -> None:
+    """No place is left in braces, and each place that was there is still told by its name."""
+    places = {field for _, field, _, _ in Formatter().parse(bare.text) if field}
+    assert "{" not in str(bare) and "}" not in str(bare)
+    assert places and all(place in str(bare) for place in places)
+
+
+def test_a_farm_grows_by_the_clone_not_by_its_size() -> None:
+    """Beside ours in a small farm, not beside the peer; the peer's own growth is told as well."""
+    result = growth(Result(0.4, 0.3, "bare", 5), Result(0.5, 0.6, "bare", 2))
+    assert result.document()["ratio"] == pytest.approx(1.25)
+    assert result.also == {"growth_of_bare": pytest.approx(2)}

@@ -1,0 +1,231 @@
+"""The part `clone`: cold clones, defined and started, and what a farm of them costs its source.
+
+A clone counts as started when libvirt has started it; none is waited for to boot, and all are
+destroyed before the next measurement, the peer's as ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import libvirt
+
+from bench import disks, peers
+from bench.book import Book
+from bench.figure import Figure
+from bench.peers import Bare
+from bench.result import Result
+from bench.site import Done, Site
+from bench.sizes import runs
+from lab.guest import PREFIX, Guest, attach
+from shared.hypervisor.duplicate import clone_definition
+
+FARMS = {1: 20, 10: 5, 50: 2}
+"""How many farms of each size."""
+LARGEST = max(FARMS)
+PAUSE_RUNS = 10
+FAST_RUNS = 10
+SLOW_RUNS = 3
+"""Of a peer that copies each byte."""
+BARE = "virDomainDefineXML + virDomainCreate"
+BARE_COMMAND = (
+    "virDomainDefineXML and virDomainCreate of one clone after the other, in one process, with the "
+    "definitions that ours have; their disks were copied and their definitions written before"
+)
+
+_numbers = itertools.count(1)
+
+
+def cold(site: Site, book: Book) -> None:
+    """Farms of a running server by size, per clone, beside libvirt's bare calls."""
+    _ours(site, 1)  # what a process does for the first time takes longer
+    each: dict[int, Result] = {}
+    for size, count in FARMS.items():
+        ours, bare = [], []
+        for _ in range(runs(count)):
+            ours.append(_ours(site, size).seconds / size)
+            bare.append(_bare(site, size) / size)
+        note = "per clone; ours with the copy of the running server and of each clone's disk"
+        result = Result.of(ours, bare, BARE, peer_command=BARE_COMMAND, note=note)
+        book.record(f"clone_cold_{size}", result)
+        each[size] = result
+    book.record("farm_growth", growth(each[10], each[LARGEST]))
+
+
+def growth(small: Result, large: Result) -> Result:
+    """What a clone of a large farm takes over one of a small farm, and that of the peer's."""
+    assert small.peer and large.peer
+    note = "per clone; the clones that are there already boot meanwhile"
+    also = {"growth_of_bare": large.peer / small.peer}
+    return Result(large.ours, small.ours, "ours in farms of 10", large.runs, note=note, also=also)
+
+
+def pause(site: Site, book: Book) -> None:
+    """How long the source is held for a farm, beside a farm of one; clones are not started."""
+    farms, ones, gaps, gaps_of_one = [], [], [], []
+    with site.ticks() as ticks:
+        for _ in range(runs(PAUSE_RUNS)):
+            for size, held, felt in ((LARGEST, farms, gaps), (1, ones, gaps_of_one)):
+                with ticks.window() as window:
+                    done = _ours(site, size, start=False)
+                held.append(done.pause_ms)
+                felt.append(ticks.longest(window))
+    result = Result.of(farms, ones, "a farm of one", "ms")
+    result.note = f"pause_ms of farms of {LARGEST}; guest_gap_ms is a 1 ms ticker's longest gap"
+    result.also = {
+        "guest_gap_ms": statistics.median(gaps),
+        "guest_gap_of_one_ms": statistics.median(gaps_of_one),
+    }
+    book.record("farm_pause_growth", result)
+
+
+def virt_clone(site: Site, book: Book) -> None:
+    """One clone of a stopped server: virt-clone refuses a running one."""
+    peers.needed("virt-clone")
+    with site.stopped():
+        result = _beside(site, site.guest, peers.VIRT_CLONE, "virt-clone + start", SLOW_RUNS)
+    book.record("clone_vs_virt_clone", result)
+
+
+def virt_clone_reflink(site: Site, book: Book) -> None:
+    """The same of a raw disk, whose extents virt-clone can share."""
+    peers.needed("virt-clone")
+    with site.stopped(), site.scratch() as folder:
+        disk = str(disks.raw_of(site.disk, folder / "system.raw"))
+        memory = site.kind.memory_mib
+        with Guest.create(site.hypervisor, folder, disks=[disk], memory_mib=memory) as guest:
+            site.register(guest.name)
+            called = "virt-clone --reflink + start"
+            result = _beside(site, guest, peers.VIRT_CLONE_REFLINK, called, FAST_RUNS)
+            site.forget(guest.name)
+    result.note = "of a raw disk: libvirt refuses --reflink for a qcow2"
+    book.record("clone_vs_virt_clone_reflink", result)
+
+
+def linked(site: Site, book: Book) -> None:
+    """One clone of a stopped server, beside one that hangs on its source's disk."""
+    with site.stopped():
+        called = "qemu-img create -b + define + start"
+        result = _beside(site, site.guest, peers.LINKED, called, FAST_RUNS)
+    result.note = "the peer's clone is lost once its source's disk is written to or deleted"
+    book.record("clone_vs_linked", result)
+
+
+def _beside(site: Site, guest: Guest, bare: Bare, called: str, count: int) -> Result:
+    """A farm of one of a stopped server, beside commands that make and start a clone of it."""
+    ours, theirs = [], []
+    for _ in range(runs(count)):
+        ours.append(_ours(site, 1, guest).seconds)
+        theirs.append(_by_commands(site, guest, bare))
+    return Result.of(ours, theirs, called, peer_command=str(bare))
+
+
+def _ours(site: Site, size: int, guest: Guest | None = None, **wishes: bool) -> Done:
+    """A farm, which is gone again. Raises RuntimeError for a clone that libvirt does not run."""
+    source = (guest or site.guest).name
+    stem = _stem()
+    names = [f"{stem}-{number}" for number in range(1, size + 1)]
+    with _gone_after(site, names):
+        done = site.clones(f"{stem}-{{n}}", size, source, **wishes)
+        if wishes.get("start", True):
+            _running(site, names)
+    for name in names:
+        site.forget(name)
+    return done
+
+
+def _bare(site: Site, size: int) -> float:
+    """Seconds of libvirt's calls alone for as many clones, made ready before."""
+    stem = _stem()
+    names = [f"{stem}-{number}" for number in range(size)]
+    with site.scratch() as scratch, _gone_after(site, names):
+        definitions = []
+        for name in names:
+            copy = scratch / f"{name}.qcow2"
+            peers.CP_REFLINK.run(disk=site.disk, copy=copy)
+            definitions.append(_definition(site.guest, name, copy))
+        with site.hypervisor.connection() as connection:
+            began = time.perf_counter()
+            for definition in definitions:
+                connection.defineXML(definition).create()
+            took = time.perf_counter() - began
+        _running(site, names)
+    return took
+
+
+def _by_commands(site: Site, guest: Guest, bare: Bare) -> float:
+    name = _stem()
+    with site.scratch() as scratch, _pools_as_before(site), _gone_after(site, [name]):
+        copy, definition = scratch / "copy", scratch / "definition.xml"
+        definition.write_text(_definition(guest, name, copy))
+        took = bare.run(
+            uri=site.uri,
+            domain=guest.name,
+            name=name,
+            disk=guest.disks[0],
+            copy=copy,
+            definition=definition,
+        )
+        _running(site, [name])
+    return took
+
+
+def _definition(guest: Guest, name: str, disk: Path) -> str:
+    """As ours would be."""
+    source = guest.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    made = clone_definition(source, name=name, uuid=str(uuid4()), disk_paths={"vda": str(disk)})
+    return made.xml
+
+
+def _stem() -> str:
+    return f"{PREFIX}farm-{next(_numbers)}"
+
+
+def _running(site: Site, names: list[str]) -> None:
+    with site.hypervisor.connection() as connection:
+        running = {domain.name() for domain in connection.listAllDomains() if domain.isActive()}
+    if missing := set(names) - running:
+        raise RuntimeError(f"{len(missing)} of {len(names)} clones do not run: {min(missing)}")
+
+
+@contextlib.contextmanager
+def _gone_after(site: Site, names: list[str]) -> Iterator[None]:
+    """The domains of these names are destroyed, forgotten and their files deleted."""
+    try:
+        yield
+    finally:
+        for name in names:
+            with attach(site.hypervisor, name):
+                pass
+        site.settle()
+
+
+@contextlib.contextmanager
+def _pools_as_before(site: Site) -> Iterator[None]:
+    """virt-clone defines a storage pool for each folder that it writes to."""
+    with site.hypervisor.connection() as connection:
+        before = {pool.UUIDString() for pool in connection.listAllStoragePools()}
+    try:
+        yield
+    finally:
+        with site.hypervisor.connection() as connection:
+            for pool in connection.listAllStoragePools():
+                if pool.UUIDString() not in before:
+                    if pool.isActive():
+                        pool.destroy()
+                    pool.undefine()
+
+
+FIGURES = [
+    Figure((*(f"clone_cold_{size}" for size in FARMS), "farm_growth"), "xfs_farm", cold),
+    Figure(("farm_pause_growth",), "xfs_farm", pause),
+    Figure(("clone_vs_virt_clone",), "xfs_farm", virt_clone),
+    Figure(("clone_vs_virt_clone_reflink",), "xfs_farm", virt_clone_reflink),
+    Figure(("clone_vs_linked",), "xfs_farm", linked),
+]
