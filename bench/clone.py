@@ -29,8 +29,8 @@ from shared.hypervisor.duplicate import clone_definition
 FARMS = {1: 20, 10: 5, 50: 2}
 """How many farms of each size."""
 LARGEST = max(FARMS)
-BOOTING_RUNS = 2
-PAUSE_RUNS = 10
+BOOTING_RUNS = 1
+PAUSE_RUNS = 5
 FAST_RUNS = 10
 SLOW_RUNS = 3
 """Of a peer that copies each byte."""
