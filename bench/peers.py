@@ -74,7 +74,11 @@ SNAPSHOT = Bare(
 )
 COMMIT = Bare("virsh -c {uri} blockcommit {domain} vda --active --pivot --wait && rm {overlay}")
 RESTART = Bare("virsh -c {uri} destroy {domain} && virsh -c {uri} start {domain}")
-_VIRT_CLONE = "virt-clone --quiet --connect {uri} --original {domain} --name {name} --file {copy}"
+# Without the check, which refuses a disk that would not fit if all of it were written to.
+_VIRT_CLONE = (
+    "virt-clone --quiet --connect {uri} --check disk_size=off "
+    "--original {domain} --name {name} --file {copy}"
+)
 _START = "virsh -c {uri} start {name}"
 VIRT_CLONE = Bare(f"{_VIRT_CLONE} && {_START}")
 VIRT_CLONE_REFLINK = Bare(f"{_VIRT_CLONE} --reflink && {_START}")
