@@ -77,7 +77,10 @@ def growth(small: Result, large: Result) -> Result:
 
 def pause(site: Site, book: Book) -> None:
     """How long the source is held for a farm, beside a farm of one; clones are not started."""
-    farms, ones, gaps, gaps_of_one = [], [], [], []
+    farms: list[float] = []
+    ones: list[float] = []
+    gaps: list[float] = []
+    gaps_of_one: list[float] = []
     with site.ticks() as ticks:
         for _ in range(runs(PAUSE_RUNS)):
             for size, held, felt in ((LARGEST, farms, gaps), (1, ones, gaps_of_one)):
