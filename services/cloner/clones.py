@@ -117,9 +117,9 @@ def _make(context: Context, command: CreateClones, source: Path, clone: Clone, h
         nvram_path=str(files[NVRAM]) if NVRAM in files else None,
         mac_prefix=settings().mac_prefix,
     )
-    for path in (*map(str, files.values()), *_new_logs(definition.xml)):
-        context.undo("remove_file", path=path)
-    context.undo("undefine_domain", uuid=definition.uuid)
+    paths = (*map(str, files.values()), *_new_logs(definition.xml))
+    removals: list[Step] = [("remove_file", {"path": path}) for path in paths]
+    context.undo_all(*removals, ("undefine_domain", {"uuid": definition.uuid}))
     domain = domains.define(connection, definition.xml)
     faults.point("clone:defined")
     clone.way = write_out(context, source, manifest, files)
