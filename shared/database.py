@@ -223,6 +223,25 @@ def _from_now_sqlite(element: from_now, compiler: Any, **options: Any) -> str:
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', {seconds} || ' seconds')"
 
 
+class earlier(FunctionElement[datetime]):
+    """A moment less so many seconds, of which either may be a column's."""
+
+    type = UTCDateTime()
+    inherit_cache = True
+
+
+@compiles(earlier)
+def _earlier(element: earlier, compiler: Any, **options: Any) -> str:
+    moment, seconds = (compiler.process(each, **options) for each in element.clauses)
+    return f"{moment} - make_interval(secs => {seconds})"
+
+
+@compiles(earlier, "sqlite")
+def _earlier_sqlite(element: earlier, compiler: Any, **options: Any) -> str:
+    moment, seconds = (compiler.process(each, **options) for each in element.clauses)
+    return f"strftime('%Y-%m-%d %H:%M:%f000', {moment}, -({seconds}) || ' seconds')"
+
+
 def migrations() -> Config:
     """What Alembic's commands are given."""
     config = Config()

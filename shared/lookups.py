@@ -81,6 +81,13 @@ def image(session: Session, reference: str) -> Image:
     )
 
 
+def held_image(session: Session, reference: str) -> Image:
+    """The same, which nobody else changes, rotates out or deletes before this transaction ends."""
+    found = image(session, reference)
+    session.refresh(found, with_for_update=True)
+    return image(session, found.id) if found.deleted_at else found
+
+
 def clone(session: Session, reference: str) -> Clone:
     if found := session.get(Clone, reference):
         return found

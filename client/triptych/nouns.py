@@ -13,11 +13,13 @@ from triptych.types import (
     Clone,
     Domain,
     Event,
+    Forgotten,
     Host,
     Image,
     Operation,
     Page,
     Quiesce,
+    Require,
     Runs,
     Schedule,
     ScheduleKind,
@@ -71,8 +73,10 @@ class Domains(Noun):
 class Servers(Noun):
     """libvirt domains that are registered with Triptych."""
 
-    def list(self, *, limit: int | None = None) -> Page[Server]:
-        return self._http.list(path_of("servers"), limit=limit)
+    def list(self, *, unprotected: bool | None = None, limit: int | None = None) -> Page[Server]:
+        """All, or only those that lack (True) or have (False) what their schedules promise."""
+        asked = {} if unprotected is None else {"unprotected": str(unprotected).lower()}
+        return self._http.list(path_of("servers"), limit=limit, **asked)
 
     def get(self, server: str) -> Server:
         return cast(Server, self._http.get(path_of("servers", server)))
@@ -81,9 +85,9 @@ class Servers(Noun):
         body = {"host": host, "domain": domain}
         return cast(Server, self._http.post(path_of("servers"), body))
 
-    def forget(self, server: str) -> None:
-        """Ends the registration. The VM stays, and so do its images."""
-        self._http.delete(path_of("servers", server))
+    def forget(self, server: str) -> Forgotten:
+        """Ends the registration. The VM stays, and so do its images; the answer counts them."""
+        return cast(Forgotten, self._http.delete(path_of("servers", server)))
 
 
 class Snapshots(Noun):
@@ -243,20 +247,28 @@ class Schedules(Noun):
         timezone: str = "UTC",
         keep: int = 7,
         weekday: Weekday | None = None,
+        require: Require | None = None,
         enabled: bool = True,
         catch_up: int | None = None,
+        dry_run: bool = False,
     ) -> Schedule:
-        """`at` is HH:MM in `timezone`, `keep` 1 to 50 images, `catch_up` seconds."""
+        """`at` is HH:MM in `timezone`, `keep` 1 to 50 images, `catch_up` seconds.
+
+        `goes_next` of the answer names the images that go with the next run. With `dry_run` the
+        answer is what it would be, and nothing is set.
+        """
         body = _given(
             at=at,
             timezone=timezone,
             keep=keep,
             weekday=weekday,
+            require=require,
             enabled=enabled,
             catch_up=catch_up,
         )
         path = path_of("servers", server, "schedules", kind)
-        return cast(Schedule, self._http.put(path, body))
+        asked = {"dry_run": "true"} if dry_run else {}
+        return cast(Schedule, self._http.put(path, body, **asked))
 
     def runs(self, server: str, kind: ScheduleKind) -> Runs:
         """`upcoming` (the next ten) and `items` (the last ones, with their outcome)."""

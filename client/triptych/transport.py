@@ -68,14 +68,15 @@ class Transport:
         key = str(uuid.uuid4())
         return self._json(self._send(method, path, body=body, key=key))
 
-    def put(self, path: str, body: Mapping[str, Any]) -> Any:
-        return self._json(self._send("PUT", path, body=body))
+    def put(self, path: str, body: Mapping[str, Any], **params: Any) -> Any:
+        return self._json(self._send("PUT", path, params=params, body=body))
 
     def patch(self, path: str, body: Mapping[str, Any]) -> Any:
         return self._json(self._send("PATCH", path, body=body))
 
-    def delete(self, path: str) -> None:
-        self._send("DELETE", path)
+    def delete(self, path: str) -> Any:
+        """A DELETE that is answered on the spot; None where there is nothing to say."""
+        return self._json(self._send("DELETE", path))
 
     def items(self, path: str, *, after: str | None = None, **params: Any) -> Iterator[Any]:
         """Every item of a list, page by page."""

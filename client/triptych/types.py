@@ -12,6 +12,7 @@ Item = TypeVar("Item")
 Quiesce = Literal["auto", "require", "never"]
 SourceKind = Literal["server", "snapshot", "image"]
 ScheduleKind = Literal["daily", "weekly"]
+Require = Literal["complete", "verified"]
 Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 
 ENDED = ("succeeded", "failed", "cancelled")
@@ -50,6 +51,15 @@ class Server(TypedDict, total=False):
     disks: list[Disk]
     snapshot: str | None
     newest_image: str | None
+
+
+class Forgotten(TypedDict, total=False):
+    id: str
+    name: str
+    forgotten_at: str
+    images_kept: int
+    images_kept_bytes: int
+    schedules_ended: list[ScheduleKind]
 
 
 class Snapshot(TypedDict, total=False):
@@ -121,16 +131,25 @@ class Clone(TypedDict, total=False):
     operation: str
 
 
+class GoingImage(TypedDict, total=False):
+    id: str
+    name: str
+    created_at: str
+    bytes: int
+
+
 class Schedule(TypedDict, total=False):
     kind: ScheduleKind
     at: str
     weekday: str | None
     timezone: str
     keep: int
+    require: Require
     enabled: bool
     catch_up: int | None
     next_run_at: str | None
     failures_in_row: int
+    goes_next: list[GoingImage]
 
 
 class Run(TypedDict, total=False):

@@ -101,6 +101,15 @@ SERVER: dict[str, Any] = {
     "newest_image": IMAGE_ID,
 }
 
+FORGOTTEN: dict[str, Any] = {
+    "id": SERVER_ID,
+    "name": "web-1",
+    "forgotten_at": "2026-03-10T11:20:00.480000Z",
+    "images_kept": 7,
+    "images_kept_bytes": 33822867456,
+    "schedules_ended": ["daily"],
+}
+
 OPERATION: dict[str, Any] = {
     "id": "op_01kayq4h2k8n3v6c9w5z0m7pqr",
     "kind": "image.create",
@@ -178,10 +187,19 @@ SCHEDULE: dict[str, Any] = {
     "weekday": None,
     "timezone": "Europe/London",
     "keep": 7,
+    "require": "complete",
     "enabled": True,
     "catch_up": 21600,
     "next_run_at": "2026-03-11T03:00:00Z",
     "failures_in_row": 0,
+    "goes_next": [
+        {
+            "id": "img_01kaf5v0c2n4m6q8s0w2y4a6c8",
+            "name": "web-1-20260304-030001-f3k9",
+            "created_at": "2026-03-04T03:00:01.092000Z",
+            "bytes": 4714397696,
+        }
+    ],
 }
 
 RUNS: dict[str, Any] = {

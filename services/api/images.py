@@ -152,7 +152,7 @@ def change(request: Request, image: NameOrId, body: Change) -> shapes.Image:
 
 def _change(session: Session, reference: str, body: Change) -> shapes.Image:
     row: Any = Image
-    image = lookups.image(session, reference)
+    image = lookups.held_image(session, reference)
     wanted = body.model_dump(exclude_none=True)
     if (name := wanted.get("name", image.name)) != image.name:
         query = select(Image).where(

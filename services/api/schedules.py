@@ -2,20 +2,21 @@
 
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from zoneinfo import available_timezones
 
-from fastapi import APIRouter, Request, Response
-from pydantic import ConfigDict, Field, field_validator
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from sqlalchemy import select
 from sqlmodel import Session
 
-from services.api import examples, shapes
+from services.api import examples, shapes, waiting
 from services.api.problems import FieldError, invalid, refusals
 from services.api.work import NameOrId, RequestBody, settled
 from shared import errors, events, lookups
-from shared.database import now, reading
+from shared.database import now, reading, transaction
 from shared.models import Operation, Schedule, ScheduleRun, Server
+from shared.rotation import due_next
 from shared.slots import next_slot, upcoming
 
 router = APIRouter(prefix="/servers/{server}/schedules/{kind}", tags=["schedules"])
@@ -48,6 +49,11 @@ class Plan(RequestBody):
         None, description="required for weekly, refused for daily"
     )
     keep: int = Field(7, ge=1, le=50, description="daily and weekly together at most 50")
+    require: Literal["complete", "verified"] = Field(
+        "complete",
+        description="verified: each image is read and checked once before it counts and older ones "
+        "go; one that does not pass is not kept, and its run has failed",
+    )
     enabled: bool = True
     catch_up: int | None = Field(
         None,
@@ -69,6 +75,14 @@ class Plan(RequestBody):
         )
 
 
+class PutQuery(BaseModel):
+    """Unknown parameters are refused: with a misspelt `dry_run` it would be set after all."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dry_run: bool = Field(False, description="answer as if it were set, and change nothing")
+
+
 @router.put(
     "",
     summary="Set a schedule",
@@ -83,19 +97,35 @@ class Plan(RequestBody):
     | refusals(errors.ServerNotFound, errors.AmbiguousName),
 )
 def put(
-    request: Request, response: Response, server: NameOrId, kind: Kind, body: Plan
+    request: Request,
+    response: Response,
+    server: NameOrId,
+    kind: Kind,
+    body: Plan,
+    asked: Annotated[PutQuery, Query()],
 ) -> shapes.Schedule:
     """Sets the whole schedule: 201 when it is new, 200 when it replaces one.
 
-    What is left out has its default. The images that the schedule made before stay in it.
+    What is left out has its default. The images that the schedule made before stay in it. Where
+    `keep` is lowered none goes at once: `goes_next` names those that do when the next run has
+    succeeded. With `?dry_run=true` it does so (200) before anything is set.
     """
     _refuse_wrong_weekday(kind, body)
+    if asked.dry_run:
+        return _previewed(server, kind, body)
     made, is_new = settled(lambda session: _put(session, server, kind, body))
     request.app.state.relay.kick()
     if is_new:
         response.status_code = 201
         response.headers["Location"] = request.url.path
     return made
+
+
+def _previewed(server: str, kind: Kind, body: Plan) -> shapes.Schedule:
+    with transaction() as session:
+        made, _ = _put(session, server, kind, body)
+        session.rollback()
+        return made
 
 
 def _refuse_wrong_weekday(kind: Kind, body: Plan) -> None:
@@ -127,7 +157,7 @@ def _put(session: Session, reference: str, kind: Kind, body: Plan) -> tuple[shap
         )
     before = (schedule.at, schedule.weekday, schedule.timezone)
     schedule.at, schedule.weekday, schedule.timezone = timing
-    schedule.keep, schedule.enabled = body.keep, body.enabled
+    schedule.keep, schedule.require, schedule.enabled = body.keep, body.require, body.enabled
     schedule.catch_up_s = CATCH_UP[kind] if body.catch_up is None else body.catch_up
     if not body.enabled:
         schedule.next_run_at = None
@@ -135,9 +165,14 @@ def _put(session: Session, reference: str, kind: Kind, body: Plan) -> tuple[shap
         schedule.next_run_at = next_slot(kind, body.at, body.weekday, body.timezone, now())
     session.add(schedule)
     session.flush()
-    shown = shapes.Schedule.of(schedule)
-    events.emit(session, "schedule.set", server.id, schedule=shown.model_dump(mode="json"))
+    shown = _shown(session, schedule)
+    told = shown.model_dump(mode="json", exclude={"goes_next"})
+    events.emit(session, "schedule.set", server.id, schedule=told)
     return shown, is_new
+
+
+def _shown(session: Session, schedule: Schedule) -> shapes.Schedule:
+    return shapes.Schedule.of(schedule, due_next(session, schedule))
 
 
 def _refuse_too_many(both: dict[str, Schedule], kind: Kind, keep: int) -> None:
@@ -158,10 +193,9 @@ def _refuse_too_many(both: dict[str, Schedule], kind: Kind, keep: int) -> None:
     responses=examples.shown(examples.SCHEDULE) | refusals(*ABOUT),
 )
 def show(server: NameOrId, kind: Kind) -> shapes.Schedule:
-    """The schedule, its next run, and how many runs in a row have failed."""
+    """The schedule, its next run, the images that go then, and how many runs in a row failed."""
     with reading() as session:
-        found = lookups.schedule(session, lookups.server(session, server), kind)
-        return shapes.Schedule.of(found)
+        return _shown(session, lookups.schedule(session, lookups.server(session, server), kind))
 
 
 @router.delete("", status_code=204, summary="End a schedule", responses=refusals(*ABOUT))
@@ -183,7 +217,11 @@ def _delete(session: Session, reference: str, kind: Kind) -> None:
     responses=examples.shown(examples.RUNS) | refusals(*ABOUT),
 )
 def runs(server: NameOrId, kind: Kind) -> shapes.Runs:
-    """The next ten slots, and the last fifty with what became of each and why."""
+    """The next ten slots, and the last fifty with what became of each and why.
+
+    A run that is `scheduled` among the last ones has its operation, which waits; the reason says
+    for what, where that is known.
+    """
     run: Any = ScheduleRun
     operation: Any = Operation
     with reading() as session:
@@ -195,7 +233,12 @@ def runs(server: NameOrId, kind: Kind) -> shapes.Runs:
             .order_by(run.slot.desc())
             .limit(50)
         )
-        items = [shapes.Run.of(each, work) for each, work in session.execute(query)]
+        found = [(each, work) for each, work in session.execute(query)]
+        works = waiting.shown(session, [work for _, work in found if work])
+        reasons = {work.id: work.waiting for work in works}
+        items = [
+            shapes.Run.of(each, work, reasons[work.id] if work else None) for each, work in found
+        ]
     return shapes.Runs(upcoming=_upcoming(schedule), items=items)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from datetime import datetime
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -14,6 +15,7 @@ from sqlmodel import Session
 from services.api import examples, paging, shapes
 from services.api.paging import Page, PageQuery
 from services.api.problems import refusals
+from services.api.protection import unprotected
 from services.api.work import NameOrId, RequestBody, settled
 from shared import errors, events, lookups
 from shared.database import now, reading
@@ -33,6 +35,12 @@ class Registration(RequestBody):
 
     host: str = Field(min_length=1, max_length=63)
     domain: str = Field(min_length=1, max_length=255, description="libvirt name or UUID")
+
+
+class ServersQuery(PageQuery):
+    unprotected: bool | None = Field(
+        None, description="true: only those without an image as new as their schedules promise"
+    )
 
 
 def shown(session: Session, rows: list[Server]) -> list[shapes.Server]:
@@ -171,12 +179,21 @@ def _refuse_half_made(session: Session, domain: Domain) -> None:
     "/servers", summary="List servers", responses=examples.paged(examples.SERVER) | refusals()
 )
 def list_servers(
-    request: Request, response: Response, asked: Annotated[PageQuery, Query()]
+    request: Request, response: Response, asked: Annotated[ServersQuery, Query()]
 ) -> Page[shapes.Server]:
-    """The registered servers, oldest registration first, each with its live state."""
+    """The registered servers, oldest registration first, each with its live state.
+
+    `unprotected=true` lists those that have an enabled schedule and no good image which is newer
+    than that schedule's period, its catch-up window and two hours together. Good is any whole
+    image of the server; where the schedule requires it, a verified one. A schedule that was just
+    set has that long to keep its promise. `false` lists the others, also those without a schedule.
+    """
     row: Any = Server
     with reading() as session:
         query = select(Server).where(row.forgotten_at.is_(None))
+        if asked.unprotected is not None:
+            lacking = unprotected(now())
+            query = query.where(lacking if asked.unprotected else ~lacking)
         rows, cursor = paging.fetch(session, query, row.id, asked)
         items = shown(session, rows)
     return paging.page(request, response, items, cursor)
@@ -196,23 +213,22 @@ def show_server(server: NameOrId) -> shapes.Server:
 
 @router.delete(
     "/servers/{server}",
-    status_code=204,
     summary="Forget a server",
-    responses=refusals(
+    responses=examples.shown(examples.FORGOTTEN)
+    | refusals(
         errors.ServerNotFound, errors.AmbiguousName, errors.ServerBusy, errors.SnapshotExists
     ),
 )
-def forget(server: NameOrId) -> None:
-    """Ends the registration and its schedules. The VM stays, and so do its images.
+def forget(server: NameOrId) -> shapes.Forgotten:
+    """Ends the registration and its schedules. The VM stays, and so do its images: how many.
 
     Refused while work on it is queued or running, and while it has a snapshot.
     """
-    settled(lambda session: _forget(session, server))
+    return settled(lambda session: _forget(session, server))
 
 
-def _forget(session: Session, reference: str) -> None:
+def _forget(session: Session, reference: str) -> shapes.Forgotten:
     operation: Any = Operation
-    schedule: Any = Schedule
     server = lookups.server(session, reference)
     query = select(Operation).where(
         operation.server_id == server.id, operation.state.in_(("queued", "running"))
@@ -230,8 +246,38 @@ def _forget(session: Session, reference: str) -> None:
             f"(`triptych snapshot delete {server.name}`), then ask again.",
             conflict=snapshot.id,
         )
-    session.execute(delete(Schedule).where(schedule.server_id == server.id))
     clone: Any = Clone
     session.execute(update(Clone).where(clone.server_id == server.id).values(state="deleted"))
     server.forgotten_at = now()
-    events.emit(session, "server.forgotten", server.id, name=server.name, host=server.host)
+    forgotten = _left_behind(session, server, server.forgotten_at)
+    events.emit(
+        session,
+        "server.forgotten",
+        server.id,
+        name=server.name,
+        host=server.host,
+        images_kept=forgotten.images_kept,
+    )
+    return forgotten
+
+
+def _left_behind(session: Session, server: Server, moment: datetime) -> shapes.Forgotten:
+    """End the schedules, and say what stays."""
+    schedule: Any = Schedule
+    image: Any = Image
+    ended = session.scalars(
+        delete(Schedule).where(schedule.server_id == server.id).returning(schedule.kind)
+    )
+    images, size = session.execute(
+        select(func.count(), func.coalesce(func.sum(image.bytes), 0)).where(
+            image.server_id == server.id, image.deleted_at.is_(None)
+        )
+    ).one()
+    return shapes.Forgotten(
+        id=server.id,
+        name=server.name,
+        forgotten_at=moment,
+        images_kept=images,
+        images_kept_bytes=size,
+        schedules_ended=sorted(ended),
+    )

@@ -128,6 +128,17 @@ class Server(BaseModel):
         )
 
 
+class Forgotten(BaseModel):
+    """What became of a server that is no longer registered. Its VM and its images stay."""
+
+    id: str
+    name: str
+    forgotten_at: datetime
+    images_kept: int = Field(description="`GET /v1/servers/{id}/images` lists them, by this id")
+    images_kept_bytes: int
+    schedules_ended: list[Kind]
+
+
 class Snapshot(BaseModel):
     id: str
     server: ServerId
@@ -219,38 +230,61 @@ class Clone(BaseModel):
         )
 
 
+class GoingImage(BaseModel):
+    """An image that is the next to go by rotation."""
+
+    id: str
+    name: str
+    created_at: datetime
+    bytes: int
+
+    @classmethod
+    def of(cls, row: models.Image) -> "GoingImage":
+        return cls(**row.model_dump())
+
+
 class Schedule(BaseModel):
     kind: Kind
     at: str
     weekday: str | None
     timezone: str
     keep: int
+    require: Annotated[str, _one_of("complete", "verified")] = Field(
+        description="what an image must be to count, and for older ones to go"
+    )
     enabled: bool
     catch_up: int = Field(description="seconds a missed slot may be late and still run")
     next_run_at: datetime | None
     failures_in_row: int
+    goes_next: list[GoingImage] = Field(
+        description="images that go when the next run has succeeded, oldest first, as things are"
+    )
 
     @classmethod
-    def of(cls, row: models.Schedule) -> "Schedule":
-        return cls(**row.model_dump(), catch_up=row.catch_up_s)
+    def of(cls, row: models.Schedule, goes_next: list[models.Image]) -> "Schedule":
+        going = [GoingImage.of(each) for each in goes_next]
+        return cls(**row.model_dump(), catch_up=row.catch_up_s, goes_next=going)
 
 
 class Run(BaseModel):
     slot: datetime = Field(description="the nominal instant")
     state: Annotated[str, _one_of("scheduled", "running", "succeeded", "failed", "skipped")]
     image: str | None = None
-    reason: str | None = None
+    reason: str | None = Field(None, description="why it failed, was skipped, or does not start")
     lateness_s: float | None = Field(None, description="from the slot to the work's start")
 
     @classmethod
-    def of(cls, row: models.ScheduleRun, operation: models.Operation | None) -> "Run":
+    def of(
+        cls, row: models.ScheduleRun, operation: models.Operation | None, waiting: str | None
+    ) -> "Run":
         state, lateness = row.state, None
         if operation and operation.started_at:
             lateness = round((operation.started_at - row.slot).total_seconds(), 3)
-            if operation.state == "running":
-                state = "running"
+        if operation and operation.state in ("queued", "running"):
+            state = "scheduled" if operation.state == "queued" else "running"
+        reason = row.reason or waiting
         return cls(
-            slot=row.slot, state=state, image=row.image_id, reason=row.reason, lateness_s=lateness
+            slot=row.slot, state=state, image=row.image_id, reason=reason, lateness_s=lateness
         )
 
 

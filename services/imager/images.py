@@ -3,8 +3,8 @@
 from sqlalchemy import select
 from sqlmodel import Session
 
-from services.imager import rotation
-from shared import errors, events, lookups, restoring
+from services.imager import verification
+from shared import errors, events, lookups, restoring, rotation
 from shared.commands import (
     CreateImage,
     DeleteImage,
@@ -25,7 +25,10 @@ from shared.operations.runner import handles
 
 @handles(CreateImage)
 def create(context: Context, command: CreateImage) -> Outcome:
-    """Copy every writable disk of the server into a folder that explains itself (I1)."""
+    """Copy every writable disk of the server into a folder that explains itself (I1).
+
+    Where its schedule requires that, the copy is verified before it is an image at all.
+    """
     with reading() as session:
         server = lookups.server(session, command.server)
         schedule = _schedule_of(session, context.id)
@@ -33,7 +36,10 @@ def create(context: Context, command: CreateImage) -> Outcome:
     about = _about(command, schedule.kind if schedule else "manual")
     stored = copy_server(context, server, "image", image_id, quiesce=command.quiesce, about=about)
     image = stored.image_row()
-    image.schedule_id = schedule.id if schedule else None
+    if schedule:
+        image.schedule_id = schedule.id
+        if schedule.require == "verified":
+            verification.require_whole(context, image)
     return _created(server, image, stored)
 
 
@@ -86,6 +92,8 @@ def _created(server: Server, image: Image, stored: Stored) -> Outcome:
         session.add(image)
         session.flush()
         events.emit(session, "image.created", server.id, image=image.id, origin=image.origin)
+        if image.verified_at:
+            verification.tell(session, image)
         return [_removal(session, old, "image.rotated") for old in rotation.due(session, image)]
 
     return Outcome({"image": image.id, **stored.facts()}, apply)

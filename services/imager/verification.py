@@ -11,11 +11,12 @@ from shared.copying import vault
 from shared.database import now, reading
 from shared.disks import images as disk_images
 from shared.disks.digest import digest
-from shared.disks.errors import DiskError
+from shared.disks.errors import DiskError, ImageDamaged
 from shared.manifest import MANIFEST, VaultError, read_manifest
 from shared.models import Image
 from shared.operations.context import Context, Outcome
 from shared.operations.runner import handles
+from shared.rotation import PASSED
 
 
 @handles(VerifyImage)
@@ -33,16 +34,40 @@ def verify(context: Context, command: VerifyImage) -> Outcome:
     folder = vault().folder("image", image.server_id, image.id)
     faults = _faults(context, folder)
     state = "complete" if not faults else "damaged" if folder.is_dir() else "missing"
-    result = state if faults else "passed"
+    result = state if faults else PASSED
 
     def apply(session: Session) -> None:
         row = session.get_one(Image, image.id)
         row.verified_at, row.verified_result = now(), result
         row.state = state
         session.add(row)
-        events.emit(session, "image.verified", row.server_id, image=row.id, result=result)
+        tell(session, row)
 
     return Outcome({"image": image.id, "verified": result, "faults": faults}, apply)
+
+
+def require_whole(context: Context, image: Image) -> None:
+    """Verify a copy that is whole on disk and has no row yet, and note that in its row-to-be.
+
+    Raises ImageDamaged, upon which the operation removes the copy, and Cancelled.
+    """
+    copied = context.latest()
+    context.phase("verifying")
+    if faults := _faults(context, vault().folder("image", image.server_id, image.id)):
+        found = "; ".join(f"{each['file']}: {each['fault']}" for each in faults)
+        raise ImageDamaged(
+            f"The new image did not pass its verification and was not kept ({found}). No older "
+            "image was touched; look at the vault's disk, then create an image by hand or wait "
+            "for the next run."
+        )
+    image.verified_at, image.verified_result = now(), PASSED
+    # What the operation says it went through is the copy.
+    context.progress(copied.get("bytes_done", 0), copied.get("bytes_total", 0))
+
+
+def tell(session: Session, image: Image) -> None:
+    result = image.verified_result
+    events.emit(session, "image.verified", image.server_id, image=image.id, result=result)
 
 
 def _faults(context: Context, folder: Path) -> list[dict[str, Any]]:

@@ -6,11 +6,12 @@ import structlog
 from celery import shared_task
 from sqlalchemy import select, update
 
-from shared import errors, events
+from shared import events
 from shared.commands import DeleteSnapshot
-from shared.database import now, transaction
+from shared.database import now, reading, transaction
 from shared.models import Operation, Snapshot
 from shared.operations.outbox import flush_if_possible
+from shared.operations.patience import DATABASE_AWAY
 from shared.operations.submit import submit
 from shared.settings import settings
 
@@ -52,25 +53,51 @@ def warn_of_expiry() -> int:
 
 
 def submit_due() -> int:
-    """Ask for the deletion of each snapshot past its time; returns how many were asked for."""
+    """Ask for the deletion of each snapshot past its time; returns how many were asked for.
+
+    It stands in its server's line: what holds the snapshot at that time ends first. One deletion
+    that is refused, or waits, keeps no other from being asked for.
+    """
     row: Any = Snapshot
-    work: Any = Operation
-    asked = 0
-    with transaction() as session:
-        being_deleted = select(work.server_id).where(
-            work.kind == DeleteSnapshot.kind, work.state.in_(("queued", "running"))
-        )
-        due = select(Snapshot).where(
+    with reading() as session:
+        due = select(row.id).where(
             row.deleted_at.is_(None),
             row.expires_at <= now(),
-            row.server_id.not_in(being_deleted),
+            row.server_id.not_in(_being_deleted()),
         )
-        for snapshot in list(session.scalars(due)):
-            command = DeleteSnapshot(server=snapshot.server_id, snapshot=snapshot.id, expired=True)
-            try:
-                submit(session, command, requested_by="beat:expiry")
-            except errors.TriptychError as error:  # the others expire all the same
-                log.error("expiry.refused", snapshot=snapshot.id, code=error.code)
-            else:
-                asked += 1
+        found = list(session.scalars(due.order_by(row.expires_at)))
+    asked = 0
+    for snapshot in found:
+        try:
+            asked += _ask(snapshot)
+        except DATABASE_AWAY:
+            raise
+        except Exception:
+            log.exception("expiry.refused", snapshot=snapshot)
     return asked
+
+
+def _being_deleted() -> Any:
+    """Ids of servers whose snapshot's deletion is asked for already."""
+    work: Any = Operation
+    return select(work.server_id).where(
+        work.kind == DeleteSnapshot.kind, work.state.in_(("queued", "running"))
+    )
+
+
+def _ask(snapshot_id: str) -> bool:
+    row: Any = Snapshot
+    with transaction() as session:
+        free = select(Snapshot).where(
+            row.id == snapshot_id,
+            row.deleted_at.is_(None),
+            row.server_id.not_in(_being_deleted()),
+        )
+        # Of two beats one has it; the other comes after it, and then finds the deletion.
+        locked = free.with_for_update(skip_locked=True)
+        snapshot = session.scalars(locked).one_or_none()
+        if snapshot is None or session.scalars(free).first() is None:
+            return False
+        command = DeleteSnapshot(server=snapshot.server_id, snapshot=snapshot.id, expired=True)
+        submit(session, command, requested_by="beat:expiry")
+    return True

@@ -31,6 +31,12 @@ class Snapshot(SQLModel, table=True):
             sqlite_where=text("deleted_at IS NULL"),
             postgresql_where=text("deleted_at IS NULL"),
         ),
+        Index(
+            "snapshot_unwarned",
+            "expires_at",
+            sqlite_where=text("deleted_at IS NULL AND warned_at IS NULL"),
+            postgresql_where=text("deleted_at IS NULL AND warned_at IS NULL"),
+        ),
     )
 
     id: str = Id("snp")
@@ -58,6 +64,13 @@ class Image(SQLModel, table=True):
             unique=True,
             sqlite_where=text("deleted_at IS NULL"),
             postgresql_where=text("deleted_at IS NULL"),
+        ),
+        Index(
+            "image_whole",
+            "server_id",
+            "created_at",
+            sqlite_where=text("deleted_at IS NULL AND state = 'complete'"),
+            postgresql_where=text("deleted_at IS NULL AND state = 'complete'"),
         ),
     )
 

@@ -21,6 +21,8 @@ class Schedule(SQLModel, table=True):
     """mon … sun, for weekly ones."""
     timezone: str
     keep: int
+    require: str = Field(default="complete", sa_column_kwargs={"server_default": "complete"})
+    """complete · verified: what an image must be to count, and for older ones to go."""
     enabled: bool = True
     catch_up_s: int
     """How late a missed slot may still run, in seconds."""

@@ -125,7 +125,7 @@ def _(command: CreateImage, session: Session) -> Admitted:
 @admit.register(DeleteImage)
 @admit.register(VerifyImage)
 def _(command: RestoreImage | DeleteImage | VerifyImage, session: Session) -> Admitted:
-    image = lookups.image(session, command.image)
+    image = lookups.held_image(session, command.image)
     if isinstance(command, VerifyImage) and command.boot:
         raise errors.Unsupported(
             "The boot proof is not supported by this version. Nothing was started; leave `boot` "
@@ -151,7 +151,7 @@ def _(command: CreateClones, session: Session) -> Admitted:
     _refuse_memory(command)
     source_id: str
     if command.source.kind == "image":
-        image = lookups.image(session, command.source.id)
+        image = lookups.held_image(session, command.source.id)
         _refuse_unusable(image)
         server, source_id = lookups.server(session, image.server_id, forgotten=True), image.id
     else:

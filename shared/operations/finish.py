@@ -77,23 +77,42 @@ def _settle_run(session: Session, operation: Operation) -> None:
     if run is None:
         return
     if operation.state == "succeeded":
-        run.state, run.image_id = "succeeded", (operation.result or {}).get("image")
-        session.get_one(Schedule, run.schedule_id).failures_in_row = 0
+        _succeed_run(session, run, (operation.result or {}).get("image"))
         return
     fail_run(session, run, operation.error["message"] if operation.error else operation.state)
+
+
+def _succeed_run(session: Session, run: ScheduleRun, image: str | None) -> None:
+    run.state, run.image_id = "succeeded", image
+    schedule = _locked(session, run)
+    if schedule.failures_in_row >= FAILURES_BEFORE_ALARM:
+        _tell(session, schedule, "schedule.recovered", image=image)
+    schedule.failures_in_row = 0
 
 
 def fail_run(session: Session, run: ScheduleRun, reason: str) -> None:
     """Record that a schedule's run failed, and say so loudly when that goes on (I6)."""
     run.state, run.reason = "failed", reason
-    schedule = session.get_one(Schedule, run.schedule_id)
+    schedule = _locked(session, run)
     schedule.failures_in_row += 1
     if schedule.failures_in_row == FAILURES_BEFORE_ALARM:
-        events.emit(
-            session,
-            "schedule.failing",
-            schedule.server_id,
-            schedule=schedule.kind,
-            failures_in_row=schedule.failures_in_row,
-            reason=run.reason,
-        )
+        _tell(session, schedule, "schedule.failing", reason=reason)
+
+
+def _locked(session: Session, run: ScheduleRun) -> Schedule:
+    """The run's schedule as it is now: two runs that end at once both count."""
+    query = select(Schedule).where(Schedule.id == run.schedule_id)  # type: ignore[arg-type]
+    current = query.with_for_update().execution_options(populate_existing=True)
+    return session.scalars(current).one()
+
+
+def _tell(session: Session, schedule: Schedule, fact: str, **data: Any) -> None:
+    """`failures_in_row` is what a streak came to so far, or in the end."""
+    events.emit(
+        session,
+        fact,
+        schedule.server_id,
+        schedule=schedule.kind,
+        failures_in_row=schedule.failures_in_row,
+        **data,
+    )

@@ -61,6 +61,22 @@ def test_show_snapshot(api: TestClient, world: World, server: Server) -> None:
     assert taken.expires_at.isoformat().replace("+00:00", "Z") == found["expires_at"]
 
 
+@pytest.mark.parametrize("method", ["PUT", "PATCH"])
+def test_no_snapshot_is_kept_longer(
+    api: TestClient, world: World, server: Server, refused: Refused, method: str
+) -> None:
+    """S2: it expires when it does. Nothing sets that later, not even when it is taken: who wants
+    it for longer promotes it."""
+    taken = world.snapshot(server)
+    path = "/v1/servers/web-1/snapshot"
+    later = {"expires_at": "2099-01-01T00:00:00Z"}
+    refused(api.request(method, path, json=later), 405, "method_not_allowed")
+    refused(api.post(path, json={"replace": True, **later}), 422, "invalid_request")
+    api.post(f"{path}/promote", json={})
+    found = api.get(path).json()["expires_at"]
+    assert taken.expires_at.isoformat().replace("+00:00", "Z") == found
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [

@@ -139,6 +139,7 @@ def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
         (shapes.Host, examples.HOST),
         (shapes.Domain, examples.DOMAIN),
         (shapes.Server, examples.SERVER),
+        (shapes.Forgotten, examples.FORGOTTEN),
         (shapes.Snapshot, examples.SNAPSHOT),
         (shapes.Image, examples.IMAGE),
         (shapes.Clone, examples.CLONE),

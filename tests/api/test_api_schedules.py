@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import select
 
 from shared.database import now, reading, transaction
-from shared.models import Schedule, ScheduleRun, Server
+from shared.models import Image, Schedule, ScheduleRun, Server
 
 DAILY = "/v1/servers/web-1/schedules/daily"
 WEEKLY = "/v1/servers/web-1/schedules/weekly"
@@ -32,9 +32,11 @@ def test_set_daily(api: TestClient, server: Server) -> None:
         "weekday": None,
         "timezone": "Asia/Tokyo",
         "keep": 7,
+        "require": "complete",
         "enabled": True,
         "catch_up": 6 * 3600,
         "failures_in_row": 0,
+        "goes_next": [],
     }
     assert (next_run.hour, next_run.minute) == (18, 0)
     assert now() < next_run <= now() + timedelta(days=1)
@@ -78,6 +80,86 @@ def test_change_of_keep_does_not_lose_a_slot(api: TestClient, server: Server) ->
     assert due == moment(api.put(DAILY, json={**body, "keep": 3}).json()["next_run_at"])
 
 
+@pytest.fixture
+def kept(api: TestClient, world: World, server: Server) -> list[Image]:
+    """Five images of a daily schedule that keeps five, oldest first."""
+    api.put(DAILY, json={"at": "03:00", "timezone": "UTC", "keep": 5})
+    with reading() as session:
+        schedule = session.scalars(select(Schedule)).one()
+    return [
+        world.image(
+            server,
+            f"day-{number}",
+            origin="daily",
+            schedule_id=schedule.id,
+            created_at=now() - timedelta(days=9 - number),
+        )
+        for number in range(5)
+    ]
+
+
+def names(answer: Any) -> list[str]:
+    return [each["name"] for each in answer.json()["goes_next"]]
+
+
+def test_what_goes_next(api: TestClient, kept: list[Image]) -> None:
+    """The schedule says which image its next run will replace, and how big that is."""
+    (going,) = api.get(DAILY).json()["goes_next"]
+    assert (going["id"], going["name"], going["bytes"]) == (kept[0].id, "day-0", 1 << 30)
+    assert moment(going["created_at"]) == kept[0].created_at
+
+
+def test_dry_run(api: TestClient, world: World, kept: list[Image], any_database: str) -> None:
+    """Keeping fewer: what would go is told, in the order in which it goes, and nothing is set, not
+    even an event written; then it is set, and goes with the next run alone."""
+    lower = {"at": "04:00", "timezone": "UTC", "keep": 2}
+    before = api.get(DAILY).json()
+    told = len(api.get("/v1/events", params={"limit": 200}).json()["items"])
+
+    preview = api.put(DAILY, json=lower, params={"dry_run": "true"})
+    assert (preview.status_code, preview.json()["keep"]) == (200, 2)
+    assert moment(preview.json()["next_run_at"]).hour == 4
+    assert names(preview) == ["day-0", "day-1", "day-2", "day-3"]
+    assert before == api.get(DAILY).json()
+    assert told == len(api.get("/v1/events", params={"limit": 200}).json()["items"])
+
+    assert names(api.put(DAILY, json=lower)) == names(preview)
+    assert len(api.get("/v1/servers/web-1/images").json()["items"]) == 5
+
+
+def test_pinned_images_stay_in_the_preview(api: TestClient, kept: list[Image]) -> None:
+    """What is pinned upon the preview is no longer in it."""
+    api.patch(f"/v1/images/{kept[0].id}", json={"pinned": True})
+    lower = {"at": "03:00", "timezone": "UTC", "keep": 3}
+    preview = api.put(DAILY, json=lower, params={"dry_run": "true"})
+    assert names(preview) == ["day-1", "day-2"]
+
+
+def test_dry_run_of_a_new_schedule(api: TestClient, server: Server, refused: Refused) -> None:
+    """It is 200, not 201, and there is no schedule afterwards; what is refused is refused."""
+    body = {"at": "03:00", "timezone": "UTC"}
+    response = api.put(DAILY, json=body, params={"dry_run": "true"})
+    assert (response.status_code, "location" in response.headers) == (200, False)
+    refused(api.get(DAILY), 404, "schedule_not_found")
+    bad = api.put(DAILY, json={**body, "keep": 51}, params={"dry_run": "true"})
+    refused(bad, 422, "invalid_request")
+
+
+def test_misspelt_dry_run(api: TestClient, server: Server, refused: Refused) -> None:
+    """Nothing is set for real because of a spelling mistake."""
+    response = api.put(DAILY, json={"at": "03:00", "timezone": "UTC"}, params={"dryrun": "true"})
+    refused(response, 422, "invalid_request")
+    refused(api.get(DAILY), 404, "schedule_not_found")
+
+
+def test_require(api: TestClient, server: Server) -> None:
+    """Set, shown, and like every field back to its default when it is left out."""
+    body = {"at": "03:00", "timezone": "UTC"}
+    assert api.put(DAILY, json={**body, "require": "verified"}).json()["require"] == "verified"
+    assert api.get(DAILY).json()["require"] == "verified"
+    assert api.put(DAILY, json=body).json()["require"] == "complete"
+
+
 def test_disable(api: TestClient, server: Server) -> None:
     """A disabled schedule has no next run, and one when it is enabled again."""
     body = {"at": "03:00", "timezone": "UTC"}
@@ -108,6 +190,8 @@ def test_disable(api: TestClient, server: Server) -> None:
         ("daily", {"catch_up": -1}, "catch_up"),
         ("daily", {"catch_up": 10**9}, "catch_up"),
         ("daily", {"enabled": "yes"}, "enabled"),
+        ("daily", {"require": "proven"}, "require"),
+        ("daily", {"require": None}, "require"),
         ("daily", {"colour": "red"}, "colour"),
         ("hourly", {}, "kind"),
     ],
@@ -218,6 +302,34 @@ def test_runs(api: TestClient, world: World, server: Server) -> None:
         ("skipped", None, "missed while Triptych was down", None),
         ("succeeded", "img_1", None, 1.5),
     ]
+
+
+def test_a_run_that_waits_says_for_what(api: TestClient, world: World, server: Server) -> None:
+    """Its slot was taken and its operation is queued: it is scheduled, and says what is ahead."""
+    api.put(DAILY, json={"at": "03:00", "timezone": "UTC"})
+    with reading() as session:
+        schedule = session.scalars(select(Schedule)).one()
+    ahead = world.operation(server, "snapshot.take", state="running", owner="kvm-1/x/y")
+    queued = world.operation(server)
+    world.add(
+        ScheduleRun(schedule_id=schedule.id, slot=now(), state="running", operation_id=queued.id)
+    )
+    (run,) = api.get(f"{DAILY}/runs").json()["items"]
+    assert (run["state"], run["lateness_s"]) == ("scheduled", None)
+    assert ahead.id in run["reason"]
+
+
+def test_the_last_fifty(api: TestClient, world: World, server: Server) -> None:
+    """However many there were, the newest fifty, newest first."""
+    api.put(DAILY, json={"at": "03:00", "timezone": "UTC"})
+    with reading() as session:
+        schedule = session.scalars(select(Schedule)).one()
+    day = datetime(2026, 3, 1, 3, tzinfo=UTC)
+    for number in range(53):
+        slot = day + timedelta(days=number)
+        world.add(ScheduleRun(schedule_id=schedule.id, slot=slot, state="skipped", reason="down"))
+    slots = [moment(each["slot"]) for each in api.get(f"{DAILY}/runs").json()["items"]]
+    assert slots == [day + timedelta(days=number) for number in range(52, 2, -1)]
 
 
 def test_a_slot_that_is_due_is_upcoming(api: TestClient, server: Server) -> None:

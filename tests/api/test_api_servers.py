@@ -220,14 +220,22 @@ def test_ambiguous_name(api: TestClient, world: World, refused: Refused) -> None
 
 
 def test_forget(api: TestClient, world: World, server: Server) -> None:
-    """Forgetting ends schedules and keeps images; registering again brings the id back."""
+    """Forgetting ends schedules and keeps images, and says so; registering again brings the id
+    back."""
     image = world.image(server)
+    world.image(server, "gone", deleted_at=now())
     world.add(
         Schedule(
             server_id=server.id, kind="daily", at="03:00", timezone="UTC", keep=7, catch_up_s=60
         )
     )
-    assert api.delete("/v1/servers/web-1").status_code == 204
+    response = api.delete("/v1/servers/web-1")
+    answer = response.json()
+    assert (response.status_code, answer["id"]) == (200, server.id)
+    assert (answer["images_kept"], answer["images_kept_bytes"]) == (1, image.bytes)
+    assert answer["schedules_ended"] == ["daily"]
+    kept = api.get(f"/v1/servers/{answer['id']}/images").json()["items"]
+    assert [image.id] == [each["id"] for each in kept]
     assert api.get("/v1/servers/web-1").status_code == 404
     assert [image.id] == [each["id"] for each in api.get("/v1/images").json()["items"]]
     again = api.post("/v1/servers", json={"host": "kvm-1", "domain": "web-1"}).json()

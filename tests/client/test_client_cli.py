@@ -330,18 +330,97 @@ def test_schedule_is_set_with_all_it_was_given(api: Fake, triptych: Triptych) ->
     }
     api.says("PUT /v1/servers/web1/schedules/weekly", answer, 201)
     words = "schedule set web1 weekly --at 03:00 --timezone Europe/London --weekday mon"
-    run = triptych(*words.split(), "--catch-up", "3600")
-    assert api.requests[0].body == {
+    run = triptych(*words.split(), "--catch-up", "3600", "--require", "verified")
+    [sent] = api.calls("PUT /v1/servers/web1/schedules/weekly")
+    assert sent.query == {}
+    assert sent.body == {
         "at": "03:00",
         "timezone": "Europe/London",
         "keep": 7,
         "weekday": "mon",
+        "require": "verified",
     } | {
         "enabled": True,
         "catch_up": 3600,
     }
     assert "next run 2030-07-01 03:00:00 BST" in run.out
     assert "4 FAILED IN A ROW" in run.out
+
+
+DAILY = "/v1/servers/web1/schedules/daily"
+
+
+def keeping(keep: int, *going: str) -> dict[str, Any]:
+    """A daily schedule, and the images that go with its next run."""
+    images = [{"id": f"img_{name}", "name": name, "created_at": NOW} for name in going]
+    shown = {"kind": "daily", "at": "03:00", "timezone": "UTC", "keep": keep, "enabled": True}
+    return {**shown, "goes_next": images}
+
+
+def test_fewer_images_are_asked_about(
+    api: Fake, triptych: Triptych, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keeping fewer names those that go beside those which go anyway; refused, nothing is set."""
+    api.says(f"GET {DAILY}", keeping(7, "oldest"))
+    api.says(f"PUT {DAILY}", keeping(5, "oldest", "second", "third"))
+    asked: list[str] = []
+
+    def no(question: str, **_: Any) -> bool:
+        asked.append(question)
+        return False
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("typer.confirm", no)
+    run = triptych("schedule", "set", "web1", "daily", "--at", "03:00", "--keep", "5")
+    assert (run.code, run.out) == (2, "")
+    [question] = asked
+    assert "2 images go more with the next run" in question
+    assert "second" in question
+    assert "oldest" not in question
+    assert [each.query for each in api.calls(f"PUT {DAILY}")] == [{"dry_run": "true"}]
+
+
+def test_fewer_images_in_a_script_need_yes(api: Fake, triptych: Triptych) -> None:
+    """Without a terminal --yes agrees; where no image goes for it nothing needs agreement."""
+    api.says(f"GET {DAILY}", keeping(7))
+    api.says(f"PUT {DAILY}", keeping(5, "second"))
+    words = ["schedule", "set", "web1", "daily", "--at", "03:00", "--keep", "5"]
+    run = triptych(*words)
+    assert (run.code, "--yes" in run.err) == (2, True)
+    assert triptych(*words, "--yes").code == 0
+    api.says(f"PUT {DAILY}", keeping(5))
+    assert triptych(*words).code == 0
+    assert api.requests[-1].query == {}
+
+
+def test_dry_run_sets_nothing(api: Fake, triptych: Triptych) -> None:
+    """It says what would be set and which images would go; one request, marked as such."""
+    api.says(f"PUT {DAILY}", keeping(1, "oldest", "second"))
+    run = triptych("schedule", "set", "web1", "daily", "--at", "03:00", "--keep", "1", "--dry-run")
+    assert [each.query for each in api.requests] == [{"dry_run": "true"}]
+    assert run.out.startswith("Would be set: web1 daily at 03:00 UTC, keeping 1.")
+    assert "With the next run 2 images go: oldest (" in run.out
+
+
+def test_list_of_unprotected_servers(api: Fake, triptych: Triptych) -> None:
+    """It asks the API for those alone; none is good news."""
+    api.says("GET /v1/servers", {"items": [], "next": None})
+    run = triptych("server", "list", "--unprotected")
+    assert api.requests[0].query["unprotected"] == "true"
+    assert "Every server with a schedule" in run.err
+    triptych("server", "list")
+    assert "unprotected" not in api.requests[1].query
+
+
+def test_forgetting_tells_what_stays(api: Fake, triptych: Triptych) -> None:
+    """The images, how to see them, and the schedules that ended."""
+    answer = {"id": "srv_1", "name": "web1", "images_kept": 3, "images_kept_bytes": 3 * 2**30}
+    api.says("DELETE /v1/servers/web1", answer | {"schedules_ended": ["daily", "weekly"]})
+    out = triptych("server", "forget", "web1", "--yes").out
+    assert "its daily and weekly schedule" in out
+    assert "3 images stay (3.0 GiB): triptych image list srv_1" in out
+    document = triptych("server", "forget", "web1", "--yes", "--json").out
+    assert json.loads(document)["images_kept"] == 3
 
 
 def test_schedule_show_tells_which_of_two_is_set(api: Fake, triptych: Triptych) -> None:

@@ -4,14 +4,16 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from operations.spine import World, at_once
+from operations.spine import World, at_once, nothing
+from sqlalchemy import event as sql_event
 from sqlalchemy import select
 
 from services.snapshotter import expiry, snapshots
-from shared.commands import DeleteSnapshot, TakeSnapshot
-from shared.database import now, transaction
-from shared.models import Operation, Server, Snapshot
-from shared.operations import runner
+from shared import errors
+from shared.commands import DeleteSnapshot, RevertSnapshot, TakeSnapshot
+from shared.database import engine, now, transaction
+from shared.models import Event, Operation, Server, Snapshot
+from shared.operations import claim, runner
 from shared.operations.drain import drain
 from shared.operations.tasks import forget_due
 from shared.settings import settings
@@ -67,19 +69,116 @@ def test_warned_once(world: World, any_database: str) -> None:
     assert [each["snapshot"] for each in world.events("snapshot.expiring")] == [made.id]
 
 
+def test_warned_once_whatever_the_clock_does(
+    world: World, any_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Put forward, back by days, and forward again; workers that come and go are no different
+    from ticks that do: what was told stands in the row."""
+    made = snapshot(world, world.server(), 30 * HOUR)
+    start = now()
+    for hours in (0, 25, -100, 0, 25, 29, -5, 26):
+        monkeypatch.setattr(expiry, "now", lambda hours=hours: start + hours * HOUR)
+        expiry.warn_of_expiry()
+    assert [each["snapshot"] for each in world.events("snapshot.expiring")] == [made.id]
+
+
+def test_warning_that_comes_too_late_comes_first(world: World) -> None:
+    """Beat was down for the last six hours of a snapshot: both are told, in their order."""
+    made = snapshot(world, world.server(), -HOUR)
+    expiry.expire_due()
+    for operation in deletions():
+        runner.run(operation.id)
+    expiry.expire_due()
+    told = [each["snapshot"] for each in world.events("snapshot.expiring")]
+    assert told == [each["snapshot"] for each in world.events("snapshot.expired")] == [made.id]
+    row: Any = Event
+    with transaction() as session:
+        types = [each.type for each in session.scalars(select(Event).order_by(row.seq))]
+    assert types.index("triptych.snapshot.expiring") < types.index("triptych.snapshot.expired")
+
+
 def test_expired_snapshot_is_deleted_once(world: World, any_database: str) -> None:
     """Past its time it is deleted and told once, however many ticks run."""
     made = snapshot(world, world.server("due"), -timedelta(seconds=1))
     fresh = snapshot(world, world.server("fresh"), HOUR)
 
-    at_once(*[expiry.submit_due] * 4)
+    assert sum(at_once(*[expiry.submit_due] * 4)) == 1
     for operation in deletions():
         runner.run(operation.id)
     assert expiry.submit_due() == 0
 
     assert (is_gone(made), is_gone(fresh)) == (True, False)
     assert [each["snapshot"] for each in world.events("snapshot.expired")] == [made.id]
-    assert {each.state for each in deletions()} == {"succeeded"}
+    assert [each.state for each in deletions()] == ["succeeded"]
+
+
+def test_many_expire_at_once(world: World, any_database: str) -> None:
+    """Four beats, a dozen snapshots: one deletion of each."""
+    made = [snapshot(world, world.server(f"s{n}"), -HOUR) for n in range(12)]
+    assert sum(at_once(*[expiry.submit_due] * 4)) == 12
+    assert {each.id for each in made} == {each.command["snapshot"] for each in deletions()}
+    assert len(deletions()) == 12
+
+
+def test_message_that_comes_twice_expires_once(world: World) -> None:
+    """Delivered again after it was done, and while it is done, it is told once."""
+    made = snapshot(world, world.server(), -HOUR)
+    expiry.submit_due()
+    [operation] = deletions()
+    at_once(*[lambda: runner.run(operation.id)] * 4)
+    runner.run(operation.id)
+    assert [each["snapshot"] for each in world.events("snapshot.expired")] == [made.id]
+
+
+def test_work_that_holds_a_snapshot_delays_that_one(world: World, any_database: str) -> None:
+    """A revert that began before the end goes on with it, and one that waits gets its turn; then
+    the snapshot goes. Those of other servers went in the same sweep."""
+    server = world.server("reverting")
+    held = snapshot(world, server, -HOUR)
+    other = snapshot(world, world.server("other"), -HOUR)
+    world.handler(nothing, RevertSnapshot.kind)
+    reverts = [world.submit(RevertSnapshot(server=server.id)) for _ in range(2)]
+    assert claim.claim(reverts[0], "kvm-1/snapshotter/one")
+
+    assert expiry.submit_due() == 2
+    for operation in deletions():
+        runner.run(operation.id)
+    assert (is_gone(held), is_gone(other)) == (False, True)
+    assert expiry.submit_due() == 0
+
+    world.clear_outbox()
+    world.expire(reverts[0])
+    for _ in range(3):  # what ends wakes the next
+        for operation_id in [reverts[0], *world.woken()]:
+            runner.run(operation_id)
+    assert [world.row(each).state for each in reverts] == ["succeeded"] * 2
+    assert is_gone(held)
+
+
+def test_found_by_index(world: World) -> None:
+    """On SQLite, which says it: what is due is found, and not looked for among all."""
+    seen: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        seen.append(statement)
+
+    snapshot(world, world.server(), -HOUR)
+    sql_event.listen(engine(), "before_cursor_execute", note)
+    expiry.expire_due()
+    sql_event.remove(engine(), "before_cursor_execute", note)
+    with engine().connect() as connection:
+        plans = [
+            step.detail
+            for statement in seen
+            if statement.startswith(("SELECT snapshot", "UPDATE snapshot SET warned_at"))
+            for step in connection.exec_driver_sql(
+                f"EXPLAIN QUERY PLAN {statement}", (None,) * statement.count("?")
+            )
+        ]
+    used = " ".join(plans)
+    assert "snapshot_unwarned (expires_at<?)" in used
+    assert "snapshot_due (expires_at<?)" in used
+    assert not [each for each in plans if each.startswith("SCAN")]
 
 
 def test_snapshots_of_a_draining_host_expire(world: World) -> None:
@@ -148,17 +247,16 @@ def test_forgotten_server_does_not_stop_expiry(world: World) -> None:
     assert is_gone(other)
 
 
+@pytest.mark.parametrize("error", [errors.ServerNotFound("No such server."), KeyError("a mistake")])
 def test_refused_deletion_does_not_stop_expiry(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """Whatever one deletion is refused for, the others are asked for."""
-    from shared import errors
-
     real = expiry.submit
 
     def refuse_first(session: Any, command: Any, **options: Any) -> Any:
         if command.server == broken.id:
-            raise errors.ServerNotFound("No such server.")
+            raise error
         return real(session, command, **options)
 
     broken = world.server("broken")

@@ -1,238 +1,229 @@
-"""Rotation, over every history that a schedule can have (I4)."""
+"""Which images a schedule's new one takes away, and which it never does (I4)."""
 
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any, cast
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from typing import Any
 
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+import pytest
 from operations.spine import World
+from schedules.rotating import Disk, Site, site
 from sqlalchemy import select
 
-from services.imager import images
-from shared.commands import RestoreImage
-from shared.copying import Stored
-from shared.database import transaction
-from shared.ids import new_id
-from shared.models import Image, Operation, Schedule, Server
-from shared.operations.submit import submit
-
-START = datetime(2026, 1, 1, tzinfo=UTC)
-
-SUCCESS = st.tuples(st.just("success"), st.just(0))
-TOUCH = st.tuples(st.sampled_from(["pin", "unpin", "delete", "use", "leave"]), st.integers(0, 5))
-STEPS = st.one_of(  # half of them make an image, so that most histories do rotate
-    SUCCESS,
-    SUCCESS,
-    SUCCESS,
-    SUCCESS,
-    TOUCH,
-    TOUCH,
-    st.tuples(st.sampled_from(["failure", "manual", "other schedule"]), st.just(0)),
-    st.tuples(st.just("keep"), st.integers(1, 4)),
-)
+from shared import errors, rotation
+from shared.database import now, transaction
+from shared.models import Schedule, ScheduleRun
 
 
-class Copied:
-    """Stands for a copy that is complete on disk."""
-
-    def facts(self) -> dict[str, Any]:
-        return {}
+@pytest.fixture
+def disk(world: World, monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(world, monkeypatch)
 
 
-@dataclass
-class History:
-    """A server with a daily and a weekly schedule, and what happens to the daily one's images."""
-
-    server: Server
-    daily: Schedule
-    weekly: Schedule
-    made: int = 0
-
-    def image(self, schedule: Schedule | None) -> tuple[Image, list[str]]:
-        """Create an image as the imager commits it; the ids of those that it took away."""
-        self.made += 1
-        id_ = new_id("img")
-        image = Image(
-            id=id_,
-            name=id_,
-            server_id=self.server.id,
-            created_at=START + self.made * timedelta(hours=1),
-            origin=schedule.kind if schedule else "manual",
-            schedule_id=schedule.id if schedule else None,
-            consistency="crash",
-            way="reflink",
-            bytes=1,
-        )
-        outcome = images._created(self.server, image, cast(Stored, Copied()))
-        with transaction() as session:
-            steps = outcome.apply(session) or []
-        removed = [arguments["folder"].rsplit("/", 1)[1] for _, arguments in steps]
-        return image, removed
-
-    def there(self, schedule: Schedule | None = None) -> list[Image]:
-        """The images that there are, oldest first; of that schedule, if one is given."""
-        row: Any = Image
-        query = select(Image).where(row.server_id == self.server.id, row.deleted_at.is_(None))
-        if schedule:
-            query = query.where(row.schedule_id == schedule.id)
-        with transaction() as session:
-            return list(session.scalars(query.order_by(row.created_at)))
-
-    def in_use(self) -> set[str]:
-        row: Any = Operation
-        query = select(Operation).where(row.server_id == self.server.id, row.state == "queued")
-        with transaction() as session:
-            return {str(each.command["image"]) for each in session.scalars(query)}
+@pytest.fixture
+def past(world: World, disk: Disk) -> Site:
+    """Nothing has happened yet; the daily schedule keeps three."""
+    return site(world, disk)
 
 
-def history(world: World, keep: int) -> History:
-    server = world.server(new_id("name"))
-    daily, weekly = (
-        Schedule(server_id=server.id, kind=kind, at="03:00", timezone="UTC", keep=k, catch_up_s=60)
-        for kind, k in (("daily", keep), ("weekly", 2))
-    )
-    world.add(daily, weekly)
-    return History(server, daily, weekly)
-
-
-def change(row: type, id_: str, **values: Any) -> None:
+def last_run() -> ScheduleRun:
+    row: Any = ScheduleRun
     with transaction() as session:
-        found = session.get_one(row, id_)
-        for name, value in values.items():
-            setattr(found, name, value)
+        return session.scalars(select(ScheduleRun).order_by(row.slot.desc())).first()  # type: ignore[return-value]
 
 
-def check_success(past: History, keep: int) -> None:
-    """A scheduled image is made; what goes and what stays."""
-    before = past.there(past.daily)
-    others = {each.id for each in past.there()} - {each.id for each in before}
-    pinned = {each.id for each in before if each.pinned}
-    counted = [each.id for each in before if not each.pinned]
-    used = past.in_use()
-
-    image, removed = past.image(past.daily)
-
-    after = past.there(past.daily)
-    good = [each.id for each in after if not each.pinned]
-    assert image.id in good, "the new one stays"
-    assert len(good) >= min(keep, len(counted) + 1), "never fewer than asked for"
-    assert pinned <= {each.id for each in after}, "pinned ones never go"
-    assert others <= {each.id for each in past.there()}, "others neither count nor go"
-    assert not used & set(removed), "what is going to be used goes later"
-    assert set(removed) == set(counted) - set(good), "what goes is removed from disk"
-    surplus = [*counted, image.id][: max(0, len(counted) + 1 - keep)]
-    assert removed == [each for each in surplus if each not in used], "the oldest first"
+def test_every_new_one_replaces_the_oldest(past: Site, any_database: str) -> None:
+    """Kept at three: the fourth takes the first away, the fifth the second; from disk too."""
+    made = [past.run() for _ in range(5)]
+    assert past.ids() == made[2:]
+    assert [past.folder(str(each)).exists() for each in made] == [False, False, True, True, True]
+    assert [each["image"] for each in past.world.events("image.rotated")] == made[:2]
 
 
-def take_step(past: History, step: str, number: int, keep: int) -> None:
-    if step == "success":
-        check_success(past, keep)
-    elif step == "manual":
-        assert past.image(None)[1] == []
-    elif step == "other schedule":
-        own = {each.id for each in past.there(past.daily)}
-        past.image(past.weekly)
-        assert own == {each.id for each in past.there(past.daily)}
-    elif step == "keep":
-        change(Schedule, past.daily.id, keep=number)
-    elif step == "leave":
-        for id_ in past.in_use():
-            end_uses(past, id_)
-    elif step != "failure" and (everything := past.there()):  # a failure leaves no row
-        touch(past, step, everything[number % len(everything)].id)
-
-
-def touch(past: History, step: str, image: str) -> None:
-    """What a person does with an image."""
-    if step == "use":
-        with transaction() as session:
-            submit(session, RestoreImage(image=image), requested_by="test")
-    elif step != "delete":
-        change(Image, image, pinned=step == "pin")
-    elif image not in past.in_use():
-        change(Image, image, deleted_at=START)
-
-
-def end_uses(past: History, image: str) -> None:
-    with transaction() as session:
-        for each in session.scalars(select(Operation)):
-            if each.command.get("image") == image:
-                each.state = "succeeded"
-
-
-@settings(
-    max_examples=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(keep=st.integers(1, 3), steps=st.lists(STEPS, min_size=6, max_size=20))
-def test_rotation_over_any_history(world: World, keep: int, steps: list[tuple[str, int]]) -> None:
-    """Never fewer good images than asked for or made; the oldest goes first; pinned, manual
-    and used ones never go."""
-    past = history(world, keep)
-    for step, number in steps:
-        take_step(past, step, number, keep)
-        if step == "keep":
-            keep = number
-
-
-def test_every_new_one_replaces_the_oldest(world: World) -> None:
-    """Kept at three: the fourth takes the first away, the fifth the second."""
-    past = history(world, keep=3)
-    made = [past.image(past.daily) for _ in range(5)]
-    ids = [image.id for image, _ in made]
-    assert [removed for _, removed in made] == [[], [], [], ids[:1], ids[1:2]]
-    assert [each.id for each in past.there()] == ids[2:]
-
-
-def test_lowered_keep_takes_effect_with_the_next_run(world: World) -> None:
+def test_lowered_keep_takes_effect_with_the_next_run(past: Site) -> None:
     """All that are too many then go, oldest first."""
-    past = history(world, keep=5)
-    ids = [past.image(past.daily)[0].id for _ in range(5)]
-    change(Schedule, past.daily.id, keep=2)
-    assert past.image(past.daily)[1] == ids[:4]
+    past.plan(keep=5)
+    made = [past.run() for _ in range(5)]
+    past.plan(keep=2)
+    assert past.ids() == made
+    latest = past.run()
+    assert past.ids() == [made[4], latest]
+    assert [each["image"] for each in past.world.events("image.rotated")] == made[:4]
 
 
-def test_pinned_image_neither_counts_nor_goes(world: World) -> None:
+def test_pinned_image_neither_counts_nor_goes(past: Site) -> None:
     """It stays beside as many others as are kept; unpinned, it is the oldest again."""
-    past = history(world, keep=2)
-    pinned = past.image(past.daily)[0].id
-    change(Image, pinned, pinned=True)
-    second = past.image(past.daily)[0].id
-    assert [past.image(past.daily)[1] for _ in range(2)] == [[], [second]]
-    assert pinned in {each.id for each in past.there()}
-    change(Image, pinned, pinned=False)
-    assert past.image(past.daily)[1][0] == pinned
+    past.plan(keep=2)
+    pinned = str(past.run())
+    past.pin(pinned)
+    made = [past.run() for _ in range(3)]
+    assert past.ids() == [pinned, *made[1:]]
+    past.pin(pinned, False)
+    assert past.ids() == [pinned, *made[1:]]
+    latest = past.run()
+    assert past.ids() == [made[2], latest]
 
 
-def test_used_image_goes_with_a_later_run(world: World) -> None:
+def test_used_image_goes_with_a_later_run(past: Site, any_database: str) -> None:
     """A restore that waits in line keeps its image; when it has ended the image goes."""
-    past = history(world, keep=1)
-    first, _ = past.image(past.daily)
+    past.plan(keep=1)
+    first = str(past.run())
+    operation = past.asked_for("daily")
+    with past.used(first):
+        second = past.end(operation)
+    assert past.ids() == [first, second]
+    third = past.run()
+    assert past.ids() == [third]
+
+
+def test_damaged_image_neither_counts_nor_goes(past: Site) -> None:
+    """Only whole images count; what is damaged is left for a person to see."""
+    past.plan(keep=1)
+    damaged = str(past.run())
+    past.rot(damaged)
+    past.verify(damaged)
+    second, third = past.run(), past.run()
+    assert second not in past.ids()
+    assert past.ids() == [damaged, third]
+
+
+def test_image_of_an_ended_schedule_rotates_nothing(past: Site) -> None:
+    """The schedule was deleted while its image was made: all that there are stay."""
+    past.plan(keep=1)
+    first = past.run()
+    operation = past.asked_for("daily")
     with transaction() as session:
-        submit(session, RestoreImage(image=first.id), requested_by="test")
-    second, removed = past.image(past.daily)
-    assert removed == []
-    end_uses(past, first.id)
-    assert past.image(past.daily)[1] == [first.id, second.id]
+        session.delete(session.get_one(Schedule, past.schedules["daily"]))
+    second = past.end(operation)
+    assert past.ids() == [first, second]
 
 
-def test_damaged_image_neither_counts_nor_goes(world: World) -> None:
-    """Only complete images count; what is damaged is left for a person to see."""
-    past = history(world, keep=1)
-    damaged, _ = past.image(past.daily)
-    change(Image, damaged.id, state="damaged")
-    good, removed = past.image(past.daily)
-    assert removed == []
-    assert past.image(past.daily)[1] == [good.id]
+def test_newest_verified_one_stays(past: Site) -> None:
+    """However old it is, until a newer one is verified: the last that is known to be whole."""
+    past.plan(keep=2)
+    first = str(past.run())
+    past.verify(first)
+    made = [past.run() for _ in range(3)]
+    assert past.ids() == [first, *made[1:]]
+    past.verify(str(made[2]))
+    last = past.run()
+    assert past.ids() == [made[2], last]
 
 
-def test_image_of_an_ended_schedule_rotates_nothing(world: World) -> None:
-    """The schedule was deleted while its image was made."""
-    past = history(world, keep=1)
-    kept, _ = past.image(past.daily)
-    gone = Schedule(id="sch_gone", server_id="", kind="daily", at="", timezone="", keep=1)
-    gone.catch_up_s = 0
-    assert past.image(gone)[1] == []
-    assert kept.id in {each.id for each in past.there()}
+def test_a_clock_that_was_put_back(past: Site) -> None:
+    """The image that was just made never goes, though by the clock it is the oldest."""
+    past.plan(keep=2)
+    made = [past.run() for _ in range(2)]
+    latest = past.run(hours=-1000)
+    assert set(past.ids()) == {latest, made[1]}
+
+
+# Where the schedule requires that images are verified
+
+
+@pytest.fixture
+def strict(past: Site) -> Site:
+    past.plan(require="verified")
+    return past
+
+
+def test_verified_before_it_counts(strict: Site, any_database: str) -> None:
+    """The image is born verified, in the one operation of its run, and that is told."""
+    image = str(strict.run())
+    [row] = strict.there()
+    assert (row.state, row.verified_result) == ("complete", "passed")
+    assert isinstance(row.verified_at, datetime)
+    assert strict.world.events("image.verified") == [{"image": image, "result": "passed"}]
+
+
+def test_what_does_not_pass_is_not_kept(strict: Site, any_database: str) -> None:
+    """The run has failed and says why, nothing has gone, and nothing of the copy is left."""
+    made = [strict.run() for _ in range(3)]
+    strict.disk.outcome = "rotten"
+    assert strict.run() is None
+    assert strict.ids() == made
+    assert {each.name for each in strict.folder("x").parent.iterdir()} == set(made)
+    run = last_run()
+    assert (run.state, run.image_id) == ("failed", None)
+    assert "vda: rotten" in (run.reason or "")
+    assert "No older image was touched" in (run.reason or "")
+    assert strict.schedule().failures_in_row == 1
+
+
+def test_unverified_ones_go_when_there_are_enough_verified(past: Site) -> None:
+    """Required later on: what was made before stays until as many verified ones are there."""
+    old = [past.run() for _ in range(3)]
+    past.plan(require="verified")
+    new = [past.run() for _ in range(2)]
+    assert past.ids() == [*old, *new]
+    new.append(past.run())
+    assert past.ids() == new
+
+
+def test_required_while_the_image_is_made(past: Site) -> None:
+    """One that was not verified takes none away."""
+    made = [past.run() for _ in range(3)]
+    past.disk.meanwhile = lambda: past.plan(require="verified")
+    latest = past.run()
+    assert past.ids() == [*made, latest]
+
+
+def test_manual_images_are_not_verified(strict: Site) -> None:
+    """What a schedule requires, it requires of its own."""
+    strict.disk.outcome = "rotten"
+    assert strict.run(None) in strict.ids()
+
+
+# What would go
+
+
+def going(past: Site) -> list[str]:
+    with transaction() as session:
+        return [each.id for each in rotation.due_next(session, past.schedule())]
+
+
+def test_what_would_go_is_what_goes(past: Site, any_database: str) -> None:
+    """Before it is there, one more; after `keep` was lowered, all that are too many."""
+    past.plan(keep=4)
+    made = [past.run() for _ in range(3)]
+    assert going(past) == []
+    made.append(past.run())
+    assert going(past) == made[:1]
+    past.plan(keep=2)
+    assert going(past) == made[:3]
+    past.pin(str(made[0]))
+    assert going(past) == made[1:3]
+    with past.used(str(made[1])):
+        assert going(past) == made[2:3]
+    past.run()
+    assert {made[0], made[3]} <= set(past.ids())
+    assert not {made[1], made[2]} & set(past.ids())
+
+
+# Two at once
+
+
+def test_pinned_while_its_successor_is_made(past: Site) -> None:
+    """Up to the last moment it can be; then it stays."""
+    past.plan(keep=1)
+    first = str(past.run())
+    past.disk.meanwhile = lambda: past.pin(first)
+    latest = past.run()
+    assert past.ids() == [first, latest]
+
+
+@pytest.mark.parametrize("want", ["pin", "restore"])
+def test_wanted_a_moment_too_late(past: Site, any_database: str, want: str) -> None:
+    """Who comes between the choice of what goes and the commit waits, and hears that it is gone:
+    nobody is told that an image stays which does not."""
+    past.plan(keep=1)
+    first = str(past.run())
+    newest = past.there()[0].model_copy(update={"id": "img_newest"})
+    with ThreadPoolExecutor(1) as pool:
+        with transaction() as session:
+            [chosen] = rotation.due(session, newest)
+            late = pool.submit(past.pin if want == "pin" else past.restore_is_asked_for, first)
+            with pytest.raises(TimeoutError):
+                late.result(timeout=0.3)
+            chosen.deleted_at = now()
+        with pytest.raises(errors.ImageNotFound):
+            late.result()

@@ -278,7 +278,31 @@ def test_success_ends_the_row_of_failures(world: World, schedule: Schedule) -> N
     for number, error in enumerate([trouble] * 3 + [None] + [trouble] * 4):
         end(world, schedule, number, error)
     assert len(world.events("schedule.failing")) == 1
+    assert world.events("schedule.recovered") == []
     assert now_of(schedule).failures_in_row == 4
+
+
+def test_recovery_is_told_once(world: World, schedule: Schedule, any_database: str) -> None:
+    """After a streak that was told: with how many failed and the image that ended it. The next
+    streak is told anew."""
+    trouble = errors.HostNotAnswering("libvirt is away.")
+    ends: list[Exception | None] = [trouble] * 5 + [None, None] + [trouble] * 4 + [None]
+    for number, error in enumerate(ends):
+        end(world, schedule, number, error)
+    recovered = [(e["failures_in_row"], e["image"]) for e in world.events("schedule.recovered")]
+    assert recovered == [(5, "img_5"), (4, "img_11")]
+    assert [each["schedule"] for each in world.events("schedule.failing")] == ["daily", "daily"]
+    assert now_of(schedule).failures_in_row == 0
+
+
+def test_missed_slots_are_neither(world: World, schedule: Schedule) -> None:
+    """A downtime amid a streak of failures does not end it, and is no failure."""
+    trouble = errors.HostNotAnswering("libvirt is away.")
+    for number in (0, 1, 2):
+        end(world, schedule, number, trouble)
+    end(world, schedule, 9, trouble)
+    assert len(world.events("image.missed")) == 6
+    assert [each["failures_in_row"] for each in world.events("schedule.failing")] == [4]
 
 
 def test_cancelled_run_is_no_success(world: World, schedule: Schedule) -> None:

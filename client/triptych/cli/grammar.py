@@ -53,6 +53,11 @@ class Weekday(StrEnum):
     sun = "sun"
 
 
+class Require(StrEnum):
+    complete = "complete"
+    verified = "verified"
+
+
 def group(help: str, epilog: str | None = None) -> typer.Typer:
     return typer.Typer(
         help=help,

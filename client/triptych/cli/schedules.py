@@ -1,13 +1,16 @@
 """`triptych schedule`: a server's daily and weekly images."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from triptych.cli.grammar import ScheduleKind, ServerName, Weekday, Yes, command, group
+from triptych.cli.grammar import Require, ScheduleKind, ServerName, Weekday, Yes, command, group
 from triptych.cli.render import distance, duration, moment, plain, table
 from triptych.cli.session import Session, print_json, session_of, usage
-from triptych.types import Run, Runs, Schedule
+from triptych.problem import Problem
+from triptych.types import GoingImage, Run, Runs, Schedule
+from triptych.types import ScheduleKind as TypedKind
 
 NAME = "schedule"
 app = group("Schedules: images of a server every day or every week, the oldest going.")
@@ -24,6 +27,7 @@ MaybeKind = Annotated[
     "set",
     "triptych schedule set web1 daily --at 03:00 --timezone Europe/London --keep 7",
     "triptych schedule set web1 weekly --at 04:00 --weekday sun --keep 4",
+    "triptych schedule set web1 daily --at 03:00 --keep 3 --dry-run",
 )
 def set_schedule(
     ctx: typer.Context,
@@ -48,26 +52,54 @@ def set_schedule(
             show_default="6 h daily, 24 h weekly",
         ),
     ] = None,
+    require: Annotated[
+        Require,
+        typer.Option(
+            help="What an image must be before it counts and older ones go: complete, or also "
+            "verified, for which it is read once more."
+        ),
+    ] = Require.complete,
     disable: Annotated[
         bool, typer.Option("--disable", help="Keep the schedule, but let it rest.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only show what it would be and which images would go."),
+    ] = False,
+    yes: Yes = False,
 ) -> None:
-    """Set a server's daily or weekly schedule; it replaces the one there was."""
+    """Set a server's daily or weekly schedule; it replaces the one there was.
+
+    Where it would keep fewer images, those that go with its next run are named and it asks first.
+    """
     if kind is ScheduleKind.weekly and weekday is None:
         raise usage("weekday_missing", "A weekly schedule needs its day, e.g. --weekday sun.")
     if kind is ScheduleKind.daily and weekday is not None:
         raise usage("weekday_unfit", "A daily schedule has no --weekday; leave it out.")
     session = session_of(ctx)
-    found = session.client.schedules.set(
-        server,
-        kind.value,
-        at=at,
-        timezone=timezone,
-        keep=keep,
-        weekday=weekday.value if weekday else None,
-        enabled=not disable,
-        catch_up=catch_up,
-    )
+
+    def put(dry_run: bool = False) -> Schedule:
+        return session.client.schedules.set(
+            server,
+            kind.value,
+            at=at,
+            timezone=timezone,
+            keep=keep,
+            weekday=weekday.value if weekday else None,
+            require="verified" if require is Require.verified else None,
+            enabled=not disable,
+            catch_up=catch_up,
+            dry_run=dry_run,
+        )
+
+    if dry_run:
+        found = put(dry_run=True)
+        session.emit(found, lambda: session.say(f"Would be set: {_preview(found, server)}"))
+        return
+    if not yes and (more := _more_go(session, server, kind.value, keep, put)):
+        question = f"Kept are {keep}, so {_images(more)} more with the next run: {_names(more)}."
+        session.confirm(lambda: f"{question} Set it?", yes)
+    found = put()
     session.emit(found, lambda: session.say(_sentence(found, server)))
 
 
@@ -113,6 +145,36 @@ def delete(ctx: typer.Context, server: ServerName, kind: Kind, yes: Yes = False)
     )
 
 
+def _more_go(
+    session: Session, server: str, kind: TypedKind, keep: int, put: Callable[..., Schedule]
+) -> list[GoingImage]:
+    """The images that go with the next run if fewer are kept, and else would not."""
+    try:
+        before = session.client.schedules.get(server, kind)
+    except Problem as problem:
+        if problem.status != 404:
+            raise
+        return []  # it is new, or the API says what is wrong when it is set
+    if keep >= before["keep"]:
+        return []
+    known = {each["id"] for each in before.get("goes_next") or []}
+    return [each for each in put(dry_run=True).get("goes_next") or [] if each["id"] not in known]
+
+
+def _images(images: list[GoingImage]) -> str:
+    return "1 image goes" if len(images) == 1 else f"{len(images)} images go"
+
+
+def _names(images: list[GoingImage]) -> str:
+    return ", ".join(f"{each['name']} ({moment(each['created_at'])})" for each in images)
+
+
+def _preview(schedule: Schedule, server: str) -> str:
+    going = schedule.get("goes_next") or []
+    goes = f"{_images(going)}: {_names(going)}" if going else "no image goes"
+    return f"{_sentence(schedule, server)} With the next run {goes}."
+
+
 def _kinds(session: Session, server: str) -> list[ScheduleKind]:
     return [ScheduleKind(each["kind"]) for each in session.client.schedules.list(server)]
 
@@ -124,6 +186,8 @@ def _sentence(schedule: Schedule, server: str) -> str:
         f"{server} {schedule.get('kind')}{day} at {schedule.get('at')} {zone}, "
         f"keeping {schedule.get('keep')}"
     )
+    if schedule.get("require") == "verified":
+        text += " verified ones"
     if not schedule.get("enabled", True):
         return f"{text}: disabled."
     if next_run := schedule.get("next_run_at"):

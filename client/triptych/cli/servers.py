@@ -7,17 +7,26 @@ import typer
 from triptych.cli.grammar import Limit, ServerName, Yes, command, group
 from triptych.cli.render import plain, record, size, table
 from triptych.cli.session import Session, session_of, usage
-from triptych.types import Server
+from triptych.types import Forgotten, Server
 
 NAME = "server"
 app = group("Servers: the libvirt domains that Triptych may copy.")
 
 
-@command(app, "list")
-def list_servers(ctx: typer.Context, limit: Limit = None) -> None:
+@command(app, "list", "triptych server list --unprotected")
+def list_servers(
+    ctx: typer.Context,
+    limit: Limit = None,
+    unprotected: Annotated[
+        bool,
+        typer.Option(
+            "--unprotected", help="Only those without an image as new as their schedules promise."
+        ),
+    ] = False,
+) -> None:
     """List the registered servers."""
     session = session_of(ctx)
-    servers = session.client.servers.list(limit=limit)
+    servers = session.client.servers.list(unprotected=unprotected or None, limit=limit)
     session.emit_list(
         servers,
         lambda: table(
@@ -37,7 +46,9 @@ def list_servers(ctx: typer.Context, limit: Limit = None) -> None:
                 for each in servers
             ],
         ),
-        "No servers yet. Register one: triptych server add DOMAIN",
+        "Every server with a schedule has an image as new as that promises."
+        if unprotected
+        else "No servers yet. Register one: triptych server add DOMAIN",
     )
 
 
@@ -77,11 +88,23 @@ def forget(ctx: typer.Context, server: ServerName, yes: Yes = False) -> None:
     """End a server's registration. The VM and its images stay."""
     session = session_of(ctx)
     session.confirm(lambda: f"Forget server {server}? Its VM and its images stay.", yes)
-    session.client.servers.forget(server)
+    found = session.client.servers.forget(server)
     session.emit(
-        {"server": server, "forgotten": True},
-        lambda: session.say(f"Server {server} is forgotten; the VM was not touched."),
+        {"server": server, "forgotten": True, **found}, lambda: session.say(_left_behind(found))
     )
+
+
+def _left_behind(server: Forgotten) -> str:
+    text = f"Server {server['name']} is forgotten; the VM was not touched."
+    if schedules := server.get("schedules_ended"):
+        text += f" Ended with it: its {' and '.join(schedules)} schedule."
+    if kept := server.get("images_kept"):
+        images = "1 image stays" if kept == 1 else f"{kept} images stay"
+        text += (
+            f" {images} ({size(server.get('images_kept_bytes'))}): "
+            f"triptych image list {server['id']}"
+        )
+    return text
 
 
 def _only_host(session: Session) -> str:

@@ -11,6 +11,7 @@ from sqlalchemy import and_, case, func, select
 from sqlalchemy.orm import aliased
 from sqlmodel import Session
 
+from services.api.protection import PERIOD, unprotected
 from shared import VERSION, usage
 from shared.commands import SERVICES
 from shared.database import now
@@ -28,7 +29,6 @@ from shared.models import (
 
 SERVER = ("host", "server", "server_id")
 """Names are not unique: of a server that was registered twice, or on two hosts."""
-PERIOD = {"daily": timedelta(days=1), "weekly": timedelta(weeks=1)}
 
 
 class Gauge(GaugeMetricFamily):
@@ -121,12 +121,19 @@ def _servers(session: Session) -> Iterator[Metric]:
         "When the newest of its images was taken whose last verification passed",
         SERVER,
     )
+    lacking = Gauge(
+        "server_unprotected",
+        "1 where the newest good image is older than a schedule promises, or there is none",
+        SERVER,
+    )
+    lacks = set(session.scalars(select(server.id).where(unprotected(now()))))
     for *labels, images, taken, taken_verified in session.execute(query):
         info.set(labels, 1)
+        lacking.set(labels, labels[-1] in lacks)
         held.set(labels, images or 0)
         newest.set(labels, taken)
         verified.set(labels, taken_verified)
-    yield from (info, held, newest, verified)
+    yield from (info, lacking, held, newest, verified)
 
 
 def _snapshots(session: Session) -> Iterator[Metric]:
