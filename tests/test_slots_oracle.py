@@ -118,7 +118,9 @@ def both_edges() -> Iterator[tuple[str, datetime]]:
     seen = set()
     for name in ZONES:
         zone, moments = ZoneInfo(name), changes(name)
-        leaps = [(shown(each, zone) - shown(each - MINUTE, zone) > MINUTE, each) for each in moments]
+        leaps = [
+            (shown(each, zone) - shown(each - MINUTE, zone) > MINUTE, each) for each in moments
+        ]
         rules = (zone.utcoffset(FIRST.replace(tzinfo=None)), *moments)
         if rules in seen:
             continue  # another name for a zone that was tried

@@ -228,29 +228,45 @@ class Schedule(BaseModel):
     enabled: bool
     catch_up: int = Field(description="seconds a missed slot may be late and still run")
     next_run_at: datetime | None
+    next_start_at: datetime | None = Field(
+        description="when that run starts: the slot and the server's place in the spread"
+    )
     failures_in_row: int
 
     @classmethod
     def of(cls, row: models.Schedule) -> "Schedule":
-        return cls(**row.model_dump(), catch_up=row.catch_up_s)
+        return cls(**row.model_dump(), catch_up=row.catch_up_s, next_start_at=row.start_at)
 
 
 class Run(BaseModel):
     slot: datetime = Field(description="the nominal instant")
+    first_slot: datetime | None = Field(
+        None, description="of a skipped run that stands for all slots of a long outage the first"
+    )
+    start_at: datetime | None = Field(
+        None, description="when it was to start: the slot and the server's place in the spread"
+    )
     state: Annotated[str, _one_of("scheduled", "running", "succeeded", "failed", "skipped")]
     image: str | None = None
     reason: str | None = None
-    lateness_s: float | None = Field(None, description="from the slot to the work's start")
+    lateness_s: float | None = Field(None, description="from `start_at` to the work's start")
 
     @classmethod
     def of(cls, row: models.ScheduleRun, operation: models.Operation | None) -> "Run":
         state, lateness = row.state, None
         if operation and operation.started_at:
-            lateness = round((operation.started_at - row.slot).total_seconds(), 3)
+            planned = row.start_at or row.slot
+            lateness = round((operation.started_at - planned).total_seconds(), 3)
             if operation.state == "running":
                 state = "running"
         return cls(
-            slot=row.slot, state=state, image=row.image_id, reason=row.reason, lateness_s=lateness
+            slot=row.slot,
+            first_slot=row.first_slot,
+            start_at=row.start_at,
+            state=state,
+            image=row.image_id,
+            reason=row.reason,
+            lateness_s=lateness,
         )
 
 

@@ -5,11 +5,12 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlmodel import Session
 
-from shared import events
+from shared import errors, events
 from shared.database import from_now
 from shared.models import Clone, Operation, Schedule, ScheduleRun, Server
 from shared.operations.outbox import wake
 from shared.operations.tally import count
+from shared.runs import record_skipped
 
 FAILURES_BEFORE_ALARM = 4
 
@@ -80,7 +81,12 @@ def _settle_run(session: Session, operation: Operation) -> None:
         run.state, run.image_id = "succeeded", (operation.result or {}).get("image")
         session.get_one(Schedule, run.schedule_id).failures_in_row = 0
         return
-    fail_run(session, run, operation.error["message"] if operation.error else operation.state)
+    error = operation.error or {"code": "", "message": operation.state}
+    if error["code"] == errors.SlotMissed.code:
+        schedule = session.get_one(Schedule, run.schedule_id)
+        record_skipped(session, schedule, run, error["message"])
+        return
+    fail_run(session, run, error["message"])
 
 
 def fail_run(session: Session, run: ScheduleRun, reason: str) -> None:
