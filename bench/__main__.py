@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import image, load, report, revert, snapshot, space
+from bench import image, load, report, revert, schedule, snapshot, space
 from bench.book import Book, machine
 from bench.figure import Figure
 from bench.result import in_words
@@ -35,6 +35,7 @@ PARTS = {
     "revert": revert.FIGURES,
     "space": space.FIGURES,
     "load": load.FIGURES,
+    "schedule": schedule.FIGURES,
 }
 """In the order in which those that share a site are measured there: the one that leaves the
 disk in pieces comes last."""
