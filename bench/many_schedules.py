@@ -19,6 +19,7 @@ from typing import Any
 
 import structlog
 from sqlalchemy import Connection, func, insert, literal, select, update
+from sqlalchemy.exc import OperationalError
 
 from bench.sizes import SHRUNK
 from services.imager import ticks
@@ -43,6 +44,7 @@ DAY = timedelta(days=1)
 def fill() -> dict[str, Any]:
     """A database as it is after some weeks: every server with a daily schedule, every second with
     a weekly one, none of which is due."""
+    _wait_for_database()
     began = time.monotonic()
     migrate()
     with engine().connect() as connection:
@@ -55,6 +57,19 @@ def fill() -> dict[str, Any]:
             connection.exec_driver_sql("ANALYZE")  # as autovacuum has done long since
         connection.commit()
     return {"seconds": round(time.monotonic() - began, 1)}
+
+
+def _wait_for_database() -> None:
+    """A container that has just been started takes a while. Raises OperationalError."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            engine().connect().close()
+            return
+        except OperationalError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
 
 
 def _slot() -> datetime:
@@ -100,8 +115,8 @@ def _runs(connection: Connection) -> None:
         values = {"id": row.id + f"_{back}", "schedule_id": row.id, "slot": slot, "start_at": slot}
         values |= {"state": literal("succeeded"), "created_at": slot}
         query = select(*values.values()).order_by(row.id).limit(left)
-        done = connection.execute(insert(ScheduleRun).from_select(list(values), query))
-        left, back = left - done.rowcount, back + 1
+        connection.execute(insert(ScheduleRun).from_select(list(values), query))
+        left, back = left - min(left, SCHEDULES), back + 1
 
 
 def tick() -> dict[str, Any]:
@@ -161,8 +176,7 @@ def claims(start: float) -> dict[str, Any]:
     """The operations that this process got of those that all try to claim from `start` on."""
     row: Any = Operation
     with engine().connect() as connection:
-        queued = select(row.id).where(row.state == "queued").order_by(row.seq).limit(CLAIMED)
-        ids = list(connection.execute(queued).scalars())
+        ids = list(connection.execute(select(row.id).order_by(row.seq).limit(CLAIMED)).scalars())
     time.sleep(max(0, start - time.time()))
     claimed = [id_ for id_ in ids if claim(id_, "bench")]
     return {"claimed": claimed, "end": time.time()}

@@ -85,7 +85,7 @@ def _record(book: Book, name: str, seconds: list[float], also: dict[str, Any]) -
 
 def _claims(environment: dict[str, str], suffix: str, book: Book) -> None:
     """Each of the imagers tries each operation, in the same order, as soon as all are there."""
-    start = str(time.time() + IMAGERS)
+    start = str(time.time() + 2 * IMAGERS)  # until all have started
     children = [_child(environment, "claim", start) for _ in range(IMAGERS)]
     told = [_told(each) for each in children]
     claimed = [id_ for each in told for id_ in each["claimed"]]
