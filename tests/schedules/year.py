@@ -36,7 +36,7 @@ from shared.slots import WEEKDAYS, slots_after
 
 BEGIN = datetime(2025, 1, 1, tzinfo=UTC)
 """Long ago: leases go by the real clock."""
-STEP, DAY = timedelta(minutes=30), timedelta(days=1)
+STEP, DAY = timedelta(hours=1), timedelta(days=1)
 HOSTS = ("kvm-1", "kvm-2", "kvm-3", "kvm-4")
 ZONES = ("UTC", "Europe/Berlin", "America/Santiago", "Australia/Lord_Howe", "Africa/Casablanca")
 QUIET = 9 * DAY
