@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 export PORT ?= 8000
 
-.PHONY: help setup demo test test-deployment faults lint up down bench lock clean
+.PHONY: help setup demo test test-deployment faults year lint up down bench lock clean
 .DEFAULT_GOAL := help
 
 help:            ## Show this list
@@ -25,6 +25,10 @@ test-deployment: ## Run the tests of the deployment by docker compose, faults of
 faults:          ## Walk all points of all operations with faults (40 min); PART=1 each point once
 	@scripts/setup tests
 	@$(if $(PART),,TRIPTYCH_FAULTS_ALL=1) $(PYTHON) -m pytest tests/faults $(ARGS)
+
+year:            ## Simulate a year of 1,000 servers' schedules, with outages
+	@scripts/setup tests
+	@TRIPTYCH_YEAR_WHOLE=1 $(PYTHON) -m pytest tests/schedules/test_year.py -s $(ARGS)
 
 lint: setup      ## ruff, mypy and the import contracts
 	@$(PYTHON) -m ruff check .

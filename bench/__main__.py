@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import clone, image, load, report, revert, snapshot, space
+from bench import clone, image, load, report, revert, schedule, snapshot, space
 from bench.book import Book, machine
 from bench.figure import Figure
 from bench.result import in_words
@@ -36,6 +36,7 @@ PARTS = {
     "space": space.FIGURES,
     "clone": clone.FIGURES,
     "load": load.FIGURES,
+    "schedule": schedule.FIGURES,
 }
 """In the order in which those that share a site are measured there: the one that leaves the
 disk in pieces comes last."""

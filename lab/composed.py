@@ -54,6 +54,7 @@ class Deployment:
             "TRIPTYCH_VAULT": str(self.state / "vault"),
             "TRIPTYCH_DISKS": str(self.state / "disks"),
             "TRIPTYCH_TICK": "2",
+            "TRIPTYCH_SCHEDULE_SPREAD": "0",
         }
         clean = {k: v for k, v in self.engine.environment.items() if not k.startswith("TRIPTYCH_")}
         self.environment = {**clean, **ours, **self.settings}

@@ -193,6 +193,13 @@ class Cancelled(TriptychError):
     status = 409
 
 
+class SlotMissed(TriptychError):
+    """No worker could begin a schedule's run in time"""
+
+    code = "slot_missed"
+    status = 409
+
+
 class LeaseLost(TriptychError):
     """Another worker took the operation over"""
 

@@ -64,6 +64,12 @@ class Settings(BaseSettings):
     snapshot_retention: Duration = Field(timedelta(hours=48), gt=timedelta(0))
     snapshot_warning: Duration = Field(timedelta(hours=6), ge=timedelta(0))
     undo_retention: Duration = Field(timedelta(hours=24), ge=timedelta(0))
+    schedule_spread: Duration = Field(
+        timedelta(minutes=15),
+        ge=timedelta(0),
+        le=timedelta(hours=12),
+        description="within which the runs of one slot start, each server at its own time",
+    )
     tick: float = Field(30, gt=0, le=60, description="seconds between beat's ticks")
     lease: float = Field(20, ge=2, description="seconds a worker may be silent before it is lost")
     max_attempts: int = Field(3, ge=1)

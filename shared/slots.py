@@ -17,20 +17,21 @@ def next_slot(kind: str, at: str, weekday: str | None, timezone: str, after: dat
     `kind` is daily or weekly, `at` is `HH:MM`, `weekday` is mon … sun for weekly ones.
     Raises ValueError for what is none of these and ZoneInfoNotFoundError for the zone.
     """
-    return next(_slots(kind, at, weekday, timezone, after))
+    return next(slots_after(kind, at, weekday, timezone, after))
 
 
 def upcoming(
     kind: str, at: str, weekday: str | None, timezone: str, after: datetime, n: int
 ) -> list[datetime]:
     """The next `n` slots strictly after `after`, in UTC, oldest first."""
-    slots = _slots(kind, at, weekday, timezone, after)
+    slots = slots_after(kind, at, weekday, timezone, after)
     return [next(slots) for _ in range(n)]
 
 
-def _slots(
+def slots_after(
     kind: str, at: str, weekday: str | None, timezone: str, after: datetime
 ) -> Iterator[datetime]:
+    """The slots strictly after `after`, in UTC, oldest first, without end; raises as above."""
     if after.tzinfo is None:
         raise ValueError("a naive datetime names no instant")
     if kind not in ("daily", "weekly"):
@@ -38,8 +39,7 @@ def _slots(
     zone, local = ZoneInfo(timezone), time.fromisoformat(at)
     wanted = WEEKDAYS.index(weekday or "") if kind == "weekly" else None
     last = after.astimezone(UTC)
-    # The day before: its slot may have been moved past midnight by a gap.
-    day = after.astimezone(zone).date() - timedelta(days=1)
+    day = after.astimezone(zone).date()
     while True:
         if wanted is None or day.weekday() == wanted:
             slot = _instant(day, local, zone)

@@ -148,12 +148,15 @@ class Schedule(TypedDict, total=False):
     enabled: bool
     catch_up: int | None
     next_run_at: str | None
+    next_start_at: str | None
     failures_in_row: int
     goes_next: list[GoingImage]
 
 
 class Run(TypedDict, total=False):
     slot: str
+    first_slot: str | None
+    start_at: str | None
     state: Literal["scheduled", "running", "succeeded", "failed", "skipped"]
     image: str | None
     reason: str | None

@@ -191,6 +191,7 @@ SCHEDULE: dict[str, Any] = {
     "enabled": True,
     "catch_up": 21600,
     "next_run_at": "2026-03-11T03:00:00Z",
+    "next_start_at": "2026-03-11T03:07:12Z",
     "failures_in_row": 0,
     "goes_next": [
         {
@@ -206,6 +207,8 @@ RUNS: dict[str, Any] = {
     "upcoming": [
         {
             "slot": "2026-03-11T03:00:00Z",
+            "first_slot": None,
+            "start_at": "2026-03-11T03:07:12Z",
             "state": "scheduled",
             "image": None,
             "reason": None,
@@ -215,6 +218,8 @@ RUNS: dict[str, Any] = {
     "items": [
         {
             "slot": "2026-03-10T03:00:00Z",
+            "first_slot": None,
+            "start_at": "2026-03-10T03:07:12Z",
             "state": "succeeded",
             "image": IMAGE_ID,
             "reason": None,

@@ -17,6 +17,7 @@ from shared import errors, events, lookups
 from shared.database import now, reading, transaction
 from shared.models import Operation, Schedule, ScheduleRun, Server
 from shared.rotation import due_next
+from shared.runs import come, offset, plan, skip
 from shared.slots import next_slot, upcoming
 
 router = APIRouter(prefix="/servers/{server}/schedules/{kind}", tags=["schedules"])
@@ -156,13 +157,21 @@ def _put(session: Session, reference: str, kind: Kind, body: Plan) -> tuple[shap
             server_id=server.id, kind=kind, at="", timezone="", keep=0, catch_up_s=0
         )
     before = (schedule.at, schedule.weekday, schedule.timezone)
+    moment, planned = now(), schedule.next_run_at
+    keeps_its_slot = planned is not None and body.enabled and before == timing
+    if planned and planned <= moment and not keeps_its_slot:
+        what = "changed" if body.enabled else "disabled"
+        missed, _ = come(schedule, moment)
+        skip(session, schedule, missed, f"the schedule was {what} before this run began")
     schedule.at, schedule.weekday, schedule.timezone = timing
     schedule.keep, schedule.require, schedule.enabled = body.keep, body.require, body.enabled
     schedule.catch_up_s = CATCH_UP[kind] if body.catch_up is None else body.catch_up
     if not body.enabled:
-        schedule.next_run_at = None
-    elif before != timing or schedule.next_run_at is None:  # else a slot due now would be lost
-        schedule.next_run_at = next_slot(kind, body.at, body.weekday, body.timezone, now())
+        plan(schedule, None)
+    elif keeps_its_slot:  # one that is due now would be lost else
+        plan(schedule, planned)
+    else:
+        plan(schedule, next_slot(kind, body.at, body.weekday, body.timezone, moment))
     session.add(schedule)
     session.flush()
     shown = _shown(session, schedule)
@@ -245,8 +254,8 @@ def runs(server: NameOrId, kind: Kind) -> shapes.Runs:
 def _upcoming(schedule: Schedule) -> list[shapes.Run]:
     if not schedule.enabled:
         return []
-    after = now()
+    after, later = now(), offset(schedule)
     slots = upcoming(schedule.kind, schedule.at, schedule.weekday, schedule.timezone, after, 10)
     if schedule.next_run_at and schedule.next_run_at <= after:  # due, and not yet claimed
         slots = [schedule.next_run_at, *slots[:9]]
-    return [shapes.Run(slot=slot, state="scheduled") for slot in slots]
+    return [shapes.Run(slot=slot, state="scheduled", start_at=slot + later) for slot in slots]

@@ -255,6 +255,9 @@ class Schedule(BaseModel):
     enabled: bool
     catch_up: int = Field(description="seconds a missed slot may be late and still run")
     next_run_at: datetime | None
+    next_start_at: datetime | None = Field(
+        description="when that run starts: the slot and the server's place in the spread"
+    )
     failures_in_row: int
     goes_next: list[GoingImage] = Field(
         description="images that go when the next run has succeeded, oldest first, as things are"
@@ -263,15 +266,26 @@ class Schedule(BaseModel):
     @classmethod
     def of(cls, row: models.Schedule, goes_next: list[models.Image]) -> "Schedule":
         going = [GoingImage.of(each) for each in goes_next]
-        return cls(**row.model_dump(), catch_up=row.catch_up_s, goes_next=going)
+        return cls(
+            **row.model_dump(),
+            catch_up=row.catch_up_s,
+            next_start_at=row.start_at,
+            goes_next=going,
+        )
 
 
 class Run(BaseModel):
     slot: datetime = Field(description="the nominal instant")
+    first_slot: datetime | None = Field(
+        None, description="of a skipped run that stands for all slots of a long outage the first"
+    )
+    start_at: datetime | None = Field(
+        None, description="when it was to start: the slot and the server's place in the spread"
+    )
     state: Annotated[str, _one_of("scheduled", "running", "succeeded", "failed", "skipped")]
     image: str | None = None
     reason: str | None = Field(None, description="why it failed, was skipped, or does not start")
-    lateness_s: float | None = Field(None, description="from the slot to the work's start")
+    lateness_s: float | None = Field(None, description="from `start_at` to the work's start")
 
     @classmethod
     def of(
@@ -279,12 +293,18 @@ class Run(BaseModel):
     ) -> "Run":
         state, lateness = row.state, None
         if operation and operation.started_at:
-            lateness = round((operation.started_at - row.slot).total_seconds(), 3)
+            planned = row.start_at or row.slot
+            lateness = round((operation.started_at - planned).total_seconds(), 3)
         if operation and operation.state in ("queued", "running"):
             state = "scheduled" if operation.state == "queued" else "running"
-        reason = row.reason or waiting
         return cls(
-            slot=row.slot, state=state, image=row.image_id, reason=reason, lateness_s=lateness
+            slot=row.slot,
+            first_slot=row.first_slot,
+            start_at=row.start_at,
+            state=state,
+            image=row.image_id,
+            reason=row.reason or waiting,
+            lateness_s=lateness,
         )
 
 

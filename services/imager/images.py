@@ -21,6 +21,7 @@ from shared.models import Image, Schedule, ScheduleRun, Server
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import handles
+from shared.runs import too_late
 
 
 @handles(CreateImage)
@@ -31,7 +32,8 @@ def create(context: Context, command: CreateImage) -> Outcome:
     """
     with reading() as session:
         server = lookups.server(session, command.server)
-        schedule = _schedule_of(session, context.id)
+        schedule, run = _run_of(session, context.id)
+    _refuse_missed(run)
     image_id = new_id("img")
     about = _about(command, schedule.kind if schedule else "manual")
     stored = copy_server(context, server, "image", image_id, quiesce=command.quiesce, about=about)
@@ -65,14 +67,21 @@ def _about(command: CreateImage | PromoteSnapshot, origin: str) -> ManifestAbout
     )
 
 
-def _schedule_of(session: Session, operation_id: str) -> Schedule | None:
-    """The schedule whose run this operation is, if it is one's."""
+def _run_of(session: Session, operation_id: str) -> tuple[Schedule | None, ScheduleRun | None]:
+    """The schedule whose run this operation is, and that run, if it is one's."""
     query = (
-        select(Schedule)
+        select(Schedule, ScheduleRun)
         .join(ScheduleRun, ScheduleRun.schedule_id == Schedule.id)  # type: ignore[arg-type]
         .where(ScheduleRun.operation_id == operation_id)  # type: ignore[arg-type]
     )
-    return session.scalars(query).one_or_none()
+    found = session.execute(query).one_or_none()
+    return (found[0], found[1]) if found else (None, None)
+
+
+def _refuse_missed(run: ScheduleRun | None) -> None:
+    """A host that comes back late makes no image that another is about to follow (I5)."""
+    if run and run.give_up_at and run.give_up_at <= now():
+        raise errors.SlotMissed(too_late(run.give_up_at))
 
 
 def _created(server: Server, image: Image, stored: Stored) -> Outcome:

@@ -4,6 +4,9 @@ What a person asks for anew is refused. Deleting, undoing, cancelling and beat's
 on: they leave less to do, not more. Schedules keep their slots until the host is resumed.
 """
 
+from typing import Any
+
+from sqlalchemy import select
 from sqlmodel import Session
 
 from shared import errors, events, lookups
@@ -57,6 +60,13 @@ def refuse_new_work(session: Session, name: str) -> None:
             f"Host {name!r} is draining: it finishes the work it has and takes no new. Nothing "
             f"was started or changed; `triptych host resume {name}` lets it take work again."
         )
+
+
+def taking_work(session: Session, names: set[str]) -> set[str]:
+    """Those of the hosts that do not drain, and cannot begin to before this transaction ends."""
+    row: Any = Host
+    query = select(row.name).where(row.name.in_(names), row.draining_since.is_(None))
+    return set(session.scalars(query.order_by(row.name).with_for_update(read=True)))
 
 
 def _locked(session: Session, name: str) -> Host:

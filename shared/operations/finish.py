@@ -5,11 +5,12 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlmodel import Session
 
-from shared import events
+from shared import errors, events
 from shared.database import from_now
 from shared.models import Clone, Operation, Schedule, ScheduleRun, Server
 from shared.operations.outbox import wake
 from shared.operations.tally import count
+from shared.runs import record_skipped
 
 FAILURES_BEFORE_ALARM = 4
 
@@ -79,7 +80,12 @@ def _settle_run(session: Session, operation: Operation) -> None:
     if operation.state == "succeeded":
         _succeed_run(session, run, (operation.result or {}).get("image"))
         return
-    fail_run(session, run, operation.error["message"] if operation.error else operation.state)
+    error = operation.error or {"code": "", "message": operation.state}
+    if error["code"] == errors.SlotMissed.code:
+        schedule = session.get_one(Schedule, run.schedule_id)
+        record_skipped(session, schedule, run, error["message"])
+        return
+    fail_run(session, run, error["message"])
 
 
 def _succeed_run(session: Session, run: ScheduleRun, image: str | None) -> None:

@@ -225,7 +225,8 @@ def _fail(operation: Operation, owner: str, error: Exception) -> None:
 
 def _end(operation: Operation, owner: str, verdict: dict[str, Any]) -> None:
     faults.point("ending")
-    state = "cancelled" if verdict["code"] == errors.Cancelled.code else "failed"
+    as_intended = (errors.Cancelled.code, errors.SlotMissed.code)
+    state = "cancelled" if verdict["code"] in as_intended else "failed"
     with transaction() as session:
         finish(session, held(session, operation.id, owner), state, verdict)
     log.info(f"operation.{state}", **verdict)

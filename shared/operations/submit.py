@@ -11,7 +11,7 @@ from shared import errors
 from shared.commands import Command, CreateClones
 from shared.models import Clone, Operation
 from shared.operations import drain
-from shared.operations.admission import admit
+from shared.operations.admission import Admitted, admit
 from shared.operations.outbox import wake
 
 
@@ -38,11 +38,10 @@ def submit(
 def _submit(
     session: Session, command: Command, requested_by: str, idempotency_key: str | None
 ) -> Operation:
-    request_hash = _hash(command)
     if idempotency_key is not None:
         query = select(Operation).where(Operation.idempotency_key == idempotency_key)  # type: ignore[arg-type]
         if earlier := session.scalars(query).one_or_none():
-            if earlier.request_hash != request_hash:
+            if earlier.request_hash != _hash(command):
                 raise errors.IdempotencyKeyReused(
                     f"This Idempotency-Key belongs to operation {earlier.id}, which was asked for "
                     "with another request. Nothing was started; send a new key.",
@@ -52,22 +51,39 @@ def _submit(
     server, admitted = admit(command, session)
     if not isinstance(command, drain.GOES_ON):
         drain.refuse_new_work(session, server.host)
+    operation = queue(session, Admitted(server, admitted), requested_by, idempotency_key, command)
+    if isinstance(admitted, CreateClones):
+        for name in admitted.names:
+            session.add(_planned_clone(operation, admitted, name))
+    session.flush()
+    return operation
+
+
+def queue(
+    session: Session,
+    admitted: Admitted,
+    requested_by: str,
+    idempotency_key: str | None,
+    asked: Command | None = None,
+) -> Operation:
+    """Add the operation and its wake-up, not yet flushed, so that many of them are few statements.
+
+    For a caller that has had the command admitted, whose key is new, and who holds the host
+    (`drain`); others use `submit`. `asked` is the command as it came, where that was another.
+    """
+    server, command = admitted
     operation = Operation(
         kind=command.kind,
         service=command.service,
         host=server.host,
         server_id=server.id,
-        command=admitted.model_dump(mode="json"),
+        command=command.model_dump(mode="json"),
         requested_by=requested_by,
         idempotency_key=idempotency_key,
-        request_hash=request_hash,
+        request_hash=_hash(asked or command),
     )
     session.add(operation)
-    if isinstance(admitted, CreateClones):
-        for name in admitted.names:
-            session.add(_planned_clone(operation, admitted, name))
     wake(session, operation)
-    session.flush()
     return operation
 
 

@@ -205,7 +205,7 @@ def test_snapshot(api: TestClient, world: World, server: Server) -> None:
 def test_schedule(api: TestClient, world: World, server: Server) -> None:
     """Its period and next slot, its failures, and how late its last run began."""
     daily = schedule(
-        world, server, next_run_at=now() + timedelta(hours=2), failures_in_row=3, created_at=now()
+        world, server, start_at=now() + timedelta(hours=2), failures_in_row=3, created_at=now()
     )
     slot = now() - timedelta(days=1)
     for back, late in ((1, 400), (0, 40)):
@@ -214,20 +214,21 @@ def test_schedule(api: TestClient, world: World, server: Server) -> None:
             server, state="succeeded", started_at=nominal + timedelta(seconds=late)
         )
         given = {"schedule_id": daily.id, "state": "succeeded", "operation_id": work.id}
-        world.add(ScheduleRun(slot=nominal, **given))
+        start = nominal + timedelta(seconds=10)
+        world.add(ScheduleRun(slot=nominal, start_at=start, **given))
     found = scrape(api)
     of = {"host": "kvm-1", "server": "web-1", "server_id": server.id, "schedule": "daily"}
     assert value(found, "schedule_period_seconds", **of) == DAY
     assert age(found, "schedule_created", **of) == 0
     assert age(found, "schedule_next_run", **of) == -2 * 3600
     assert value(found, "schedule_failures_in_row", **of) == 3
-    assert value(found, "schedule_lateness_seconds", **of) == pytest.approx(40)
+    assert value(found, "schedule_lateness_seconds", **of) == pytest.approx(30)
 
 
 def test_late_run_that_waits(api: TestClient, world: World, server: Server) -> None:
     """While its operation is queued, a run gets later; one that never began is not late."""
-    waiting = schedule(world, server, next_run_at=now())
-    never = schedule(world, server, "weekly", next_run_at=now(), weekday="sun")
+    waiting = schedule(world, server, start_at=now())
+    never = schedule(world, server, "weekly", start_at=now(), weekday="sun")
     slot = now() - timedelta(seconds=500)
     for each, state in ((waiting, "queued"), (never, "cancelled")):
         work = world.operation(server, state=state)
@@ -301,7 +302,7 @@ def test_as_many_queries_however_much_there_is(
         made = world.server(f"server-{n}", domain_uuid=str(n))
         world.image(made)
         world.snapshot(made)
-        schedule(world, made, next_run_at=now())
+        schedule(world, made, start_at=now())
         ended(world, made, "succeeded", result={"way": "stream", "pause_ms": 1})
     statements.clear()
     scrape(api)

@@ -39,7 +39,7 @@ def exposed(api: TestClient, world: World, server: Server) -> dict[str, set[str]
     with transaction() as session:
         finish(session, session.merge(work), "succeeded")
     slot = now() - timedelta(hours=1)
-    plan = {"at": "03:00", "timezone": "UTC", "keep": 1, "catch_up_s": 60, "next_run_at": now()}
+    plan = {"at": "03:00", "timezone": "UTC", "keep": 1, "catch_up_s": 60, "start_at": now()}
     daily = world.add(Schedule(server_id=server.id, kind="daily", **plan))
     ran = {"schedule_id": daily.id, "state": "succeeded", "operation_id": work.id}
     world.add(ScheduleRun(slot=slot, **ran))

@@ -26,6 +26,7 @@ def test_set_daily(api: TestClient, server: Server) -> None:
     made = response.json()
     assert (response.status_code, response.headers["location"]) == (201, DAILY)
     next_run = moment(made.pop("next_run_at"))
+    start = moment(made.pop("next_start_at"))
     assert made == {
         "kind": "daily",
         "at": "03:00",
@@ -40,6 +41,7 @@ def test_set_daily(api: TestClient, server: Server) -> None:
     }
     assert (next_run.hour, next_run.minute) == (18, 0)
     assert now() < next_run <= now() + timedelta(days=1)
+    assert timedelta(0) <= start - next_run < timedelta(minutes=15)
 
 
 def test_set_weekly(api: TestClient, server: Server) -> None:
@@ -336,7 +338,11 @@ def test_a_slot_that_is_due_is_upcoming(api: TestClient, server: Server) -> None
     """Between its instant and beat's tick, a slot is shown and not lost."""
     api.put(DAILY, json={"at": "03:00", "timezone": "UTC"})
     due = now().replace(microsecond=0) - timedelta(seconds=5)
+    start = due + timedelta(minutes=10)
     with transaction() as session:
-        session.scalars(select(Schedule)).one().next_run_at = due
+        schedule = session.scalars(select(Schedule)).one()
+        schedule.next_run_at, schedule.start_at = due, start
     found = api.get(f"{DAILY}/runs").json()["upcoming"]
     assert (10, due) == (len(found), moment(found[0]["slot"]))
+    starts = {moment(each["start_at"]) - moment(each["slot"]) for each in found}
+    assert starts == {timedelta(minutes=10)}

@@ -221,6 +221,7 @@ def environment(
         "TRIPTYCH_VAULT": str(tmp_path / "vault"),
         "TRIPTYCH_LIBVIRT_URI": "test:///default",
         "TRIPTYCH_LEASE": "2",
+        "TRIPTYCH_SCHEDULE_SPREAD": "0",
     }
     for name, value in given.items():
         monkeypatch.setenv(name, value)

@@ -123,7 +123,7 @@ def test_rows_outlive_the_migrations(empty: str) -> None:
     database.migrate()
     unmeasured = {"unique_bytes": None, "measured_at": None}
     later = {"host": {"draining_since": None}, "snapshot": unmeasured, "image": unmeasured}
-    later["schedule"] = {"require": "complete"}
+    later["schedule"] = {"require": "complete", "start_at": None}
     assert {table: {**row, **later.get(table, {})} for table, row in before.items()} == stored()
     with transaction() as session:
         drain(session, "kvm-1")

@@ -5,59 +5,22 @@ from typing import Any
 
 import pytest
 from operations.spine import World, at_once, nothing
+from schedules.planned import HOUR, SLOT, now_of, operations, runs, scheduled, set_plan
 from sqlalchemy import select
 
-from services.api.schedules import Plan, _put
 from services.imager import ticks
 from shared import errors
 from shared.commands import CreateImage
 from shared.database import transaction
-from shared.models import Operation, Schedule, ScheduleRun, Server
+from shared.models import Schedule
 from shared.operations import drain, runner
 from shared.operations.cancel import cancel
 from shared.operations.context import Context, Outcome
-
-SLOT = datetime(2026, 3, 10, 3, 0, tzinfo=UTC)
-HOUR = timedelta(hours=1)
-
-
-def scheduled(world: World, server: Server, **fields: Any) -> Schedule:
-    """A daily schedule at 03:00 UTC whose next slot is SLOT."""
-    given = {
-        "kind": "daily",
-        "at": "03:00",
-        "timezone": "UTC",
-        "keep": 7,
-        "catch_up_s": 6 * 3600,
-        "next_run_at": SLOT,
-        **fields,
-    }
-    schedule = Schedule(server_id=server.id, **given)
-    world.add(schedule)
-    return schedule
 
 
 @pytest.fixture
 def schedule(world: World) -> Schedule:
     return scheduled(world, world.server())
-
-
-def runs(schedule: Schedule) -> list[ScheduleRun]:
-    row: Any = ScheduleRun
-    query = select(ScheduleRun).where(row.schedule_id == schedule.id).order_by(row.slot)
-    with transaction() as session:
-        return list(session.scalars(query))
-
-
-def now_of(schedule: Schedule) -> Schedule:
-    with transaction() as session:
-        return session.get_one(Schedule, schedule.id)
-
-
-def operations() -> list[Operation]:
-    row: Any = Operation
-    with transaction() as session:
-        return list(session.scalars(select(Operation).order_by(row.seq)))
 
 
 def test_slot_runs_once_however_many_ticks(world: World, any_database: str) -> None:
@@ -187,21 +150,16 @@ def test_slots_of_a_long_drain_are_skipped_with_a_true_reason(
 # What is set by the API
 
 
-def set_plan(server: Server, **fields: Any) -> None:
-    with transaction() as session:
-        _put(session, server.id, "daily", Plan(at="03:00", timezone="UTC", **fields))
-
-
 def test_disabled_schedule_never_runs(world: World) -> None:
     """Disabled before its slot, it does not run, and records no miss; enabled again, it goes on
     with the slot after that."""
     server = world.server()
-    set_plan(server, keep=3)
-    set_plan(server, keep=3, enabled=False)
+    set_plan(server.id, keep=3)
+    set_plan(server.id, keep=3, enabled=False)
     far = datetime(2100, 1, 1, tzinfo=UTC)
     assert (ticks.run_due(far), operations()) == (0, [])
 
-    set_plan(server, keep=3)
+    set_plan(server.id, keep=3)
     with transaction() as session:
         schedule = session.scalars(select(Schedule)).one()
     assert runs(schedule) == []
@@ -213,16 +171,16 @@ def test_schedule_disabled_while_a_tick_reads_it(
     world: World, schedule: Schedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the tick's look and its claim the owner wins."""
-    real = ticks._run
+    real = ticks._claim
 
-    def disable_first(each: Schedule, moment: datetime) -> bool:
-        with transaction() as session:
-            current = session.get_one(Schedule, schedule.id)
-            current.enabled, current.next_run_at = False, None
-        return real(each, moment)
+    def disable_first(ids: list[str], moment: datetime) -> int:
+        set_plan(schedule.server_id, enabled=False)
+        return real(ids, moment)
 
-    monkeypatch.setattr(ticks, "_run", disable_first)
-    assert (ticks.run_due(SLOT), runs(schedule)) == (0, [])
+    monkeypatch.setattr(ticks, "_claim", disable_first)
+    assert ticks.run_due(SLOT) == 0
+    assert [each.state for each in runs(schedule)] == ["skipped"] * len(runs(schedule))
+    assert operations() == []
 
 
 def test_schedule_deleted_while_its_run_goes_on(world: World, schedule: Schedule) -> None:

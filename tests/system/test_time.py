@@ -32,6 +32,7 @@ def site(hypervisor: Hypervisor) -> Iterator[Site]:
         "TRIPTYCH_SNAPSHOT_WARNING": "PT3S",
         "TRIPTYCH_UNDO_RETENTION": str(RETENTION_S),
         "TRIPTYCH_TICK": "0.5",
+        "TRIPTYCH_SCHEDULE_SPREAD": "0",
     }
     with open_site(hypervisor, "xfs", size=filesystems.GIB, host="short-lived", **short) as made:
         command = ["-m", "celery", "-A", "shared.beat", "worker", "--beat", "--concurrency", "1"]
@@ -105,11 +106,14 @@ def settle(site: Site) -> None:
     )
 
 
-def make_due(site: Site, machine: Machine) -> None:
-    """As if the slot of today had come a moment ago."""
-    due = (datetime.now(UTC) - timedelta(seconds=1)).strftime("%Y-%m-%d %H:%M:%S.%f")
-    query = "UPDATE schedule SET next_run_at = ? WHERE server_id = ? RETURNING id"
-    assert len(site.rows(query, due, machine.id)) == 1
+def make_due(site: Site, machine: Machine, minutes: int) -> None:
+    """As if the schedule, in UTC, were set to so many minutes ago, and its slot not yet taken."""
+    slot = datetime.now(UTC).replace(second=0, microsecond=0) - timedelta(minutes=minutes)
+    due = slot.strftime("%Y-%m-%d %H:%M:%S.%f")
+    query = (
+        "UPDATE schedule SET at = ?, next_run_at = ?, start_at = ? WHERE server_id = ? RETURNING id"
+    )
+    assert len(site.rows(query, slot.strftime("%H:%M"), due, due, machine.id)) == 1
 
 
 def scheduled(site: Site, machine: Machine) -> list[dict]:
@@ -119,13 +123,11 @@ def scheduled(site: Site, machine: Machine) -> list[dict]:
 def test_a_schedule_makes_one_image_per_slot_and_keeps_two(site: Site, stopped: Machine) -> None:
     """Two beats, one image per slot (I5); the third takes the oldest's place (I4), no other's."""
     site.done(site.client.images.create(stopped.id, name="by-hand"))
-    schedule = site.client.schedules.set(
-        stopped.id, "daily", at="03:00", timezone="Europe/London", keep=2
-    )
+    schedule = site.client.schedules.set(stopped.id, "daily", at="03:00", timezone="UTC", keep=2)
     assert schedule["next_run_at"] > datetime.now(UTC).isoformat()
     made: list[str] = []
     for round_ in (1, 2, 3):
-        make_due(site, stopped)
+        make_due(site, stopped, minutes=10 - round_)
         wait_for(
             lambda n=round_: (
                 len(site.rows("SELECT 1 FROM schedule_run WHERE state = 'succeeded'")) == n

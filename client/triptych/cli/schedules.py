@@ -191,7 +191,10 @@ def _sentence(schedule: Schedule, server: str) -> str:
     if not schedule.get("enabled", True):
         return f"{text}: disabled."
     if next_run := schedule.get("next_run_at"):
-        text += f"; next run {moment(next_run, zone)} ({distance(next_run)})"
+        start = schedule.get("next_start_at") or next_run
+        text += f"; next run {moment(next_run, zone)} ({distance(start)})"
+        if start != next_run:
+            text += f", starting {moment(start, zone)}"
     failures = schedule.get("failures_in_row") or 0
     return f"{text}; {failures} FAILED IN A ROW." if failures else f"{text}."
 

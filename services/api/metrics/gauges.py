@@ -160,7 +160,15 @@ def _schedules(session: Session) -> Iterator[Metric]:
     other: Any = aliased(ScheduleRun)
     last = select(func.max(other.slot)).where(other.schedule_id == row.id).scalar_subquery()
     query = (
-        select(server.host, server.name, server.id, Schedule, run.slot, work.state, work.started_at)
+        select(
+            server.host,
+            server.name,
+            server.id,
+            Schedule,
+            func.coalesce(run.start_at, run.slot),
+            work.state,
+            work.started_at,
+        )
         .join(Server, server.id == row.server_id)
         .outerjoin(ScheduleRun, and_(run.schedule_id == row.id, run.slot == last))
         .outerjoin(Operation, work.id == run.operation_id)
@@ -169,22 +177,22 @@ def _schedules(session: Session) -> Iterator[Metric]:
     period = Gauge("schedule_period_seconds", "Time between two slots, if it is enabled", labels)
     created = Gauge("schedule_created_timestamp_seconds", "When the schedule was set", labels)
     following = Gauge(
-        "schedule_next_run_timestamp_seconds", "Its next slot, if it is enabled", labels
+        "schedule_next_run_timestamp_seconds", "When its next run starts, if it is enabled", labels
     )
     failures = Gauge("schedule_failures_in_row", "Runs that failed since one succeeded", labels)
     late = Gauge(
         "schedule_lateness_seconds",
-        "From its last slot to the start of that run; grows while the run is queued",
+        "From when its last run was to start until it did; grows while the run is queued",
         labels,
     )
-    for *of, schedule, slot, state, started_at in session.execute(query):
+    for *of, schedule, planned, state, started_at in session.execute(query):
         of.append(schedule.kind)
         period.set(of, PERIOD[schedule.kind] if schedule.enabled else None)
         created.set(of, schedule.created_at)
-        following.set(of, schedule.next_run_at)
+        following.set(of, schedule.start_at)
         failures.set(of, schedule.failures_in_row)
         began = now() if state == "queued" else started_at
-        late.set(of, began - slot if began else None)
+        late.set(of, began - planned if began else None)
     yield from (period, created, following, failures, late)
 
 
