@@ -41,6 +41,9 @@ _CANCEL_POLL_S = 0.1
 _ABORT_PATIENCE_S = 60.0
 _OUTAGE_PATIENCE_S = 60.0
 _RELEASE_PATIENCE_S = 60.0
+_EMPTY_PATIENCE_S = 4.0
+"""Seen on libvirt 9.0: where QEMU ends a copy while libvirtd is away, libvirt has the job run on
+for ever, with no disk in its statistics. It can be aborted then."""
 
 
 def push_backup(
@@ -123,7 +126,7 @@ class _Job:
     def wait(
         self, progress: Progress, cancelled: Callable[[], bool], check: Callable[[], None]
     ) -> None:
-        lost_at, next_poll = 0.0, time.monotonic() + POLL_S
+        lost_at, empty_at, next_poll = 0.0, 0.0, time.monotonic() + POLL_S
         while True:
             if cancelled():
                 raise Cancelled(
@@ -148,7 +151,13 @@ class _Job:
                 self._done.wait(POLL_S)  # the event is on its way
                 self._verdict = self._verdict or self._completed()
                 break
-            progress(stats.get("disk_processed", 0), stats.get("disk_total", 0))
+            if "disk_total" in stats:
+                empty_at = 0.0
+                progress(stats["disk_processed"], stats["disk_total"])
+                continue
+            empty_at = empty_at or time.monotonic()
+            if time.monotonic() - empty_at > _EMPTY_PATIENCE_S:
+                raise self._failed("libvirt lost track of it when it was restarted")
         self._judge(progress)
 
     def _judge(self, progress: Progress) -> None:
@@ -161,7 +170,10 @@ class _Job:
         reason = verdict.get("errmsg") or (
             "the guest went down or libvirt lost the job" if not verdict else "QEMU gave up"
         )
-        raise BackupFailed(
+        raise self._failed(reason)
+
+    def _failed(self, reason: str) -> BackupFailed:
+        return BackupFailed(
             f"The copy of {self.domain.name} failed: {reason}. The server was not touched "
             "and nothing of the copy was kept; try again."
         )
