@@ -24,6 +24,8 @@ _REFCOUNT_ORDER = 4
 """Counts of 16 bits, as QEMU makes them."""
 _MOST_CLUSTERS = 1 << 22
 """256 GiB with clusters of 64 KiB; beyond that the start of a process is nothing."""
+_MOST_TABLES = 64 << 20
+"""Bytes of level 2 tables: a sparse file may name as many as would take all memory."""
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 _COPIED = 1 << 63
 """Set where exactly one reference to the cluster exists."""
@@ -93,7 +95,7 @@ class _Image:
             raise _NotPlain
         places = self._read(self.counts_at, self.counts_clusters * self.cluster // 8)
         tables = self._pointed_at(self._read(self.l1_at, self.l1_entries), flags=0)
-        if len(np.unique(tables)) != len(tables):
+        if len(np.unique(tables)) != len(tables) or len(tables) * self.cluster > _MOST_TABLES:
             raise _NotPlain
         used = [
             np.zeros(1, np.uint64),  # the header's

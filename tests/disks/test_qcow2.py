@@ -110,6 +110,20 @@ def test_what_refers_to_more_is_qemus_to_judge(tmp_path: Path, image: Path) -> N
         images.check(path, "qcow2")
 
 
+def test_very_many_tables_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small sparse file may name so many that they would take all memory: qemu-img's to judge."""
+    path = tmp_path / "wide.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), "1T"], check=True)
+    at = header(path)["l1_at"]
+    for number in range(2000):
+        put(path, at + 8 * number, ">Q", COPIED | (100 + number) * CLUSTER)
+    os.truncate(path, 2100 * CLUSTER)
+    read: list[int] = []
+    monkeypatch.setattr(os, "preadv", lambda _file, _buffers, at: read.append(at))
+    assert not plainly_sound(path)
+    assert read == []
+
+
 def _first_data(path: Path) -> tuple[int, int]:
     """Where the first entry of the first level 2 table is, and what it says."""
     at = got(path, header(path)["l1_at"]) & ~COPIED
