@@ -21,10 +21,12 @@ pytestmark = [
     pytest.mark.parametrize("site", ["ext4"], indirect=True),
 ]
 RECOVERY_S = 60
+NOISE = 2 * SLOW
+"""A phase is told a quarter of a second after it began; half of this was copied in 0.4 s once."""
 
 
 def _big(site: Site, power: str) -> Machine:
-    made = site.machine(["qcow2"], power, noise=SLOW)
+    made = site.machine(["qcow2"], power, noise=NOISE)
     made.write("before")
     return made
 
