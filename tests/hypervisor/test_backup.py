@@ -1,5 +1,6 @@
 """QEMU's own full copy of a running guest's disks."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import libvirt
 import pytest
 
 from lab.guest import Guest
@@ -144,6 +146,35 @@ def test_the_outcome_is_found_without_the_event(
     monkeypatch.setattr(backup._Job, "_on_completed", lambda *_: None)
     push_backup(domain, {"vdb": (folder / "vdb.raw", "raw")}, quiet, lambda: False)
     assert (folder / "vdb.raw").exists()
+
+
+def test_a_job_that_libvirt_has_run_on_for_ever_is_ended(
+    domain: Domain, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What libvirt 9.0 answers where QEMU ended the copy while libvirtd was away: no disk in it."""
+    ask, end = libvirt.virDomain.jobStats, libvirt.virDomain.abortJob
+    ended: list[object] = []
+
+    def stuck(handle: libvirt.virDomain, flags: int = 0) -> dict[str, object]:
+        if flags or ended:
+            return dict(ask(handle, flags))
+        return {"type": libvirt.VIR_DOMAIN_JOB_UNBOUNDED, "operation": 9, "time_elapsed": 981}
+
+    def abort(handle: libvirt.virDomain, *flags: int) -> object:
+        ended.append(handle)
+        with contextlib.suppress(libvirt.libvirtError):  # of QEMU's own job nothing is left
+            end(handle, *flags)
+        return 0
+
+    monkeypatch.setattr(backup, "_EMPTY_PATIENCE_S", 1.0)
+    monkeypatch.setattr(backup._Job, "_on_completed", lambda *_: None)
+    monkeypatch.setattr(libvirt.virDomain, "jobStats", stuck)
+    monkeypatch.setattr(libvirt.virDomain, "abortJob", abort)
+    soon = time.monotonic() + 15
+    with pytest.raises(BackupFailed, match="lost track"):
+        push_backup(domain, {"vdb": (folder / "b", "raw")}, quiet, lambda: time.monotonic() > soon)
+    assert ended
+    assert list(folder.iterdir()) == []
 
 
 def test_a_job_that_runs_is_somebody_elses(domain: Domain, folder: Path) -> None:

@@ -1,9 +1,8 @@
 """Domains, the connection, the inventory and crash recovery on a real libvirtd."""
 
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,11 @@ import pytest
 from lab.guest import Guest
 from lab.libvirtd import Hypervisor, libvirtd
 from shared.hypervisor import inventory, undo
-from shared.hypervisor.backup import push_backup
 from shared.hypervisor.connection import connect, forget
 from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.domains import Domain, define, find, find_by_name
 from shared.hypervisor.duplicate import clone_definition
-from shared.hypervisor.errors import BackupFailed, DomainMissing, LibvirtFailed, LibvirtUnavailable
+from shared.hypervisor.errors import DomainMissing, LibvirtFailed, LibvirtUnavailable
 from shared.hypervisor.inventory import scan, watch
 from shared.hypervisor.memory import memory_saved
 from shared.hypervisor.pause import paused
@@ -272,42 +270,6 @@ def test_libvirtd_dies_while_a_guest_is_held_with_its_memory(
         finally:
             back.join()
             watchdog.close()
-
-
-def test_a_copy_that_qemu_ends_while_libvirtd_is_away_is_over(
-    own: Hypervisor, workspace: Path
-) -> None:
-    """Whether it is told so or libvirt has the job run on for ever: nothing of it is left."""
-    workspace.chmod(0o711)
-    with Guest.create(own, workspace / "g", disks=["qcow2", "raw"]) as made:
-        made.start()
-        domain = find_by_name(connect(own.uri), made.name)
-        for number in range(4):
-            copies = [workspace / f"{number}-{name}" for name in ("vda", "vdb")]
-            targets = {"vda": (copies[0], "qcow2"), "vdb": (copies[1], "raw")}
-            back = threading.Timer(1.0, own.start)
-            gone = _libvirtd_gone_after(own, 0.02 + number * 0.01, back)
-            with contextlib.suppress(BackupFailed):
-                push_backup(domain, targets, lambda *_: None, _after(15), instant=gone)
-            back.join()
-            assert not domain.call("", lambda handle: handle.jobStats())["type"]
-            with contextlib.suppress(FileNotFoundError):
-                for copy in copies:
-                    copy.unlink()
-
-
-def _after(seconds: float) -> Callable[[], bool]:
-    end = time.monotonic() + seconds
-    return lambda: time.monotonic() > end
-
-
-@contextlib.contextmanager
-def _libvirtd_gone_after(own: Hypervisor, seconds: float, back: threading.Timer) -> Iterator[None]:
-    """It is killed so long after the block."""
-    yield
-    time.sleep(seconds)
-    own.stop(kill=True)
-    back.start()
 
 
 def test_a_guest_paused_when_worker_and_libvirtd_die_is_resumed_later(
