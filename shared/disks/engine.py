@@ -370,9 +370,8 @@ def _compressed(target: Path, order: _Order) -> None:
 
 
 def _stream_stopped(job: _Job) -> _Shot:
-    with job.order.frozen(
-        "stopped"
-    ) as consistency:  # nothing is frozen; it says what this is worth
+    # Nothing is frozen; it says what this is worth.
+    with job.order.frozen("stopped") as consistency:
         shot = _Shot(datetime.now(UTC), consistency)
     job.nvram.take()
     done = 0

@@ -12,6 +12,7 @@ from operations.spine import (  # noqa: F401
     any_database,
     database_url,
     forget_caches,
+    listening,
 )
 
 from services.api.app import create_app
@@ -96,3 +97,10 @@ def refused() -> Refused:
         return problem
 
     return check
+
+
+@pytest.fixture
+def statements(world: World) -> Iterator[list[str]]:
+    """Every statement that the database is sent from here on."""
+    with listening() as sent:
+        yield sent

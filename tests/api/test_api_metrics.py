@@ -1,7 +1,6 @@
 """`GET /metrics`: what it says of a world that is known, on both databases."""
 
 import re
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 from api_world import World
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
-from sqlalchemy import event as sql_event
 from sqlalchemy import text
 
 from shared import VERSION
@@ -276,19 +274,6 @@ def test_vaults(api: TestClient, world: World, server: Server) -> None:
 
     assert values("kvm-1") == [2, 150, 30, 70]
     assert values("empty") == [0, 0, 0, 0]
-
-
-@pytest.fixture
-def statements(world: World) -> Iterator[list[str]]:
-    """What is sent to the database from here on."""
-    seen: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        seen.append(statement)
-
-    sql_event.listen(engine(), "before_cursor_execute", note)
-    yield seen
-    sql_event.remove(engine(), "before_cursor_execute", note)
 
 
 def test_as_many_queries_however_much_there_is(

@@ -1,6 +1,5 @@
 """Servers without an image as new as their schedules promise: listed, paged, measured."""
 
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +9,6 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
-from sqlalchemy import event as sql_event
 from sqlalchemy import select
 
 from services.api.protection import PERIOD, TOLERANCE, unprotected
@@ -157,18 +155,6 @@ def test_as_metric(api: TestClient, world: World, server: Server) -> None:
     (family,) = [each for each in families if each.name == "triptych_server_unprotected"]
     found = {each.labels["server"]: each.value for each in family.samples}
     assert found == {"web-1": 1, "fine": 0}
-
-
-@pytest.fixture
-def statements(world: World) -> Iterator[list[str]]:
-    seen: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        seen.append(statement)
-
-    sql_event.listen(engine(), "before_cursor_execute", note)
-    yield seen
-    sql_event.remove(engine(), "before_cursor_execute", note)
 
 
 def test_found_by_index(api: TestClient, statements: list[str], any_database: str) -> None:

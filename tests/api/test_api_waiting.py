@@ -1,15 +1,13 @@
 """Why an operation does not start or go on."""
 
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from api_world import World
 from fastapi.testclient import TestClient
-from sqlalchemy import event
 
-from shared.database import engine, now
+from shared.database import now
 from shared.models import Operation, Server
 
 
@@ -105,19 +103,6 @@ def test_running_with_a_lease_that_holds(api: TestClient, world: World) -> None:
     held = now() + timedelta(seconds=15)
     server = world.server(host="kvm-2")
     assert waiting(api, world.operation(server, state="running", lease_expires_at=held)) is None
-
-
-@pytest.fixture
-def statements(world: World) -> Iterator[list[str]]:
-    """Every statement that the database is sent."""
-    sent: list[str] = []
-
-    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
-        sent.append(statement)
-
-    event.listen(engine(), "before_cursor_execute", note)
-    yield sent
-    event.remove(engine(), "before_cursor_execute", note)
 
 
 def test_reasons_cost_the_same_for_one_and_for_many(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from uuid import uuid4
 import pytest
 from operations.servers import Broker, Postgres
 from operations.waiting import wait_for  # noqa: F401
-from sqlalchemy import select, update
+from sqlalchemy import event, select, update
 
 from shared import broker, database
 from shared.celery_app import publisher
@@ -54,6 +55,21 @@ def at_once(*calls: Callable[[], Result]) -> list[Result]:
 
 
 # Databases
+
+
+@contextmanager
+def listening() -> Iterator[list[str]]:
+    """Every statement that the database is sent meanwhile."""
+    sent: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        sent.append(statement)
+
+    event.listen(database.engine(), "before_cursor_execute", note)
+    try:
+        yield sent
+    finally:
+        event.remove(database.engine(), "before_cursor_execute", note)
 
 
 def migrated(url: str) -> None:

@@ -4,8 +4,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from operations.spine import World, at_once, nothing
-from sqlalchemy import event as sql_event
+from operations.spine import World, at_once, listening, nothing
 from sqlalchemy import select
 
 from services.snapshotter import expiry, snapshots
@@ -157,15 +156,9 @@ def test_work_that_holds_a_snapshot_delays_that_one(world: World, any_database: 
 
 def test_found_by_index(world: World) -> None:
     """On SQLite, which says it: what is due is found, and not looked for among all."""
-    seen: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        seen.append(statement)
-
     snapshot(world, world.server(), -HOUR)
-    sql_event.listen(engine(), "before_cursor_execute", note)
-    expiry.expire_due()
-    sql_event.remove(engine(), "before_cursor_execute", note)
+    with listening() as seen:
+        expiry.expire_due()
     with engine().connect() as connection:
         plans = [
             step.detail
