@@ -142,16 +142,17 @@ def refuse_memory(domain: Domain, chosen: Plan) -> None:
 
 def definition_of(domain: Domain, chosen: Plan) -> tuple[str, tuple[LeftOut, ...]]:
     """The definition that goes with the copy, and what it names that is not in the copy."""
-    inactive = domain.definition()
+    xml = domain.definition()
     if chosen.state == "stopped":
-        return inactive, chosen.left_out
+        return xml, chosen.left_out
+    inactive = DomainDefinition.parse(xml)
     plugged = {disk.target for disk in chosen.live.disks}
     later = tuple(
         LeftOut(disk.target, "it is in the definition, but not attached until the next start")
-        for disk in DomainDefinition.parse(inactive).disks
+        for disk in inactive.disks
         if disk.target not in plugged
     )
-    return with_live_disks(inactive, chosen.live.xml), (*chosen.left_out, *later)
+    return with_live_disks(inactive, chosen.live), (*chosen.left_out, *later)
 
 
 def _source(disk: DiskDefinition) -> SourceDisk:

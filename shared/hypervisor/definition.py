@@ -186,16 +186,19 @@ def log_files(xml: str) -> list[str]:
     return [log.get("file", "") for log in logs]
 
 
-def with_live_disks(inactive: str, live: str) -> str:
+def with_live_disks(inactive: DomainDefinition, live: DomainDefinition) -> str:
     """The inactive definition with the disks that the running domain has.
 
     A hot-plugged disk is not in the inactive definition, and one whose medium was changed
     stands there with the old file; a copy of the running server is of what it really has.
     """
-    root, running = parse_domain(inactive), parse_domain(live)
+    paths = {disk.target: disk.path for disk in inactive.disks}
+    if all(disk.target in paths and paths[disk.target] == disk.path for disk in live.disks):
+        return inactive.xml
+    root, running = parse_domain(inactive.xml), parse_domain(live.xml)
     devices = root.find("devices")
     if devices is None:
-        return inactive
+        return inactive.xml
     known = {_target(node): node for node in devices.iterfind("disk")}
     for disk in running.iterfind("devices/disk"):
         old = known.get(_target(disk))
