@@ -10,10 +10,13 @@ world. After the last one the file is called `reached`.
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 _DIRECTORY = os.environ.get("TRIPTYCH_FAULTS")
+_first = threading.Lock()
+"""What is to be done at a point befalls the first of the threads that pass it."""
 
 
 class Injected(RuntimeError):
@@ -27,17 +30,17 @@ def point(name: str) -> None:
 
 
 def _pass(directory: Path, name: str) -> None:
-    with (directory / "passed").open("a") as passed:
+    with _first, (directory / "passed").open("a") as passed:
         passed.write(f"{name}\n")
-    try:
-        (at, fault), *rest = json.loads((directory / "armed").read_text())
-    except FileNotFoundError:
-        return
-    if at != name:
-        return
-    (directory / "armed").rename(directory / "reached")
-    if rest:
-        (directory / "armed").write_text(json.dumps(rest))
+        try:
+            (at, fault), *rest = json.loads((directory / "armed").read_text())
+        except FileNotFoundError:
+            return
+        if at != name:
+            return
+        (directory / "armed").rename(directory / "reached")
+        if rest:
+            (directory / "armed").write_text(json.dumps(rest))
     match fault:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)

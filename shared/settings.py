@@ -59,7 +59,12 @@ class Settings(BaseSettings):
     vault: Path = Path("/var/lib/triptych")
     clone_dir: Path | None = Field(None, description="where clones' disks go; else the source's")
     mac_prefix: str = Field("52:54:00", pattern=r"^([0-9a-f]{2}:){2}[0-9a-f]{2}$")
-    concurrency: int = Field(2, ge=1, le=32, description="copies at once, per service and host")
+    concurrency: int = Field(
+        2,
+        ge=1,
+        le=32,
+        description="operations at once, per service and host, and clones at once of one farm",
+    )
 
     snapshot_retention: Duration = Field(timedelta(hours=48), gt=timedelta(0))
     snapshot_warning: Duration = Field(timedelta(hours=6), ge=timedelta(0))

@@ -1,9 +1,12 @@
 """The story of a clone: one source, copied once; each clone made from it on its own terms.
 
-A clone that fails takes nothing else with it (C4): its own steps are undone and the next
-one is made. A farm that is cancelled, or in which no clone could be made, leaves nothing.
+Several are made side by side. One that fails takes nothing else with it (C4): its own steps are
+undone and the others are made. A farm that is cancelled, or in which no clone could be made,
+leaves nothing.
 """
 
+import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,7 +23,7 @@ from shared.database import reading
 from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
 from shared.hypervisor.definition import DomainDefinition, log_files
-from shared.hypervisor.duplicate import clone_definition
+from shared.hypervisor.duplicate import CloneDefinition, clone_definition
 from shared.hypervisor.errors import DomainMissing
 from shared.manifest import Manifest, read_manifest
 from shared.models import Clone, Server
@@ -28,8 +31,12 @@ from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import describe, handles
 from shared.settings import settings
+from shared.turns import MOST_CALLS, Turns
 
 log = structlog.get_logger()
+
+UNDER_WAY = 16
+"""Clones of a farm at once, those included that do nothing but wait for their guests."""
 
 
 @handles(CreateClones)
@@ -44,20 +51,7 @@ def create(context: Context, command: CreateClones) -> Outcome:
         copied = copy_server(context, server, "farm", context.id, quiesce=command.quiesce)
         pause_ms = copied.manifest.pause_ms
         source = vault().folder("farm", server.id, context.id)
-    made: list[Server] = []
-    for number, clone in enumerate(planned, start=1):
-        context.phase(f"clone {number} of {len(planned)}: {clone.name}")
-        try:
-            with context.unit():
-                made.append(_make(context, command, source, clone, server.host))
-        except (errors.Cancelled, errors.LeaseLost):
-            raise
-        except Exception as error:
-            clone.state, clone.error = "failed", describe(error)
-            log.warning("clone.failed", clone=clone.name, **clone.error)
-            failure = error
-    if not made:
-        raise failure
+    made = _make_all(context, command, source, planned, server.host)
 
     def apply(session: Session) -> list[Step]:
         for row in (*made, *planned):
@@ -69,6 +63,39 @@ def create(context: Context, command: CreateClones) -> Outcome:
 
     clones = [_outcome(clone) for clone in planned]
     return Outcome({"clones": clones, "pause_ms": pause_ms}, apply)
+
+
+def _make_all(
+    context: Context, command: CreateClones, source: Path, planned: list[Clone], host: str
+) -> list[Server]:
+    """The servers of the clones that could be made; raises what the last one failed with where
+    none could."""
+    making = Turns(min(settings().concurrency, MOST_CALLS))
+    numbers = itertools.count(1)
+
+    def work(clone: Clone) -> Server:
+        with making.one(context.check):
+            context.phase(f"clone {next(numbers)} of {len(planned)}: {clone.name}")
+            definition, has_nvram = _make(context, command, source, clone)
+        # Who waits for a guest waits beside the others, not in their way.
+        clone.identity = identity.report(definition, has_nvram)
+        server = Server(name=clone.name, host=host, domain_uuid=definition.uuid)
+        clone.server_id, clone.state = server.id, "ready"
+        return server
+
+    units = {clone.id: partial(work, clone) for clone in planned}
+    outcomes = context.side_by_side(units, UNDER_WAY)
+    made: list[Server] = []
+    for clone, outcome in zip(planned, outcomes.values(), strict=True):
+        if isinstance(outcome, Exception):
+            clone.state, clone.error = "failed", describe(outcome)
+            log.warning("clone.failed", clone=clone.name, **clone.error)
+            failure = outcome
+        else:
+            made.append(outcome)
+    if not made:
+        raise failure
+    return made
 
 
 def _source_folder(session: Session, command: CreateClones) -> Path | None:
@@ -99,8 +126,11 @@ def _outcome(clone: Clone) -> dict[str, Any]:
     }
 
 
-def _make(context: Context, command: CreateClones, source: Path, clone: Clone, host: str) -> Server:
-    """Define the clone early, so that a bad definition costs no bytes; then its disks."""
+def _make(
+    context: Context, command: CreateClones, source: Path, clone: Clone
+) -> tuple[CloneDefinition, bool]:
+    """Define the clone early, so that a bad definition costs no bytes; then its disks, and start
+    it. Returns its definition, and whether it has UEFI variables."""
     connection = connect(settings().libvirt_uri)
     _refuse_taken_name(connection, clone.name)
     manifest = read_manifest(source)
@@ -126,11 +156,7 @@ def _make(context: Context, command: CreateClones, source: Path, clone: Clone, h
     if command.start:
         domain.start()
         faults.point("clone:started")
-    clone.identity = identity.report(definition, NVRAM in files)
-    clone.state = "ready"
-    server = Server(name=clone.name, host=host, domain_uuid=definition.uuid)
-    clone.server_id = server.id
-    return server
+    return definition, NVRAM in files
 
 
 def _new_logs(definition: str) -> list[str]:

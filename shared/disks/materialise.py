@@ -13,11 +13,15 @@ from shared.disks.copy import stream_copy
 from shared.disks.errors import CopyFailed
 from shared.disks.planning import Way
 from shared.disks.reflink import can_reflink, reflink
-from shared.disks.space import FLOOR, ensure_space_for
+from shared.disks.space import FLOOR, ensure_space, ensure_space_for
+from shared.errors import Cancelled
+from shared.turns import Turns
 
 Progress = Callable[[int, int], None]
 
 _REFLINK_BYTES = 1 << 20
+_streams = Turns(1)
+"""One keeps a disk busy: it has sixteen parts under way (`copy.py`)."""
 
 
 def materialise(
@@ -48,6 +52,11 @@ def materialise(
     rooms = ((destinations[t].parent, needed) for t, needed in needs.items())
     ensure_space_for(rooms, free_floor)
     total, done = sum(needs.values()), 0
+
+    def check() -> None:
+        if cancelled():
+            raise Cancelled("The copy was cancelled. Nothing of it was kept.")
+
     made: list[Path] = []
     try:
         for file in files:
@@ -62,15 +71,17 @@ def materialise(
             if shares[file.target]:
                 reflink(file.path, path)
             else:
-                stream_copy(
-                    file.path,
-                    path,
-                    file.format,
-                    wanted[file.target],
-                    tell,
-                    cancelled,
-                    free_floor=free_floor,
-                )
+                with _streams.one(check):
+                    ensure_space(path.parent, needs[file.target], free_floor)
+                    stream_copy(
+                        file.path,
+                        path,
+                        file.format,
+                        wanted[file.target],
+                        tell,
+                        cancelled,
+                        free_floor=free_floor,
+                    )
             _verify(file, path, wanted[file.target])
             faults.point("materialise:written")
             done += needs[file.target]

@@ -75,6 +75,9 @@ class JournalEntry(SQLModel, table=True):
     side: str
     action: str
     arguments: dict[str, Any] = Document(dict)
+    unit: str | None = None
+    """The part of the operation that the step belongs to, where it has parts that are undone each
+    on its own."""
 
 
 class OutboxMessage(SQLModel, table=True):

@@ -69,7 +69,7 @@ def attend(owner: str) -> None:
                 continue  # somebody else was faster, or the owner lives after all
             log.warning("operation.worker_died", operation=operation.id, kind=operation.kind)
             try:
-                for entry in journal.pending(operation.id, "undo"):
+                for entry in reversed(journal.pending(operation.id, "undo")):
                     if entry.action in AT_ONCE:
                         journal.act(entry)
             except Exception:

@@ -6,11 +6,13 @@ error, cancellation or crash is undone from the journal.
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import structlog
 from sqlalchemy import update
@@ -23,8 +25,13 @@ from shared.operations import journal
 from shared.operations.claim import STALLED, held
 from shared.operations.patience import patiently
 from shared.settings import settings
+from shared.turns import side_by_side
 
 log = structlog.get_logger()
+
+Result = TypeVar("Result")
+_unit: ContextVar[str | None] = ContextVar("unit", default=None)
+"""The unit of its operation that what runs here is part of."""
 
 
 @dataclass
@@ -50,8 +57,12 @@ class Context:
         self._lost = threading.Event()
         self._changed = threading.Event()
         self._progress: dict[str, Any] = {}
-        self.leftovers: list[int] = []
-        """Undo entries of units that could not be undone; what is left to do once committed."""
+        self._parts: dict[str, tuple[int, int]] = {}
+        self._counting = threading.Lock()
+        self.units = 1
+        """How many units there will be, for the progress of them all."""
+        self.leftovers: list[str] = []
+        """Units that could not be undone; what is left to do once committed."""
 
     # What handlers call
 
@@ -66,9 +77,21 @@ class Context:
         self._changed.set()
 
     def progress(self, done: int, total: int) -> None:
-        """Report bytes; cheap, written to the row at most a few times a second."""
-        percent = min(100, done * 100 // total) if total else 0
-        self._progress.update(bytes_done=done, bytes_total=total, progress=percent)
+        """Report bytes; cheap, written to the row at most a few times a second.
+
+        In a unit, of its own bytes: they are added up.
+        """
+        unit = _unit.get()
+        with self._counting:
+            if unit is not None:
+                self._parts[unit] = done, total
+            parts = [(done, total)] if unit is None else list(self._parts.values())
+            percent = sum(min(100, d * 100 // t) for d, t in parts if t)
+            self._progress.update(
+                bytes_done=sum(d for d, _ in parts),
+                bytes_total=sum(t for _, t in parts),
+                progress=percent if unit is None else percent // max(self.units, len(parts)),
+            )
         self._changed.set()
 
     def stopping(self) -> bool:
@@ -87,27 +110,51 @@ class Context:
             raise errors.LeaseLost(f"Operation {self.id} was taken over by another worker.")
 
     @contextmanager
-    def unit(self) -> Iterator[None]:
+    def unit(self, name: str) -> Iterator[None]:
         """A part that can fail on its own: on an error its steps, and no others, are undone.
 
-        Where that fails too, the error that began it is raised, and the steps are undone when
-        the operation ends, well or not.
+        Its steps are those that are written down in the block, by the thread that runs it; no
+        other unit of the operation has its name. Where to undo them fails too, the error that
+        began it is raised, and they are undone when the operation ends, well or not.
         """
-        mark = patiently(self.check, lambda: journal.last(self.id))
+        within = _unit.set(name)
         try:
             yield
         except errors.LeaseLost:
+            self._lost.set()
             raise
         except Exception:
             try:
-                journal.play(self.id, self.owner, "undo", after=mark)
+                journal.play(self.id, self.owner, "undo", unit=name)
             except errors.LeaseLost:
+                self._lost.set()
                 raise
             except Exception:
                 log.exception("unit.not_cleared_up", operation=self.id)
-                left = journal.pending(self.id, "undo", after=mark)
-                self.leftovers += [entry.seq for entry in left if entry.seq is not None]
+                self.leftovers.append(name)
             raise
+        finally:
+            _unit.reset(within)
+
+    def side_by_side(
+        self, units: Mapping[str, Callable[[], Result]], at_once: int
+    ) -> dict[str, Result | Exception]:
+        """Carry out units by their names, begun in their order and at most `at_once` at a time:
+        what each returned, or the error that it ended with and was undone for.
+
+        Raises LeaseLost or Cancelled, once all of them have stopped.
+        """
+        self.units = len(units)
+
+        def carry_out(name: str, work: Callable[[], Result]) -> Result:
+            with self.unit(name):
+                self.check()
+                return work()
+
+        works = [partial(carry_out, *each) for each in units.items()]
+        outcomes = side_by_side(works, at_once, interrupted=self._lost.set)
+        self.check()
+        return dict(zip(units, outcomes, strict=True))
 
     def undo(self, action: str, /, **arguments: Any) -> None:
         """Write down, before a step, what undoes it. Waits for a database that is away."""
@@ -121,7 +168,7 @@ class Context:
             with transaction() as session:
                 held(session, self.id, self.owner)
                 for action, arguments in steps:
-                    journal.write(session, self.id, "undo", action, **arguments)
+                    journal.write(session, self.id, "undo", action, _unit.get(), **arguments)
 
         patiently(self.check, write)
         for action, _ in steps:
@@ -133,7 +180,7 @@ class Context:
         def delete() -> None:
             with transaction() as session:
                 held(session, self.id, self.owner)
-                journal.strike(session, self.id, *actions)
+                journal.strike(session, self.id, *actions, unit=_unit.get())
 
         patiently(self.check, delete)
 

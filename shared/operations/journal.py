@@ -5,17 +5,19 @@ undo what a dead one began. Actions are idempotent and tolerate that the step th
 never happened.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import structlog
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, select, update
 from sqlmodel import Session
 
 from shared import faults
 from shared.database import reading, transaction
 from shared.models import JournalEntry
 from shared.operations.claim import held
+from shared.turns import MOST_CALLS, side_by_side
 
 log = structlog.get_logger()
 
@@ -34,11 +36,21 @@ def action(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def write(session: Session, operation_id: str, side: Side, name: str, /, **arguments: Any) -> None:
+def write(
+    session: Session,
+    operation_id: str,
+    side: Side,
+    name: str,
+    unit: str | None = None,
+    /,
+    **arguments: Any,
+) -> None:
     if name not in _ACTIONS:
         raise KeyError(f"no journal action {name!r}")
     session.add(
-        JournalEntry(operation_id=operation_id, side=side, action=name, arguments=arguments)
+        JournalEntry(
+            operation_id=operation_id, side=side, action=name, arguments=arguments, unit=unit
+        )
     )
 
 
@@ -51,48 +63,35 @@ def clear(session: Session, operation_id: str, side: Side) -> None:
     )
 
 
-def strike(session: Session, operation_id: str, *actions: str) -> None:
-    """Take the undo entries of these actions off the list."""
-    session.execute(
-        delete(JournalEntry).where(
-            JournalEntry.operation_id == operation_id,  # type: ignore[arg-type]
-            JournalEntry.side == "undo",  # type: ignore[arg-type]
-            JournalEntry.action.in_(actions),  # type: ignore[attr-defined]
-        )
-    )
+def strike(session: Session, operation_id: str, *actions: str, unit: str | None = None) -> None:
+    """Take the undo entries of these actions off the list; of one unit, or of the operation."""
+    row: Any = JournalEntry
+    chosen = [row.operation_id == operation_id, row.side == "undo", row.action.in_(actions)]
+    if unit is not None:
+        chosen.append(row.unit == unit)
+    session.execute(delete(JournalEntry).where(*chosen))
 
 
-def leave(session: Session, operation_id: str, entries: list[int]) -> None:
-    """Make undo entries that could not be carried out a part of what is left to do."""
+def leave(session: Session, operation_id: str, units: list[str]) -> None:
+    """Make the undo entries of units that could not be undone a part of what is left to do."""
     session.execute(
         update(JournalEntry)
         .where(
             JournalEntry.operation_id == operation_id,  # type: ignore[arg-type]
-            JournalEntry.seq.in_(entries),  # type: ignore[union-attr]
+            JournalEntry.unit.in_(units),  # type: ignore[union-attr]
         )
         .values(side="redo")
     )
 
 
-def last(operation_id: str) -> int:
-    """The newest undo entry's number, 0 when there is none."""
+def pending(operation_id: str, side: Side, unit: str | None = None) -> list[JournalEntry]:
+    """The entries of one side, or of one unit, in the order in which they were written."""
+    row: Any = JournalEntry
+    query = select(JournalEntry).where(row.operation_id == operation_id, row.side == side)
+    if unit is not None:
+        query = query.where(row.unit == unit)
     with reading() as session:
-        query = select(func.max(JournalEntry.seq)).where(
-            JournalEntry.operation_id == operation_id  # type: ignore[arg-type]
-        )
-        return session.scalar(query) or 0
-
-
-def pending(operation_id: str, side: Side, after: int = 0) -> list[JournalEntry]:
-    """The entries of one side in the order to play them: undo backwards, redo forwards."""
-    with reading() as session:
-        order = JournalEntry.seq.desc() if side == "undo" else JournalEntry.seq  # type: ignore[union-attr]
-        query = select(JournalEntry).where(
-            JournalEntry.operation_id == operation_id,  # type: ignore[arg-type]
-            JournalEntry.side == side,  # type: ignore[arg-type]
-            JournalEntry.seq > after,  # type: ignore[arg-type,operator]
-        )
-        return list(session.scalars(query.order_by(order)))  # type: ignore[arg-type]
+        return list(session.scalars(query.order_by(row.seq)))
 
 
 def act(entry: JournalEntry) -> None:
@@ -100,18 +99,35 @@ def act(entry: JournalEntry) -> None:
     _ACTIONS[entry.action](**entry.arguments)
 
 
-def play(operation_id: str, owner: str, side: Side, after: int = 0) -> None:
-    """Carry out the entries of one side and strike each off.
+def play(operation_id: str, owner: str, side: Side, unit: str | None = None) -> None:
+    """Carry out the entries of one side, or of one unit, and strike each off.
 
-    Raises LeaseLost, before the next action, when the operation is no longer `owner`'s, and
-    what an action raises; the entries not yet struck off remain for the next try.
+    Undo goes backwards, redo forwards; the units come first and side by side, each of them
+    backwards. Raises LeaseLost, before the next action, when the operation is no longer
+    `owner`'s, and what an action raises; the entries not yet struck off remain for the next try.
     """
-    for entry in pending(operation_id, side, after):
-        with transaction() as session:
-            held(session, operation_id, owner)
-        log.info("journal.play", operation=operation_id, side=side, action=entry.action)
-        faults.point(f"{side}:{entry.action}")
-        act(entry)
-        faults.point(f"{side}:{entry.action}:done")
-        with transaction() as session:
-            session.execute(delete(JournalEntry).where(JournalEntry.seq == entry.seq))  # type: ignore[arg-type]
+    parts: dict[str | None, list[JournalEntry]] = {None: []}
+    for entry in pending(operation_id, side, unit):
+        parts.setdefault(entry.unit, []).append(entry)
+    own = parts.pop(None)
+    works = [partial(_play_all, reversed(entries), owner) for entries in parts.values()]
+    for failure in side_by_side(works, MOST_CALLS):
+        if failure is not None:
+            raise failure
+    _play_all(reversed(own) if side == "undo" else own, owner)
+
+
+def _play_all(entries: Iterable[JournalEntry], owner: str) -> None:
+    for entry in entries:
+        _play(entry, owner)
+
+
+def _play(entry: JournalEntry, owner: str) -> None:
+    with transaction() as session:
+        held(session, entry.operation_id, owner)
+    log.info("journal.play", operation=entry.operation_id, side=entry.side, action=entry.action)
+    faults.point(f"{entry.side}:{entry.action}")
+    act(entry)
+    faults.point(f"{entry.side}:{entry.action}:done")
+    with transaction() as session:
+        session.execute(delete(JournalEntry).where(JournalEntry.seq == entry.seq))  # type: ignore[arg-type]

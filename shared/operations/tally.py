@@ -61,9 +61,10 @@ def _amounts(operation: Operation) -> dict[tuple[str, str, str], float]:
     result = operation.result or {}
     if pause_ms := result.get("pause_ms"):
         observe("pause", "", pause_ms / 1000)
-    for each in result.get("clones", [result]):
-        if way := each.get("way"):
-            amounts["bytes", way, ""] += operation.bytes_done
+    made = result.get("clones", [result])
+    ways = [way for each in made if (way := each.get("way"))]
+    for way in ways:  # those of a farm are added up in its row, and alike
+        amounts["bytes", way, ""] += operation.bytes_done / len(ways)
     return amounts
 
 

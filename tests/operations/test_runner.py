@@ -494,22 +494,6 @@ def test_lease_lost_in_the_middle_of_undo(world: World, operation: str) -> None:
     assert world.journal(operation) == [("undo", "one")]
 
 
-def test_lease_lost_in_a_unit(world: World, operation: str) -> None:
-    """A part that fails is not undone by who no longer has the operation."""
-
-    def handle(context: Context, command: Any) -> Outcome:
-        with context.unit():
-            context.undo("note", step="part")
-            stolen(world, operation)
-            raise NoSpace("Too little space.")
-        raise AssertionError("unreachable")
-
-    world.handler(handle)
-    runner.run(operation)
-    still_the_others(world, operation)
-    assert world.played == []
-
-
 def test_lease_lost_while_finishing(world: World, operation: str) -> None:
     """The new owner finishes; the end is told once."""
     world.handler(left_to_do("rest"))
@@ -597,52 +581,6 @@ def test_database_that_stays_away_ends_the_work(
     row = world.row(operation)
     assert (row.state, row.error, world.played) == ("running", None, [])
     assert presence.of(row.owner or "") == "dead", "a successor need not wait"
-
-
-# Units
-
-
-def test_unit_is_undone_alone(world: World, operation: str) -> None:
-    """A part that fails takes back its own steps; the others stay."""
-
-    def handle(context: Context, command: Any) -> Outcome:
-        context.undo("note", step="common")
-        for part in ("a", "b", "c"):
-            try:
-                with context.unit():
-                    context.undo("note", step=part)
-                    if part == "b":
-                        raise NoSpace("Too little space.")
-            except NoSpace:
-                pass
-        return Outcome({})
-
-    world.handler(handle)
-    runner.run(operation)
-    assert (world.played, world.row(operation).state) == (["b"], "succeeded")
-
-
-def test_unit_that_cannot_be_undone_is_not_forgotten(world: World, operation: str) -> None:
-    """Its error is raised, the others go on, and its steps are undone after the commit."""
-    busy = ["once"]
-
-    def sometimes(step: str) -> None:
-        if step == "b" and busy:
-            busy.pop()
-            raise OSError("busy")
-
-    def handle(context: Context, command: Any) -> Outcome:
-        with context.unit():
-            context.undo("note", step="a")
-        with pytest.raises(NoSpace), context.unit():
-            context.undo("note", step="b")
-            raise NoSpace("Too little space.")
-        return Outcome({})
-
-    world.action("note", sometimes)
-    world.handler(handle)
-    runner.run(operation)
-    assert (world.played, world.row(operation).state) == (["b", "b"], "succeeded")
 
 
 # Presence
