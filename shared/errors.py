@@ -77,6 +77,12 @@ class SnapshotNotFound(NotFound):
     code = "snapshot_not_found"
 
 
+class SnapshotWithoutMemory(Conflict):
+    """The snapshot holds disks alone"""
+
+    code = "snapshot_without_memory"
+
+
 class ImageNotFound(NotFound):
     """There is no image of that id or name"""
 

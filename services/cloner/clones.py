@@ -6,6 +6,7 @@ leaves nothing.
 """
 
 import itertools
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import structlog
 from sqlalchemy import select
 from sqlmodel import Session
 
-from services.cloner import identity
+from services.cloner import identity, memory
 from shared import errors, events, faults, lookups
 from shared.commands import CreateClones
 from shared.copying import NVRAM, copy_server, vault, write_out
@@ -23,8 +24,10 @@ from shared.database import reading
 from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
 from shared.hypervisor.definition import DomainDefinition, log_files
+from shared.hypervisor.domains import Domain
 from shared.hypervisor.duplicate import CloneDefinition, clone_definition
 from shared.hypervisor.errors import DomainMissing
+from shared.hypervisor.waking import Card
 from shared.manifest import Manifest, read_manifest
 from shared.models import Clone, Server
 from shared.operations.context import Context, Outcome
@@ -46,9 +49,18 @@ def create(context: Context, command: CreateClones) -> Outcome:
         source = _source_folder(session, command)
         server = lookups.server(session, context.operation.server_id, forgotten=True)
         planned = list(session.scalars(_planned(context.id)))
+    if command.with_memory:
+        memory.refuse(command, server, source)
     temporary, pause_ms = source is None, None
     if source is None:
-        copied = copy_server(context, server, "farm", context.id, quiesce=command.quiesce)
+        copied = copy_server(
+            context,
+            server,
+            "farm",
+            context.id,
+            quiesce=command.quiesce,
+            memory=command.with_memory,
+        )
         pause_ms = copied.manifest.pause_ms
         source = vault().folder("farm", server.id, context.id)
     made = _make_all(context, command, source, planned, server.host)
@@ -76,10 +88,14 @@ def _make_all(
     def work(clone: Clone) -> Server:
         with making.one(context.check):
             context.phase(f"clone {next(numbers)} of {len(planned)}: {clone.name}")
-            definition, has_nvram = _make(context, command, source, clone)
+            new = _make(context, command, source, clone)
         # Who waits for a guest waits beside the others, not in their way.
-        clone.identity = identity.report(definition, has_nvram)
-        server = Server(name=clone.name, host=host, domain_uuid=definition.uuid)
+        clone.identity = identity.report(new.definition, new.has_nvram)
+        if command.with_memory:
+            clone.identity = memory.connect_to_network(
+                context, new.domain, new.cards, clone.identity
+            )
+        server = Server(name=clone.name, host=host, domain_uuid=new.definition.uuid)
         clone.server_id, clone.state = server.id, "ready"
         return server
 
@@ -126,16 +142,24 @@ def _outcome(clone: Clone) -> dict[str, Any]:
     }
 
 
-def _make(
-    context: Context, command: CreateClones, source: Path, clone: Clone
-) -> tuple[CloneDefinition, bool]:
+@dataclass(frozen=True)
+class _Made:
+    """A clone that is there, and runs if it is to; `cards` are those that its guest is to lose."""
+
+    domain: Domain
+    definition: CloneDefinition
+    has_nvram: bool
+    cards: list[Card]
+
+
+def _make(context: Context, command: CreateClones, source: Path, clone: Clone) -> _Made:
     """Define the clone early, so that a bad definition costs no bytes; then its disks, and start
-    it. Returns its definition, and whether it has UEFI variables."""
+    it."""
     connection = connect(settings().libvirt_uri)
     _refuse_taken_name(connection, clone.name)
     manifest = read_manifest(source)
     original = DomainDefinition.parse((source / manifest.definition).read_text())
-    files = _destinations(manifest, original, clone.name)
+    files = _destinations(manifest, original, clone.name, command.with_memory)
     definition = clone_definition(
         original.xml,
         name=clone.name,
@@ -153,10 +177,14 @@ def _make(
     domain = domains.define(connection, definition.xml)
     faults.point("clone:defined")
     clone.way = write_out(context, source, manifest, files)
-    if command.start:
+    cards: list[Card] = []
+    if command.with_memory:
+        cards = memory.wake(domain, source, definition, files)
+    elif command.start:
         domain.start()
+    if command.start:
         faults.point("clone:started")
-    return definition, NVRAM in files
+    return _Made(domain, definition, NVRAM in files, cards)
 
 
 def _new_logs(definition: str) -> list[str]:
@@ -175,12 +203,16 @@ def _refuse_taken_name(connection: Any, name: str) -> None:
     )
 
 
-def _destinations(manifest: Manifest, original: DomainDefinition, name: str) -> dict[str, Path]:
+def _destinations(
+    manifest: Manifest, original: DomainDefinition, name: str, with_memory: bool
+) -> dict[str, Path]:
     """Where the clone's files go, by target: beside the source's own, or in `clone_dir`."""
     paths = {disk.target: disk.path for disk in original.disks}
     wanted = [(disk.target, paths[disk.target], disk.format) for disk in manifest.disks]
     if manifest.nvram:
         wanted.append((NVRAM, original.nvram_path, "fd"))
+    if with_memory:
+        wanted.append((memory.MEMORY, paths[manifest.disks[0].target], "save"))
     files: dict[str, Path] = {}
     for target, beside, suffix in wanted:
         folder = settings().clone_dir or Path(beside or "").resolve().parent

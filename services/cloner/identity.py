@@ -10,6 +10,11 @@ KEPT_IN_GUEST = (
     ("ssh-host-keys", "inside the guest; delete them and run `ssh-keygen -A`"),
 )
 
+KEPT_IN_MEMORY = (
+    "smbios-uuid",
+    "in the memory of the guest, which has read it; it is its own once it boots",
+)
+
 
 def report(definition: CloneDefinition, has_nvram: bool) -> dict[str, Any]:
     """`{renewed: […], kept: [{part, reason}], left_out: […]}` of a clone.

@@ -129,14 +129,13 @@ def refuse_memory(domain: Domain, chosen: Plan) -> None:
     if shared:
         raise DiskNotCopyable(
             f"{', '.join(shared)} of {domain.name} is shared with other guests and not copied: it "
-            "would be of another instant than the memory. Nothing was touched; take the snapshot "
-            "without memory."
+            "would be of another instant than the memory. Nothing was touched; do without memory."
         )
     if chosen.way != "reflink":
         raise MemoryNeedsReflink(
-            f"A snapshot of {domain.name} with memory needs disks that can be shared with the "
-            f"vault, and {chosen.reason}. Nothing was touched; take it without memory, or put "
-            "disks and vault on one XFS or btrfs."
+            f"A copy of {domain.name} with its memory needs disks that can be shared with the "
+            f"vault, and {chosen.reason}. Nothing was touched; do without memory, or put disks "
+            "and vault on one XFS or btrfs."
         )
 
 

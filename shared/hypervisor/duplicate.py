@@ -36,6 +36,8 @@ _DROPPED_SILENTLY = (
     "devices/disk/mirror",
 )
 _CHARACTER_DEVICES = ("serial", "console", "parallel", "channel")
+PSEUDO_TERMINAL = "its far end belongs to one guest; it is a pseudo-terminal now"
+"""The one reason after which the guest still has the device."""
 _OWN_ADDRESSES = ("MAC", "IP", "IPV6")
 
 
@@ -61,7 +63,7 @@ def clone_definition(
     memory_bytes: int | None = None,
     nvram_path: str | None = None,
     mac_prefix: str = "52:54:00",
-    keep_macs: bool = False,
+    macs: Mapping[str, str] | None = None,
     keep_left_out: Collection[str] = (),
 ) -> CloneDefinition:
     """The definition of a clone of `source_xml` (an inactive definition).
@@ -69,8 +71,8 @@ def clone_definition(
     `disk_paths` names the clone's file for each copied disk, by target. Of the
     other disks CD-ROM and floppy drives stay, empty; read-only and shared ones
     go, except the targets in `keep_left_out`. Without `nvram_path` libvirt makes
-    fresh UEFI variables under a path of its own. `keep_macs` is for a clone with
-    memory, whose MACs live in its RAM. Raises DefinitionInvalid.
+    fresh UEFI variables under a path of its own. `macs` are those it is to have, by
+    the source's; others are made up. Raises DefinitionInvalid.
     """
     root = parse_domain(source_xml)
     old_name = root.findtext("name", "")
@@ -81,14 +83,14 @@ def clone_definition(
     set_disk_paths(root, disk_paths, disk_formats or {})
     _identify(root, name, uuid)
     _set_nvram(root, nvram_path)
-    macs = _renew_interfaces(root, mac_prefix, keep_macs)
+    its_macs = _renew_interfaces(root, mac_prefix, macs or {})
     left_out += _own_character_devices(root, old_name, name)
     _own_ports(root)
     if memory_bytes is not None:
         set_memory(root, memory_bytes)
     if vcpus is not None:
         set_vcpus(root, vcpus)
-    return CloneDefinition(to_text(root), name, uuid, macs, tuple(left_out))
+    return CloneDefinition(to_text(root), name, uuid, its_macs, tuple(left_out))
 
 
 def random_mac(prefix: str) -> str:
@@ -174,20 +176,21 @@ def _set_nvram(root: etree._Element, path: str | None) -> None:
         _remove(nvram)
 
 
-def _renew_interfaces(root: etree._Element, prefix: str, keep_macs: bool) -> dict[str, str]:
+def _renew_interfaces(
+    root: etree._Element, prefix: str, known: Mapping[str, str]
+) -> dict[str, str]:
     macs: dict[str, str] = {}
     for interface in root.iterfind("devices/interface"):
         mac = interface.find("mac")
         if mac is None:
             mac = etree.SubElement(interface, "mac", address="")
         old = mac.get("address", "")
-        if not keep_macs:
+        new = known.get(old) or random_mac(prefix)
+        while new in macs.values():
             new = random_mac(prefix)
-            while new in macs.values():
-                new = random_mac(prefix)
-            mac.set("address", new)
-            _unset(mac, "type", "check")
-        macs[old] = mac.get("address", "")
+        mac.set("address", new)
+        _unset(mac, "type", "check")
+        macs[old] = new
         _own_port_on_the_host(interface)
     return macs
 
@@ -245,7 +248,7 @@ def _own_source(
     device.remove(source)
     for protocol in device.findall("protocol"):
         device.remove(protocol)
-    return "its far end belongs to one guest; it is a pseudo-terminal now"
+    return PSEUDO_TERMINAL
 
 
 def own_path(path: str, old_name: str, name: str) -> str:

@@ -104,6 +104,13 @@ class MemoryNotUsable(HypervisorError):
     status = 409
 
 
+class MemoryNotCloneable(HypervisorError):
+    """The server cannot be cloned with its memory"""
+
+    code = "memory_not_cloneable"
+    status = 409
+
+
 class QuiesceFailed(HypervisorError):
     """The guest's file systems could not be frozen"""
 

@@ -101,7 +101,7 @@ def refuse_without_memory(domain: Domain) -> None:
         do = "start" if state == "stopped" else "resume"
         raise ServerNotRunning(
             f"{domain.name} is {state}, and memory is kept of a guest that runs. Nothing was "
-            f"copied; {do} it, or take the snapshot without memory."
+            f"copied; {do} it, or ask for a copy without memory."
         )
 
 
@@ -151,8 +151,7 @@ class _Save:
         if self._failure is not None:
             raise MemoryNotSaved(
                 f"The memory of {self.domain.name} could not be saved: {self._failure} The "
-                "guest runs as before and nothing was kept; take the snapshot without memory if "
-                "this comes again."
+                "guest runs as before and nothing was kept; do without memory if this comes again."
             ) from self._failure
 
     def _run(self) -> None:

@@ -30,7 +30,7 @@ from shared.commands import (
     VerifyImage,
 )
 from shared.database import now
-from shared.models import Clone, Domain, Image, Operation, Server
+from shared.models import Clone, Domain, Image, Operation, Server, Snapshot
 
 
 class Admitted(NamedTuple):
@@ -47,10 +47,31 @@ def _refuse_frozen_memory(command: TakeSnapshot) -> None:
 
 
 def _refuse_memory(command: CreateClones) -> None:
-    if command.with_memory:
+    """What no server allows; what this one does not is the cloner's to say."""
+    if not command.with_memory:
+        return
+    reason = ""
+    if command.source.kind == "image":
+        reason = "An image holds disks alone, so no clone of it can have its memory."
+    elif not command.start:
+        reason = (
+            "A clone with memory runs from the start: paused it would be its source's double "
+            "until somebody resumes it."
+        )
+    elif command.quiesce == "require":
+        reason = "Clones with memory cannot be quiesced: each of them would be frozen."
+    if reason:
         raise errors.Unsupported(
-            "Clones that hold RAM are not supported by this version. Nothing was started; "
-            "leave `with_memory` out to copy the disks."
+            f"{reason} Nothing was started; leave out `with_memory` or what does not go with it."
+        )
+
+
+def _refuse_snapshot_without_memory(snapshot: Snapshot) -> None:
+    if not snapshot.with_memory:
+        raise errors.SnapshotWithoutMemory(
+            "The snapshot was taken without memory. Nothing was started; clone its disks alone "
+            "(leave out `with_memory`), or take another one with memory.",
+            conflict=snapshot.id,
         )
 
 
@@ -158,7 +179,9 @@ def _(command: CreateClones, session: Session) -> Admitted:
         server = lookups.server(session, command.source.id)
         source_id = server.id
         if command.source.kind == "snapshot":
-            lookups.snapshot(session, server)
+            snapshot = lookups.snapshot(session, server)
+            if command.with_memory:
+                _refuse_snapshot_without_memory(snapshot)
     _refuse_taken_clone_names(session, server.host, command.names)
     source = CloneSource(kind=command.source.kind, id=source_id)
     return Admitted(server, command.model_copy(update={"source": source}))

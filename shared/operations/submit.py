@@ -94,6 +94,7 @@ def _planned_clone(operation: Operation, command: CreateClones, name: str) -> Cl
         name=name,
         source_kind=command.source.kind,
         source_id=command.source.id,
+        with_memory=command.with_memory,
     )
 
 

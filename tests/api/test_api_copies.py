@@ -162,14 +162,39 @@ def test_bad_bodies(
 
 
 @pytest.mark.parametrize(
-    ("path", "more"), [("snapshot", {"quiesce": "require"}), ("clones", {"name": "qa"})]
+    ("path", "more"),
+    [
+        ("servers/web-1/snapshot", {"quiesce": "require"}),
+        ("servers/web-1/clones", {"name": "qa", "quiesce": "require"}),
+        ("servers/web-1/clones", {"name": "qa", "start": False}),
+        ("images/first/clones", {"name": "qa"}),
+    ],
 )
 def test_memory_is_not_supported(
-    api: TestClient, server: Server, refused: Refused, path: str, more: dict[str, str]
+    api: TestClient,
+    world: World,
+    server: Server,
+    refused: Refused,
+    path: str,
+    more: dict[str, Any],
 ) -> None:
-    """What this version cannot do, or nobody should, is refused, not ignored."""
+    """What cannot be, or nobody should ask for, is refused, not ignored."""
+    world.image(server)
     body = {"with_memory": True, **more}
-    refused(api.post(f"/v1/servers/web-1/{path}", json=body), 422, "unsupported")
+    refused(api.post(f"/v1/{path}", json=body), 422, "unsupported")
+
+
+def test_clones_with_memory(
+    api: TestClient, world: World, server: Server, refused: Refused
+) -> None:
+    """C5: of a server, and of its snapshot where that holds the memory."""
+    body = {"name": "qa-{n}", "count": 2, "with_memory": True}
+    stored(api.post("/v1/servers/web-1/clones", json=body))
+    assert [each["with_memory"] for each in api.get("/v1/clones").json()["items"]] == [True, True]
+    snapshot = world.snapshot(server)
+    of_snapshot = "/v1/servers/web-1/snapshot/clones"
+    response = api.post(of_snapshot, json={"name": "disks", "with_memory": True})
+    assert refused(response, 409, "snapshot_without_memory")["conflict"] == snapshot.id
 
 
 def test_create_image(api: TestClient, server: Server) -> None:

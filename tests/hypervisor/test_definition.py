@@ -153,10 +153,14 @@ class TestClone:
         parameters = root.findall(".//filterref/parameter")
         assert [p.get("name") for p in parameters] == ["CTRL_IP_LEARNING"]
 
-    def test_macs_are_kept_on_request(self) -> None:
-        """A clone with memory keeps the MACs that its RAM knows."""
-        nics = clone(keep_macs=True).findall("devices/interface/mac")
-        assert [nic.get("address") for nic in nics] == ["52:54:00:aa:bb:01", "52:54:00:aa:bb:02"]
+    def test_macs_that_are_given(self) -> None:
+        """A clone that runs has the MACs of its definition; a card that is not in it a new one."""
+        nics = clone(macs={"52:54:00:aa:bb:02": "52:54:00:00:00:07"}).findall(
+            "devices/interface/mac"
+        )
+        first, second = (nic.get("address") for nic in nics)
+        assert second == "52:54:00:00:00:07"
+        assert first not in ("52:54:00:aa:bb:01", second)
 
     def test_disks(self) -> None:
         """Copied disks are the clone's files, the CD-ROM drive is empty, shared disks go."""

@@ -1,0 +1,119 @@
+"""A clone that goes on with its source's memory from the very instant of its disks (C5).
+
+The source's memory is saved once for all; each clone has a copy of the file that shares its
+extents, with its own definition at the beginning. It is brought up paused, its links are taken
+down, it runs, and gets other network cards. What is its source's until it boots is said.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from services.cloner import identity
+from shared import faults
+from shared.commands import CreateClones
+from shared.copying import NVRAM, vault
+from shared.disks.reflink import can_reflink, reflink
+from shared.errors import SnapshotWithoutMemory
+from shared.hypervisor import domains, waking
+from shared.hypervisor.connection import connect
+from shared.hypervisor.domains import Domain
+from shared.hypervisor.duplicate import CloneDefinition, clone_definition
+from shared.hypervisor.errors import MemoryNeedsReflink
+from shared.hypervisor.hot import refuse_hot
+from shared.hypervisor.memory import refuse_without_memory
+from shared.hypervisor.savefile import SaveFile
+from shared.hypervisor.waking import Card
+from shared.manifest import read_manifest
+from shared.models import Server
+from shared.operations.context import Context
+from shared.settings import settings
+
+MEMORY = "memory"
+"""Stands for the saved memory wherever files are named by their disk's target."""
+
+
+def refuse(command: CreateClones, server: Server, source: Path | None) -> None:
+    """Raise, before anything is done, where clones of the source cannot have its memory.
+
+    The source is the running server, or the snapshot in the folder. Raises ServerNotRunning,
+    SnapshotWithoutMemory, MemoryNotCloneable, MemoryNotUsable, MemoryNeedsReflink.
+    """
+    if source is None:
+        domain = domains.find(connect(settings().libvirt_uri), server.domain_uuid)
+        refuse_without_memory(domain)
+        running = domain.live_definition()
+    else:
+        running = SaveFile.read(saved_in(source)).xml
+    memory_bytes = command.memory_mib * 2**20 if command.memory_mib else None
+    refuse_hot(running, vcpus=command.vcpus, memory_bytes=memory_bytes)
+    elsewhere = settings().clone_dir
+    if elsewhere and not can_reflink(vault().root, elsewhere):
+        raise MemoryNeedsReflink(
+            f"Clones with memory share their files with the vault, and {elsewhere}, where clones "
+            "go (TRIPTYCH_CLONE_DIR), shares none. Nothing was copied; clone without memory."
+        )
+
+
+def saved_in(source: Path) -> Path:
+    """The saved memory of a copy. Raises SnapshotWithoutMemory."""
+    memory = read_manifest(source).memory
+    if memory is None:
+        raise SnapshotWithoutMemory(
+            "The snapshot holds no memory. Nothing was copied; clone its disks alone, or take "
+            "another one with memory."
+        )
+    return source / memory
+
+
+def wake(
+    domain: Domain, source: Path, definition: CloneDefinition, files: Mapping[str, Path]
+) -> list[Card]:
+    """Have the clone, defined and with its disks, run on from the instant of the copy.
+
+    Its links are down, and what is returned are the network cards that its guest has of its
+    source. The file of its memory is gone. Raises MemoryNotUsable.
+    """
+    saved, own = saved_in(source), files[MEMORY]
+    stored = SaveFile.read(saved)
+    running = clone_definition(
+        stored.xml,
+        name=definition.name,
+        uuid=definition.uuid,
+        disk_paths={t: str(path) for t, path in files.items() if t not in (NVRAM, MEMORY)},
+        nvram_path=str(files[NVRAM]) if NVRAM in files else None,
+        mac_prefix=settings().mac_prefix,
+        macs=definition.macs,
+    )
+    reflink(saved, own)
+    stored.with_definition(running.xml).write_to(own)
+    faults.point("clone:memory-written")
+    waking.restore_paused(domain, own)
+    faults.point("clone:restored")
+    own.unlink()
+    cards = waking.unlink(domain, running.xml)
+    domain.resume()
+    return cards
+
+
+def connect_to_network(
+    context: Context, domain: Domain, cards: list[Card], told: dict[str, Any]
+) -> dict[str, Any]:
+    """Set the guest's clock and give it network cards of its own, which have a link.
+
+    `told` is what is known of its identity; it is returned with what came of this.
+    """
+    kept = [identity.KEPT_IN_MEMORY]
+    if reason := waking.set_clock(domain):
+        kept.append(("clock", f"as at the instant of its memory: {reason}"))
+    faults.point("clone:clock-set")
+    stayed = waking.exchange(domain, cards, check=context.check)
+    faults.point("clone:connected")
+    for mac, reason in stayed.items():
+        advice = "it has no link. Shut it down and start it, then it has an address of its own"
+        kept.append((f"mac of its source instead of {mac}", f"{reason}; {advice}"))
+    return {
+        **told,
+        "renewed": [part for part in told["renewed"] if part.removeprefix("mac ") not in stayed],
+        "kept": [*told["kept"], *({"part": part, "reason": reason} for part, reason in kept)],
+    }

@@ -1,0 +1,55 @@
+"""What of a running guest cannot be in two guests at once, so that its memory is not cloned.
+
+Owns: the one list of such things. What is in the stream of the memory must be there when it is
+loaded, so nothing that a clone goes without can be left out here.
+"""
+
+from lxml import etree
+
+from shared.hypervisor.definition import DomainDefinition, parse_domain
+from shared.hypervisor.duplicate import PSEUDO_TERMINAL, clone_definition
+from shared.hypervisor.errors import MemoryNotCloneable
+
+_ONE_GUESTS = (
+    ("devices/tpm", "the state of its virtual TPM is not copied"),
+    ("devices/filesystem", "it has files of a directory of the host's open"),
+    ("devices/shmem", "it shares memory with other guests"),
+    ("devices/pstore", "its pstore belongs to one guest"),
+    ("launchSecurity", "its memory is encrypted for this one guest"),
+)
+_ANY_UUID = "00000000-0000-4000-8000-000000000000"
+
+
+def refuse_hot(xml: str, *, vcpus: int | None = None, memory_bytes: int | None = None) -> None:
+    """Raise MemoryNotCloneable, naming every reason, where the running domain `xml` cannot be
+    cloned with its memory; `vcpus` and `memory_bytes` are what the clone is asked to have.
+
+    Raises DefinitionInvalid for what cannot be cloned at all.
+    """
+    domain = DomainDefinition.parse(xml)
+    reasons = _obstacles(domain, parse_domain(xml))
+    if vcpus not in (None, domain.vcpus) or memory_bytes not in (None, domain.memory_bytes):
+        reasons.append(
+            f"its memory is that of a guest with {domain.vcpus} vCPUs and "
+            f"{domain.memory_bytes // 2**20} MiB, and another size was asked for"
+        )
+    if reasons:
+        raise MemoryNotCloneable(
+            f"{domain.name} cannot be cloned with its memory: {'; '.join(reasons)}. Nothing was "
+            "copied; change that, or clone it without memory."
+        )
+
+
+def _obstacles(domain: DomainDefinition, root: etree._Element) -> list[str]:
+    media = [disk for disk in domain.disks if disk.device in ("cdrom", "floppy") and disk.path]
+    disks = {disk.target: "/" for disk in domain.disks if not disk.left_out_because}
+    clone = clone_definition(domain.xml, name="clone", uuid=_ANY_UUID, disk_paths=disks)
+    return [
+        *(reason for path, reason in _ONE_GUESTS if root.find(path) is not None),
+        *(f"{disk.target} holds a medium, which is not copied (eject it)" for disk in media),
+        *(
+            f"{each.target}: {each.reason}"
+            for each in clone.left_out
+            if each.reason != PSEUDO_TERMINAL and not each.target.startswith("tpm")
+        ),
+    ]

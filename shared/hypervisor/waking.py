@@ -1,0 +1,152 @@
+"""A clone that is brought up from a memory: before its guest notices, and once it has to.
+
+Owns: restoring from a save file, and the guest's network cards, which it knows by the addresses
+of its source. Two machines of one address on a network harm each other, so until a guest has
+other cards it has no link.
+
+A `<link state='down'/>` in a save file does nothing: QEMU takes the link's state from the
+stream, and libvirt believes the definition. Measured with libvirt 9.0 and QEMU 7.2: such a clone
+announced itself, and its source's address, to the network. So the definition in the save file
+has the new address, which is what QEMU announces, and the link is taken down before the guest
+runs.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import libvirt
+from lxml import etree
+
+from shared.hypervisor.agent import agent_ready
+from shared.hypervisor.connection import connect, translated
+from shared.hypervisor.definition import parse_domain, to_text
+from shared.hypervisor.domains import Domain
+from shared.hypervisor.errors import LibvirtBusy, LibvirtFailed, MemoryNotUsable
+
+UNPLUG_S = 10.0
+"""A Linux guest lets go of a card within a second through ACPI, and within six through PCIe."""
+_POLL_S = 0.05
+_AGENT_TIMEOUT_S = 5
+_LIVE = libvirt.VIR_DOMAIN_AFFECT_LIVE
+
+
+@dataclass(frozen=True)
+class Card:
+    """A network card of a guest that is to have another in its place: the same, but for what
+    the guest knows of it."""
+
+    alias: str
+    mac: str
+    xml: str
+
+
+def restore_paused(domain: Domain, saved: Path) -> None:
+    """Bring up a defined domain from a save file with its name and UUID; its CPUs stand still.
+
+    Raises MemoryNotUsable where libvirt or QEMU cannot take it, and LibvirtUnavailable.
+    """
+    flags = libvirt.VIR_DOMAIN_SAVE_PAUSED
+    try:
+        with translated(f"Restoring the memory of {domain.name}"):
+            connect(domain.uri).restoreFlags(os.fspath(saved), None, flags)
+    except LibvirtFailed as error:
+        raise MemoryNotUsable(
+            f"{error.detail} This clone was not made; its source was not touched. Clone it "
+            "without memory."
+        ) from error
+
+
+def unlink(domain: Domain, definition: str) -> list[Card]:
+    """Take down the link of every card of a domain that was restored with `definition`."""
+    wanted = {_mac(each): each for each in parse_domain(definition).iterfind("devices/interface")}
+    cards = []
+    for live in _interfaces(domain):
+        cards.append(Card(_alias(live), _mac(live), to_text(wanted[_mac(live)])))
+        link = live.find("link")
+        if link is None:
+            link = etree.SubElement(live, "link")
+        link.set("state", "down")
+        _update(domain, to_text(live))
+    return cards
+
+
+def _update(domain: Domain, xml: str) -> None:
+    domain.call("Unlinking", lambda handle: handle.updateDeviceFlags(xml, _LIVE))
+
+
+def exchange(
+    domain: Domain,
+    cards: Sequence[Card],
+    *,
+    check: Callable[[], None] = lambda: None,
+    within_s: float = UNPLUG_S,
+) -> dict[str, str]:
+    """Unplug these cards of a running guest and plug in others, linked as their definitions say.
+
+    Gives, by MAC, why a card was not exchanged. One that stays has no link; its guest did not
+    let go of it within `within_s` seconds. `check` is called meanwhile, and its error ends it.
+    """
+    kept: dict[str, str] = {}
+    waiting = [card for card in cards if not _unplug(domain, card, kept)]
+    deadline = time.monotonic() + within_s
+    while waiting and time.monotonic() < deadline:
+        check()
+        there = {_alias(each) for each in _interfaces(domain)}
+        for card in waiting:
+            if card.alias not in there:
+                _plug(domain, card, kept)
+        waiting = [card for card in waiting if card.alias in there]
+        time.sleep(_POLL_S if waiting else 0)
+    late = f"the guest did not let go of its network card within {within_s:.0f} s"
+    return kept | {card.mac: late for card in waiting}
+
+
+def _unplug(domain: Domain, card: Card, kept: dict[str, str]) -> bool:
+    """Whether it cannot be; that is in `kept` then. libvirt only asks the guest."""
+    try:
+        domain.call("Unplugging from", lambda handle: handle.detachDeviceAlias(card.alias, _LIVE))
+    except LibvirtFailed as error:
+        kept[card.mac] = f"its network card cannot be unplugged ({error.detail})"
+    return card.mac in kept
+
+
+def _plug(domain: Domain, card: Card, kept: dict[str, str]) -> None:
+    try:
+        domain.call("Plugging into", lambda handle: handle.attachDeviceFlags(card.xml, _LIVE))
+    except LibvirtFailed as error:
+        kept[card.mac] = f"its network card is unplugged and another cannot be ({error.detail})"
+
+
+def set_clock(domain: Domain) -> str | None:
+    """Give a running guest the host's time through its agent; why not, where that fails."""
+    if not agent_ready(domain):
+        return "no guest agent answers in the guest"
+
+    def give(handle: Any) -> None:
+        handle.agentSetResponseTimeout(_AGENT_TIMEOUT_S)
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        handle.setTime({"seconds": seconds, "nseconds": nanoseconds})
+
+    try:
+        domain.call("Setting the clock of", give)
+    except (LibvirtBusy, LibvirtFailed) as error:
+        return error.detail
+    return None
+
+
+def _interfaces(domain: Domain) -> list[etree._Element]:
+    return parse_domain(domain.live_definition()).findall("devices/interface")
+
+
+def _mac(interface: etree._Element) -> str:
+    mac = interface.find("mac")
+    return mac.get("address", "") if mac is not None else ""
+
+
+def _alias(interface: etree._Element) -> str:
+    alias = interface.find("alias")
+    return alias.get("name", "") if alias is not None else ""

@@ -1,0 +1,213 @@
+"""Clones of a running server with what it has in memory (C5)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import socket
+import subprocess
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import libvirt
+import libvirt_qemu
+import pytest
+from live_site import Machine, Site
+from lxml import etree
+from triptych import Problem
+
+from lab.guest import Guest, attach
+
+pytestmark = [pytest.mark.vm, pytest.mark.parametrize("site", ["xfs"], indirect=True)]
+FARM = 3
+COUNT = (
+    "mkdir -p /run/held; mount -t tmpfs none /run/held; sh -c 'i=0; while :; do i=$((i+1)); "
+    "echo $i >>/run/held/count; sleep 0.2; done' </dev/null >/dev/null 2>&1 &"
+)
+"""Counts in memory alone."""
+WRONG_TIME = 1_000_000_000
+FIXED, PLUGGED = "52:54:00:0f:00:01", "52:54:00:0f:00:02"
+"""The addresses of a card that cannot be unplugged, since it is not in a port, and of one that
+can."""
+ETH_P_ALL = 3
+
+
+@pytest.fixture(scope="module")
+def bridge() -> Iterator[str]:
+    name = f"trip{secrets.token_hex(4)}"
+    subprocess.run(["ip", "link", "add", name, "type", "bridge"], check=True)
+    subprocess.run(["ip", "link", "set", name, "up"], check=True)
+    yield name
+    subprocess.run(["ip", "link", "del", name], check=True)
+
+
+@pytest.fixture(scope="module")
+def counting(site: Site, bridge: str) -> Iterator[Machine]:
+    """A running server that counts in memory, with two disks and two cards on one network."""
+
+    def card(mac: str, bus: int, slot: int) -> str:
+        return (
+            f"<interface type='bridge'><mac address='{mac}'/><source bridge='{bridge}'/>"
+            f"<model type='virtio'/><address type='pci' bus='{bus}' slot='{slot}'/></interface>"
+        )
+
+    cards = card(FIXED, 0, 8) + card(PLUGGED, 1, 0)
+    guest = Guest.create(site.hypervisor, site.disks, disks=["qcow2", "raw"], extra_devices=cards)
+    root = etree.fromstring(guest.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+    root.insert(2, etree.Element("genid"))
+    guest.connection.defineXML(etree.tostring(root, encoding="unicode"))
+    guest.start()
+    server = site.client.servers.add(site.host, guest.name)
+    machine = Machine(site, guest, "running", server["id"])
+    machine.write("common")
+    guest.run("ip link set eth1 up; ip address add 10.0.3.15/24 dev eth1")
+    guest.run(COUNT)
+    guest.agent("guest-set-time", time=WRONG_TIME * 10**9)
+    yield machine
+    site.remove(machine)
+
+
+def _count(guest: Guest) -> int:
+    return int(guest.read("/run/held/count").split()[-1])
+
+
+def _generation(guest: Guest) -> str:
+    """The VM generation id as QEMU has it."""
+    asked = '{"execute": "query-vm-generation-id"}'
+    return str(json.loads(libvirt_qemu.qemuMonitorCommand(guest.domain, asked, 0))["return"])
+
+
+def _card(guest: Guest, mac: str) -> tuple[str, str]:
+    """A card's carrier in the guest, "0" or "1", and its name; "" where there is none."""
+    found = guest.run(
+        "for card in /sys/class/net/eth*; do ip link set ${card##*/} up; "
+        f'[ "$(cat $card/address)" = {mac} ] && cat $card/carrier && echo ${{card##*/}}; done'
+    )[1].split()
+    return (found[0], found[1]) if found else ("", "")
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[dict[str, set[str]]]:
+    """The addresses that come out of guests meanwhile, by the host's name of their card."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    over = threading.Event()
+
+    def listen() -> None:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)) as wire:
+            wire.settimeout(0.2)
+            while not over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    frame, (name, _, kind, *_) = wire.recvfrom(64)
+                    if kind != socket.PACKET_OUTGOING:
+                        seen[name].add(frame[6:12].hex(":"))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+def _taps(guest: Guest) -> set[str]:
+    targets = etree.fromstring(guest.domain.XMLDesc()).iterfind("devices/interface/target")
+    return {target.get("dev", "") for target in targets}
+
+
+def test_clones_go_on_from_one_instant(site: Site, counting: Machine) -> None:
+    """Each goes on counting by itself, with an identity, disks and a network card of its own;
+    no address of the source's comes out of any, and the source runs on."""
+    source = counting.guest
+    before = _count(source)
+    stem = f"{counting.name}-c"
+    with _watched() as seen:
+        operation = site.done(
+            site.client.clones.create(
+                counting.id, name=f"{stem}{{n}}", count=FARM, with_memory=True
+            )
+        )
+        time.sleep(1)
+    made = operation["result"]["clones"]
+    clones = [attach(site.hypervisor, each["name"]) for each in made]
+    machines = [
+        Machine(site, clone, "running", each["server"], 2)
+        for clone, each in zip(clones, made, strict=True)
+    ]
+
+    counts = [_count(clone) for clone in clones]
+    assert min(counts) >= before
+    assert counting.read() == {"common"}
+    for number, machine in enumerate(machines):
+        assert machine.read() == {"common"}
+        machine.write(f"clone {number}")
+    for number, machine in enumerate(machines):
+        assert machine.read() == {f"clone {number}"}
+        assert _count(clones[number]) > counts[number]
+    assert counting.read() == {"common"}
+    assert _count(source) > before
+
+    everybody = [source, *clones]
+    assert len({guest.domain.UUIDString() for guest in everybody}) == 1 + FARM
+    assert len({_generation(guest) for guest in everybody}) == 1 + FARM
+    for clone, each in zip(clones, made, strict=True):
+        assert abs(int(clone.run("date +%s")[1]) - time.time()) < 10
+        fixed, plugged = [
+            mac.get("address") for mac in clone.xml.findall("./devices/interface/mac")
+        ]
+        assert clone.xml.find("./devices/interface/link") is None
+        assert _card(clone, FIXED)[0] == "0"
+        assert _card(clone, plugged)[0] == "1"
+        assert _card(clone, PLUGGED) == ("", "")
+        identity = each["identity"]
+        assert f"mac {plugged}" in identity["renewed"]
+        assert f"mac {fixed}" not in identity["renewed"]
+        kept = {item["part"]: item["reason"] for item in identity["kept"]}
+        assert "it has no link" in kept[f"mac of its source instead of {fixed}"]
+        assert site.client.clones.get(each["id"])["with_memory"] is True
+    addresses = {mac for clone in clones for tap in _taps(clone) for mac in seen[tap]}
+    assert addresses
+    assert not addresses & {FIXED, PLUGGED}
+    assert not list(site.disks.glob("*.save"))
+    for machine in machines:
+        site.remove(machine)
+
+
+def test_a_clone_goes_on_from_a_snapshot_with_memory(site: Site, counting: Machine) -> None:
+    """It goes on from the snapshot's instant, which is over, and the snapshot is as it was."""
+    counting.write("then")
+    site.done(site.client.snapshots.take(counting.id, with_memory=True))
+    saved = site.copy_of("snapshot", counting) / "memory.save"
+    was = saved.read_bytes()
+    counting.write("common")
+
+    operation = site.client.clones.create(
+        counting.id, source_kind="snapshot", name=f"{counting.name}-s", with_memory=True
+    )
+    (made,) = site.done(operation)["result"]["clones"]
+
+    clone = Machine(site, attach(site.hypervisor, made["name"]), "running", made["server"], 2)
+    assert clone.read() == {"then"}
+    assert _count(clone.guest) > 0
+    assert saved.read_bytes() == was
+    assert counting.read() == {"common"}
+    site.remove(clone)
+
+
+def test_what_cannot_be_cloned_hot_is_refused(
+    site: Site, counting: Machine, stopped: Machine
+) -> None:
+    """Before anything is copied: a server that is off, another size, a snapshot without memory."""
+    off = site.client.clones.create(stopped.id, name="off", with_memory=True)
+    assert site.refused(off) == "server_not_running"
+    bigger = site.client.clones.create(counting.id, name="big", vcpus=2, with_memory=True)
+    assert site.refused(bigger) == "memory_not_cloneable"
+    site.done(site.client.snapshots.take(stopped.id))
+    with pytest.raises(Problem) as refusal:
+        site.client.clones.create(
+            stopped.id, source_kind="snapshot", name="disks", with_memory=True
+        )
+    assert (refusal.value.status, refusal.value.code) == (409, "snapshot_without_memory")
