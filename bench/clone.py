@@ -1,4 +1,4 @@
-"""The part `clone`: cold clones, defined and started, and what a farm of them costs its source.
+"""The part `clone`: clones cold and with memory, and what a farm of them costs its source.
 
 A clone counts as started when libvirt has started it; none is waited for to boot, and all are
 destroyed before the next measurement, the peer's as ours.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +25,16 @@ from bench.result import Result
 from bench.site import Done, Site
 from bench.sizes import runs
 from lab.guest import PREFIX, Guest, attach
+from shared.disks.engine import capture
+from shared.disks.reflink import reflink
 from shared.hypervisor.duplicate import clone_definition
+from shared.hypervisor.savefile import SaveFile
 
 FARMS = {1: 20, 10: 5, 50: 2}
 """How many farms of each size."""
 LARGEST = max(FARMS)
+MEMORY_FARMS = {1: 10, 10: 3, 50: 1}
+"""How many of each size with memory, each clone of which runs on with its source's."""
 BOOTING_RUNS = 1
 PAUSE_RUNS = 5
 FAST_RUNS = 10
@@ -42,6 +48,7 @@ BARE_COMMAND = (
     "definitions that ours have; their disks were copied and their definitions written before"
 )
 
+_FARM = f"{PREFIX}farm-"
 _numbers = itertools.count(1)
 
 
@@ -73,6 +80,79 @@ def growth(small: Result, large: Result) -> Result:
     assert small.peer and large.peer
     also = {"growth_of_bare": large.peer / small.peer}
     return Result(large.ours, small.ours, "ours in farms of 10", large.runs, also=also)
+
+
+def with_memory(site: Site, book: Book) -> None:
+    """Farms that run on from the source's memory, per clone, beside bare restores of it."""
+    _ours(site, 1, with_memory=True)  # what a process does for the first time takes longer
+    for size, count in MEMORY_FARMS.items():
+        ours, firsts, held, bare = [], [], [], []
+        for _ in range(runs(count)):
+            with _first_seen(site) as seen:
+                done = _ours(site, size, with_memory=True)
+            ours.append(done.seconds / size)
+            firsts += [moment - done.began for moment in seen]
+            held.append(done.pause_ms)
+            bare.append(_restored(site, size) / size)
+        result = Result.of(
+            ours, bare, "virsh restore", peer_command=f"{peers.RESTORE}, for one after the other"
+        )
+        result.note = (
+            "per clone; ours with the save of the running server's memory and the copies of each "
+            "clone's; the peer's were made before; the guest has no network card"
+        )
+        result.also = {
+            "first_runs_after_s": statistics.median(firsts),
+            "pause_ms": statistics.median(held),
+        }
+        book.record(f"clone_memory_{size}", result)
+
+
+@contextlib.contextmanager
+def _first_seen(site: Site) -> Iterator[list[float]]:
+    """When the first clone that is made meanwhile was seen to run."""
+    seen: list[float] = []
+    over = threading.Event()
+
+    def look() -> None:
+        with site.hypervisor.connection() as connection:
+            while not over.wait(0.01) and not seen:
+                for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_RUNNING):
+                    if domain.name().startswith(_FARM):
+                        seen.append(time.perf_counter())
+                        break
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+def _restored(site: Site, size: int) -> float:
+    """Seconds of as many restores of one memory, with disks and definitions made before."""
+    stem = _stem()
+    names = [f"{stem}-{number}" for number in range(size)]
+    with site.scratch() as scratch, site.watchdog() as watchdog, _gone_after(site, names):
+        taken = capture(site.domain, scratch, watchdog=watchdog, memory=True)
+        assert taken.memory
+        stored = SaveFile.read(taken.memory)
+        files = []
+        for name in names:
+            disk, saved = scratch / f"{name}.qcow2", scratch / f"{name}.save"
+            reflink(taken.files[0].path, disk)
+            reflink(taken.memory, saved)
+            made = clone_definition(
+                stored.xml, name=name, uuid=str(uuid4()), disk_paths={"vda": str(disk)}
+            )
+            stored.with_definition(made.xml).write_to(saved)
+            site.guest.connection.defineXML(made.xml)
+            files.append(saved)
+        took = sum(peers.RESTORE.run(uri=site.uri, saved=saved) for saved in files)
+        _running(site, names)
+    return took
 
 
 def pause(site: Site, book: Book) -> None:
@@ -196,7 +276,7 @@ def _definition(guest: Guest, name: str, disk: Path) -> str:
 
 
 def _stem() -> str:
-    return f"{PREFIX}farm-{next(_numbers)}"
+    return f"{_FARM}{next(_numbers)}"
 
 
 def _running(site: Site, names: list[str]) -> None:
@@ -253,6 +333,7 @@ FIGURES = [
         "xfs_farm",
         cold,
     ),
+    Figure(tuple(f"clone_memory_{size}" for size in MEMORY_FARMS), "xfs_farm", with_memory),
     Figure(("farm_pause_growth",), "xfs_farm", pause),
     Figure(("clone_vs_virt_clone",), "xfs_farm", virt_clone),
     Figure(("clone_vs_virt_clone_reflink",), "xfs_farm", virt_clone_reflink),

@@ -82,6 +82,7 @@ _VIRT_CLONE = (
 _START = "virsh -c {uri} start {name}"
 VIRT_CLONE = Bare(f"{_VIRT_CLONE} && {_START}")
 VIRT_CLONE_REFLINK = Bare(f"{_VIRT_CLONE} --reflink && {_START}")
+RESTORE = Bare("virsh -c {uri} restore {saved} --running")
 LINKED = Bare(
     "qemu-img create -q -f qcow2 -F qcow2 -b {disk} {copy} && "
     f"virsh -c {{uri}} define {{definition}} && {_START}"

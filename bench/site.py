@@ -70,6 +70,8 @@ class Done:
 
     seconds: float
     result: dict[str, Any]
+    began: float
+    """By `time.perf_counter`."""
 
     @property
     def pause_ms(self) -> float:
@@ -124,7 +126,7 @@ class Site:
                 raise TimeoutError(f"{path} is {operation['state']} after {took:.0f} s")
         if operation["state"] != "succeeded":
             raise RuntimeError(f"{path} {operation['state']}: {operation['error']}")
-        return Done(took, operation["result"])
+        return Done(took, operation["result"], began)
 
     def clear(self) -> None:
         """Delete all copies."""

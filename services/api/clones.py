@@ -34,7 +34,9 @@ class Cloning(RequestBody):
     count: int = Field(1, ge=1, le=100)
     vcpus: int | None = Field(None, ge=1, le=512, description="left out: as the source has")
     memory_mib: int | None = Field(None, ge=64, le=16 * 1024 * 1024)
-    with_memory: bool = False
+    with_memory: bool = Field(
+        False, description="run on from the instant of the source, with what it has in memory"
+    )
     start: bool = True
     identity: Literal["auto", "keep"] = "auto"
 
@@ -69,7 +71,10 @@ def clone_server(
     body: LiveCloning,
     key: IdempotencyKey = None,
 ) -> shapes.Operation:
-    """Makes `count` independent servers of this one, running or not, in one operation."""
+    """Makes `count` independent servers of this one, running or not, in one operation.
+
+    With memory, all of them run on from one instant of it; it must be running then.
+    """
     return _clone(request, response, "server", server, body, key)
 
 
@@ -77,7 +82,9 @@ def clone_server(
     "/servers/{server}/snapshot/clones",
     status_code=202,
     summary="Clone a server's snapshot",
-    responses=accepted(errors.ServerNotFound, errors.SnapshotNotFound, *REFUSED),
+    responses=accepted(
+        errors.ServerNotFound, errors.SnapshotNotFound, errors.SnapshotWithoutMemory, *REFUSED
+    ),
 )
 def clone_snapshot(
     request: Request,

@@ -26,6 +26,7 @@ OF_THE_GUEST = (
     "image.create",
     "image.restore",
     "clone.server",
+    "clone.server with memory",
 )
 """The operations that are about the server itself, not about what is in the vault."""
 
@@ -49,6 +50,7 @@ PART = {
         (KILLED, "image.restore"),
         (UNDONE, "snapshot.take with memory"),
         (UNDONE, "image.restore"),
+        (KILLED, "clone.server with memory"),
         (UNDONE, "clone.server"),
         (HELD, None),
         (OWNERS, None),

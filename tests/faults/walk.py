@@ -79,6 +79,8 @@ class Kind:
     failed: str = "changed"
     memory: bool = False
     """Only of a server that runs, on a file system that shares extents."""
+    started: bool = False
+    """Whether the clones that it makes run."""
 
 
 _copies: set[str] = set()
@@ -123,7 +125,13 @@ _NUMBERS = itertools.count()
 """The list of domains that names are compared with is a moment behind libvirt's."""
 
 
-def _clone(site: Site, machine: Machine, kind: str = "server", start: bool = False) -> Any:
+def _clone(
+    site: Site,
+    machine: Machine,
+    kind: str = "server",
+    start: bool = False,
+    with_memory: bool = False,
+) -> Any:
     source = _newest_image(site, machine) if kind == "image" else machine.id
     return site.client.clones.create(
         source,
@@ -131,6 +139,7 @@ def _clone(site: Site, machine: Machine, kind: str = "server", start: bool = Fal
         name=f"{machine.name}-c{next(_NUMBERS)}-{{n}}",
         count=2,
         start=start,
+        with_memory=with_memory,
     )
 
 
@@ -180,7 +189,18 @@ KINDS = {
         ),
         Kind("clone.server", _clone),
         Kind("clone.snapshot", lambda site, m: _clone(site, m, "snapshot"), _with_snapshot),
-        Kind("clone.image", lambda site, m: _clone(site, m, "image", start=True), _with_image),
+        Kind(
+            "clone.image",
+            lambda site, m: _clone(site, m, "image", start=True),
+            _with_image,
+            started=True,
+        ),
+        Kind(
+            "clone.server with memory",
+            lambda site, m: _clone(site, m, start=True, with_memory=True),
+            memory=True,
+            started=True,
+        ),
     )
 }
 
@@ -280,8 +300,9 @@ class Walk:
             if clone["state"] != "ready":
                 continue
             made = attach(site.hypervisor, clone["name"])
-            assert made.state() == ("running" if kind.name == "clone.image" else "stopped")
+            assert made.state() == ("running" if kind.started else "stopped")
             made.remove()
+        assert not list(site.disks.glob("*.save")), "a clone's memory is left over"
         names = {each.name() for each in site.hypervisor_connection().listAllDomains()}
         assert not [name for name in names if name.startswith(f"{machine.name}-c")]
 

@@ -26,6 +26,7 @@ class Source(StrEnum):
     "create",
     "triptych clone create web1 --name staging",
     "triptych clone create web1 --count 10 --name 'qa-{n:03}'",
+    "triptych clone create web1 --count 10 --name 'qa-{n:03}' --with-memory",
     "triptych clone create golden --from image --name web2 --vcpus 4 --memory-mib 8192",
     long_work=True,
 )
@@ -58,7 +59,7 @@ def create(
     ] = None,
     with_memory: Annotated[
         bool,
-        typer.Option("--with-memory", help="Start with the RAM and CPU contents of the source."),
+        typer.Option("--with-memory", help="Run on from the instant of the source, with its RAM."),
     ] = False,
     start: Annotated[
         bool | None,
