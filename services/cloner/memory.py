@@ -67,7 +67,11 @@ def saved_in(source: Path) -> Path:
 
 
 def wake(
-    domain: Domain, source: Path, definition: CloneDefinition, files: Mapping[str, Path]
+    context: Context,
+    domain: Domain,
+    source: Path,
+    definition: CloneDefinition,
+    files: Mapping[str, Path],
 ) -> list[Card]:
     """Have the clone, defined and with its disks, run on from the instant of the copy.
 
@@ -88,7 +92,7 @@ def wake(
     reflink(saved, own)
     stored.with_definition(running.xml).write_to(own)
     faults.point("clone:memory-written")
-    waking.restore_paused(domain, own)
+    waking.restore_paused(domain, own, check=context.check)
     faults.point("clone:restored")
     own.unlink()
     cards = waking.unlink(domain, running.xml)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 Policy = Literal["auto", "require", "never"]
 Level = Literal["application", "file-system", "crash"]
 
+CHANNEL = "org.qemu.guest_agent.0"
 FREEZE_TIMEOUT_S = 10
 # libvirt first synchronises with the agent, which has its own 5 s.
 _GRACE_S = 6.0
@@ -46,7 +47,7 @@ def agent_ready(domain: Domain) -> bool:
     if domain.state != "running":
         return False
     root = etree.fromstring(domain.live_definition())
-    targets = root.iterfind("devices/channel/target[@name='org.qemu.guest_agent.0']")
+    targets = root.iterfind(f"devices/channel/target[@name='{CHANNEL}']")
     return any(target.get("state") == "connected" for target in targets)
 
 

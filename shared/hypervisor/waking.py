@@ -11,7 +11,9 @@ has the new address, which is what QEMU announces, and the link is taken down be
 runs.
 """
 
+import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,16 +23,23 @@ from typing import Any
 import libvirt
 from lxml import etree
 
-from shared.hypervisor.agent import agent_ready
+from shared.hypervisor.agent import CHANNEL, agent_ready
 from shared.hypervisor.connection import connect, translated
 from shared.hypervisor.definition import parse_domain, to_text
 from shared.hypervisor.domains import Domain
-from shared.hypervisor.errors import LibvirtBusy, LibvirtFailed, MemoryNotUsable
+from shared.hypervisor.errors import (
+    HypervisorError,
+    LibvirtBusy,
+    LibvirtFailed,
+    MemoryNotUsable,
+)
 
 UNPLUG_S = 10.0
 """A Linux guest lets go of a card within a second through ACPI, and within six through PCIe."""
 _POLL_S = 0.05
 _AGENT_TIMEOUT_S = 5
+_AGENT_WAIT_S = 2.0
+"""libvirt learns only after the restore, from an event, that the agent listens."""
 _LIVE = libvirt.VIR_DOMAIN_AFFECT_LIVE
 
 
@@ -44,20 +53,46 @@ class Card:
     xml: str
 
 
-def restore_paused(domain: Domain, saved: Path) -> None:
+def restore_paused(
+    domain: Domain, saved: Path, *, check: Callable[[], None] = lambda: None
+) -> None:
     """Bring up a defined domain from a save file with its name and UUID; its CPUs stand still.
 
-    Raises MemoryNotUsable where libvirt or QEMU cannot take it, and LibvirtUnavailable.
+    `check` is called meanwhile, and its error ends it, with the domain off. Raises MemoryNotUsable
+    where libvirt or QEMU cannot take the memory, and LibvirtUnavailable.
     """
+    failure: list[HypervisorError] = []
+    thread = threading.Thread(target=_restore, args=(domain, saved, failure), daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            check()
+            thread.join(_POLL_S)
+    except BaseException:
+        while thread.is_alive():  # also where QEMU was not there yet
+            with contextlib.suppress(HypervisorError):
+                domain.destroy()
+            thread.join(_POLL_S)
+        domain.destroy()
+        raise
+    if failure:
+        raise failure[0]
+
+
+def _restore(domain: Domain, saved: Path, failure: list[HypervisorError]) -> None:
     flags = libvirt.VIR_DOMAIN_SAVE_PAUSED
     try:
         with translated(f"Restoring the memory of {domain.name}"):
             connect(domain.uri).restoreFlags(os.fspath(saved), None, flags)
     except LibvirtFailed as error:
-        raise MemoryNotUsable(
+        unusable = MemoryNotUsable(
             f"{error.detail} This clone was not made; its source was not touched. Clone it "
             "without memory."
-        ) from error
+        )
+        unusable.__cause__ = error
+        failure.append(unusable)
+    except HypervisorError as error:
+        failure.append(error)
 
 
 def unlink(domain: Domain, definition: str) -> list[Card]:
@@ -123,8 +158,11 @@ def _plug(domain: Domain, card: Card, kept: dict[str, str]) -> None:
 
 def set_clock(domain: Domain) -> str | None:
     """Give a running guest the host's time through its agent; why not, where that fails."""
-    if not agent_ready(domain):
-        return "no guest agent answers in the guest"
+    deadline = time.monotonic() + (_AGENT_WAIT_S if _has_channel(domain) else 0)
+    while not agent_ready(domain):
+        if time.monotonic() > deadline:
+            return "no guest agent answers in the guest"
+        time.sleep(_POLL_S)
 
     def give(handle: Any) -> None:
         handle.agentSetResponseTimeout(_AGENT_TIMEOUT_S)
@@ -136,6 +174,11 @@ def set_clock(domain: Domain) -> str | None:
     except (LibvirtBusy, LibvirtFailed) as error:
         return error.detail
     return None
+
+
+def _has_channel(domain: Domain) -> bool:
+    definition = parse_domain(domain.live_definition())
+    return definition.find(f"devices/channel/target[@name='{CHANNEL}']") is not None
 
 
 def _interfaces(domain: Domain) -> list[etree._Element]:

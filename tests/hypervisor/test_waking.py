@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,11 @@ from uuid import uuid4
 
 import pytest
 
-from lab.guest import Guest, attach
+from lab.guest import PREFIX, Guest, attach
 from lab.libvirtd import Hypervisor
-from shared.disks.engine import capture
+from shared.disks.engine import Capture, capture
 from shared.disks.reflink import reflink
+from shared.errors import Cancelled
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, define, find_by_name
 from shared.hypervisor.duplicate import CloneDefinition, clone_definition
@@ -33,32 +35,39 @@ def _card(mac: str, bus: int, slot: int) -> str:
     )
 
 
-@pytest.fixture
-def clone(
-    hypervisor: Hypervisor, xfs: Path, watchdog: Watchdog, folder: Path
-) -> Iterator[tuple[Domain, CloneDefinition, Path]]:
-    """Defined and not yet up: its domain, the definition in its save file, and that file.
-
-    Its source has a card that cannot be unplugged and one that can, and a wrong clock.
-    """
+@pytest.fixture(scope="module")
+def copied(hypervisor: Hypervisor, xfs: Path, watchdog: Watchdog) -> Iterator[Capture]:
+    """Disk and memory of a guest with a card that cannot be unplugged and one that can, and a
+    wrong clock; the guest is gone."""
+    folder = xfs / "source"
     cards = _card(FIXED, 0, 8) + _card(PLUGGED, 1, 0)
-    with Guest.create(hypervisor, xfs / "source", extra_devices=cards) as source:
+    with Guest.create(hypervisor, folder, extra_devices=cards) as source:
         source.start()
         source.run("ip link set eth0 up; ip link set eth1 up")
         source.agent("guest-set-time", time=WRONG_TIME * 10**9)
         assert _carriers(source) == {FIXED: "1", PLUGGED: "1"}
         domain = find_by_name(connect(hypervisor.uri), source.name)
-        taken = capture(domain, folder, watchdog=watchdog, memory=True)
-        assert taken.memory
-        name, disk = f"{source.name}-c", xfs / "source" / "clone.qcow2"
-        stored = SaveFile.read(taken.memory)
-        made = clone_definition(
-            stored.xml, name=name, uuid=str(uuid4()), disk_paths={"vda": str(disk)}
-        )
-        reflink(taken.files[0].path, disk)
-        stored.with_definition(made.xml).write_to(taken.memory)
-        with attach(hypervisor, name):
-            yield define(connect(hypervisor.uri), made.xml), made, taken.memory
+        (folder / "copy").mkdir(mode=0o711)
+        taken = capture(domain, folder / "copy", watchdog=watchdog, memory=True)
+    yield taken
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def clone(
+    hypervisor: Hypervisor, copied: Capture
+) -> Iterator[tuple[Domain, CloneDefinition, Path]]:
+    """Defined and not yet up: its domain, the definition in its save file, and that file."""
+    assert copied.memory
+    folder, name = copied.memory.parent.parent, f"{PREFIX}{uuid4().hex[:8]}"
+    disk, saved = folder / f"{name}.qcow2", folder / f"{name}.save"
+    reflink(copied.files[0].path, disk)
+    reflink(copied.memory, saved)
+    stored = SaveFile.read(saved)
+    made = clone_definition(stored.xml, name=name, uuid=str(uuid4()), disk_paths={"vda": str(disk)})
+    stored.with_definition(made.xml).write_to(saved)
+    with attach(hypervisor, name):
+        yield define(connect(hypervisor.uri), made.xml), made, saved
 
 
 def _carriers(guest: Guest) -> dict[str, str]:
@@ -104,6 +113,21 @@ def test_a_guest_that_does_not_let_go_of_its_cards(
     assert "did not let go" in kept[definition.macs[PLUGGED]]
     assert set(kept) == set(definition.macs.values())
     assert set_clock(domain) == "no guest agent answers in the guest"
+
+
+def test_a_restore_that_is_cancelled(clone: tuple[Domain, CloneDefinition, Path]) -> None:
+    """Once QEMU is there, as before: the domain is off, and it can be restored the next time."""
+    domain, _, saved = clone
+
+    def cancel() -> None:
+        if domain.is_active:
+            raise Cancelled("The clone was cancelled.")
+
+    with pytest.raises(Cancelled):
+        restore_paused(domain, saved, check=cancel)
+    assert domain.state == "stopped"
+    restore_paused(domain, saved)
+    assert domain.state == "paused"
 
 
 def test_a_memory_that_libvirt_cannot_take_is_refused(
