@@ -179,7 +179,7 @@ def _make(context: Context, command: CreateClones, source: Path, clone: Clone) -
     clone.way = write_out(context, source, manifest, files)
     cards: list[Card] = []
     if command.with_memory:
-        cards = memory.wake(context, domain, source, definition, files)
+        cards = memory.wake(context, domain, source, definition, files[memory.MEMORY])
     elif command.start:
         domain.start()
     if command.start:

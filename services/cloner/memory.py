@@ -5,18 +5,18 @@ extents, with its own definition at the beginning. It is brought up paused, its 
 down, it runs, and gets other network cards. What is its source's until it boots is said.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from services.cloner import identity
 from shared import faults
 from shared.commands import CreateClones
-from shared.copying import NVRAM, vault
+from shared.copying import vault
 from shared.disks.reflink import can_reflink, reflink
 from shared.errors import SnapshotWithoutMemory
 from shared.hypervisor import domains, waking
 from shared.hypervisor.connection import connect
+from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.duplicate import CloneDefinition, clone_definition
 from shared.hypervisor.errors import MemoryNeedsReflink
@@ -67,25 +67,22 @@ def saved_in(source: Path) -> Path:
 
 
 def wake(
-    context: Context,
-    domain: Domain,
-    source: Path,
-    definition: CloneDefinition,
-    files: Mapping[str, Path],
+    context: Context, domain: Domain, source: Path, definition: CloneDefinition, own: Path
 ) -> list[Card]:
     """Have the clone, defined and with its disks, run on from the instant of the copy.
 
-    Its links are down, and what is returned are the network cards that its guest has of its
-    source. The file of its memory is gone. Raises MemoryNotUsable.
+    `own` is where the file of its memory is meanwhile. Its links are down then, and what is
+    returned are the network cards that its guest has of its source. Raises MemoryNotUsable.
     """
-    saved, own = saved_in(source), files[MEMORY]
-    stored = SaveFile.read(saved)
+    saved = saved_in(source)
+    stored, booting = SaveFile.read(saved), DomainDefinition.parse(definition.xml)
     running = clone_definition(
         stored.xml,
         name=definition.name,
         uuid=definition.uuid,
-        disk_paths={t: str(path) for t, path in files.items() if t not in (NVRAM, MEMORY)},
-        nvram_path=str(files[NVRAM]) if NVRAM in files else None,
+        disk_paths={disk.target: disk.path for disk in booting.disks if disk.path},
+        disk_formats={disk.target: disk.format for disk in booting.disks},
+        nvram_path=booting.nvram_path,
         mac_prefix=settings().mac_prefix,
         macs=definition.macs,
     )

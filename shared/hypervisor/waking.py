@@ -69,11 +69,12 @@ def restore_paused(
             check()
             thread.join(_POLL_S)
     except BaseException:
-        while thread.is_alive():  # also where QEMU was not there yet
+        alive = True
+        while alive:  # also where QEMU was not there yet; once more when it may be up
+            alive = thread.is_alive()
             with contextlib.suppress(HypervisorError):
                 domain.destroy()
             thread.join(_POLL_S)
-        domain.destroy()
         raise
     if failure:
         raise failure[0]
