@@ -92,7 +92,7 @@ def wake(
     waking.restore_paused(domain, own, check=context.check)
     faults.point("clone:restored")
     own.unlink()
-    cards = waking.unlink(domain, running.xml)
+    cards = waking.unlink(domain, running)
     domain.resume()
     return cards
 
@@ -110,9 +110,10 @@ def connect_to_network(
     faults.point("clone:clock-set")
     stayed = waking.exchange(domain, cards, check=context.check)
     faults.point("clone:connected")
-    for mac, reason in stayed.items():
-        advice = "it has no link. Shut it down and start it, then it has an address of its own"
-        kept.append((f"mac of its source instead of {mac}", f"{reason}; {advice}"))
+    for card in cards:
+        if reason := stayed.get(card.mac):
+            advice = f"it has no link. Shut the clone down and start it, then it has {card.mac}"
+            kept.append((f"mac {card.was}", f"{reason}; {advice}"))
     return {
         **told,
         "renewed": [part for part in told["renewed"] if part.removeprefix("mac ") not in stayed],

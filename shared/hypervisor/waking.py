@@ -27,6 +27,7 @@ from shared.hypervisor.agent import CHANNEL, agent_ready
 from shared.hypervisor.connection import connect, translated
 from shared.hypervisor.definition import parse_domain, to_text
 from shared.hypervisor.domains import Domain
+from shared.hypervisor.duplicate import CloneDefinition
 from shared.hypervisor.errors import (
     HypervisorError,
     LibvirtBusy,
@@ -45,10 +46,11 @@ _LIVE = libvirt.VIR_DOMAIN_AFFECT_LIVE
 
 @dataclass(frozen=True)
 class Card:
-    """A network card of a guest that is to have another in its place: the same, but for what
-    the guest knows of it."""
+    """A network card, which its guest knows by its source's address (`was`), and
+    the definition of what is to come in its place, with `mac`."""
 
     alias: str
+    was: str
     mac: str
     xml: str
 
@@ -96,12 +98,15 @@ def _restore(domain: Domain, saved: Path, failure: list[HypervisorError]) -> Non
         failure.append(error)
 
 
-def unlink(domain: Domain, definition: str) -> list[Card]:
-    """Take down the link of every card of a domain that was restored with `definition`."""
-    wanted = {_mac(each): each for each in parse_domain(definition).iterfind("devices/interface")}
+def unlink(domain: Domain, restored: CloneDefinition) -> list[Card]:
+    """Take down the link of every card of a domain that was restored with this definition."""
+    interfaces = parse_domain(restored.xml).iterfind("devices/interface")
+    wanted = {_mac(each): to_text(each) for each in interfaces}
+    was = {new: old for old, new in restored.macs.items()}
     cards = []
     for live in _interfaces(domain):
-        cards.append(Card(_alias(live), _mac(live), to_text(wanted[_mac(live)])))
+        mac = _mac(live)
+        cards.append(Card(_alias(live), was[mac], mac, wanted[mac]))
         link = live.find("link")
         if link is None:
             link = etree.SubElement(live, "link")

@@ -86,8 +86,9 @@ def test_a_clone_wakes_without_a_link_and_gets_another_card(
     guest = attach(hypervisor, domain.name)
     restore_paused(domain, saved)
     assert domain.state == "paused"
-    cards = unlink(domain, definition.xml)
+    cards = unlink(domain, definition)
     domain.resume()
+    guest.wait_ready()
     assert _carriers(guest) == {FIXED: "0", PLUGGED: "0"}
 
     assert set_clock(domain) is None
@@ -106,7 +107,7 @@ def test_a_guest_that_does_not_let_go_of_its_cards(
     """It is not waited for longer than asked, its cards stay, and a clock is not set in vain."""
     domain, definition, saved = clone
     restore_paused(domain, saved)
-    cards = unlink(domain, definition.xml)
+    cards = unlink(domain, definition)
 
     kept = exchange(domain, cards, within_s=0.2)
 
