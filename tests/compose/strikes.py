@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,14 @@ from lab.containers import run
 LIBRARY = "clock.so"
 SMALL = 2**30
 """Bytes; what is larger is no file system that a test made to be filled."""
+
+
+@contextmanager
+def lasting(seconds: float) -> Iterator[None]:
+    """A block that takes so long at least."""
+    began = time.monotonic()
+    yield
+    time.sleep(max(0.0, began + seconds - time.monotonic()))
 
 
 @contextmanager

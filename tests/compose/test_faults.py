@@ -37,6 +37,9 @@ SECOND_VM = (
     "Hypervisor; home = Hypervisor(d.DATA / 'libvirt', 'qemu:///system'); "
     "Guest.create(home, d.DATA / 'vms', 'second', nic=True).start(wait=False)"
 )
+SILENCE = 50.0
+"""Seconds that a silence lasts: as long as Docker takes to notice, where it asks at the shipped
+pace."""
 PLACE, WORD = "/root/fault", "still here\n"
 
 
@@ -98,7 +101,7 @@ def site(engine: Engine, state: Path) -> Iterator[Site]:
             files=("docker-compose.yml", "tests/compose/faults.yml"),
             settings={"FAULTS_DATABASE": str(database), "FAULTS_LIBRARY": str(library)},
         )
-        deployment.build()
+        engine.ensure("postgres:17")
         user = ("run", "--rm", "--entrypoint", "id", "postgres:17")
         uid, gid = (int(engine.docker(*user, way, "postgres")) for way in ("-u", "-g"))
         os.chown(database, uid, gid)
@@ -129,7 +132,7 @@ def cut(site: Site) -> Iterator[Cut]:
 def test_redis_paused(site: Site) -> None:
     """A Redis that is there and does nothing holds nobody up; what was asked meanwhile is done."""
     work = site.busy()
-    with strikes.paused(site.deployment, "redis"):
+    with strikes.paused(site.deployment, "redis"), strikes.lasting(SILENCE):
         work.image()
         work.snapshot()
         readiness = work.get("/readyz")
@@ -146,7 +149,7 @@ def test_redis_paused(site: Site) -> None:
 def test_packets_to_redis_dropped(site: Site) -> None:
     """Connections that fell silent are given up, and workers listen again after that."""
     work = site.busy()
-    with strikes.silenced(site.deployment, "redis"):
+    with strikes.silenced(site.deployment, "redis"), strikes.lasting(SILENCE):
         work.image()
         work.snapshot()
         wait_health(site.deployment, "demo-imager", "unhealthy")
@@ -183,7 +186,7 @@ def _redis(deployment: Deployment, *command: str) -> str:
 def test_postgresql_paused(site: Site) -> None:
     """Requests get their 503 in time, many at once too; workers wait and go on."""
     work = site.busy()
-    with strikes.paused(site.deployment, "postgres"):
+    with strikes.paused(site.deployment, "postgres"), strikes.lasting(SILENCE):
         with ThreadPoolExecutor(24) as pool:  # more than there are connections
             answers = list(pool.map(lambda _: work.get("/v1/servers"), range(24)))
         work.image()
