@@ -20,7 +20,9 @@ test:            ## Run the tests (real libvirt, QEMU, Redis, PostgreSQL); ARGS=
 
 test-deployment: ## Run the tests of the deployment by docker compose, faults of minutes included
 	@scripts/setup tests
-	@$(PYTHON) -m pytest tests/compose $(ARGS)
+	@$(if $(ARGS),$(PYTHON) -m pytest tests/compose $(ARGS),scripts/side-by-side \
+		"$(PYTHON) -m pytest tests/compose/test_faults.py" \
+		"$(PYTHON) -m pytest tests/compose --ignore=tests/compose/test_faults.py")
 
 faults:          ## Walk all points of all operations with faults (40 min); PART=1 each point once
 	@scripts/setup tests

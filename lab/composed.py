@@ -19,7 +19,7 @@ from typing import Any
 from triptych import Client
 
 from embedded.stack import ROOT, free_port
-from lab.containers import Engine, run
+from lab.containers import Engine, locked, run
 from lab.guest import Guest, attach
 from lab.libvirtd import Hypervisor
 
@@ -79,7 +79,8 @@ class Deployment:
         # One after the other: they share most layers, which the classic builder makes as often
         # as it is asked to at the same time.
         self.environment["COMPOSE_PARALLEL_LIMIT"] = "1"
-        self.compose("build", "--quiet", timeout=1800)
+        with locked("build"):
+            self.compose("build", "--quiet", timeout=1800)
 
     def up(self, *services: str) -> None:
         """Create what is not there, start what does not run, and wait until it is healthy."""

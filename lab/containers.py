@@ -62,7 +62,7 @@ class Engine:
 
     def ensure(self, *images: str) -> None:
         """Have the images: known already, pulled, or made of Debian's packages."""
-        with _locked("images"):
+        with locked("images"):
             for image in images:
                 if not self.has(image) and not self._pull(image):
                     self._make(image)
@@ -72,7 +72,7 @@ class Engine:
         if _has_plugin("compose"):
             return ["docker", "compose"]
         binary = HOME / "bin" / "docker-compose"
-        with _locked("compose"):
+        with locked("compose"):
             if not binary.exists():
                 _fetch_compose(binary)
         return [str(binary)]
@@ -160,14 +160,14 @@ def engine() -> Iterator[Engine]:
     _refuse_unable()
     HOME.mkdir(parents=True, exist_ok=True)
     with (HOME / "users").open("w") as users:
-        with _locked("start"):
+        with locked("start"):
             if not _answers(own):
                 _start_dockerd(own)
             fcntl.flock(users, fcntl.LOCK_SH)
         try:
             yield Engine(own)
         finally:
-            with _locked("start"):
+            with locked("start"):
                 fcntl.flock(users, fcntl.LOCK_UN)
                 with contextlib.suppress(BlockingIOError):  # somebody else still uses it
                     fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -239,7 +239,8 @@ def _fetch_compose(binary: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(name: str) -> Iterator[None]:
+def locked(name: str) -> Iterator[None]:
+    """Alone on this machine in what the name stands for, while the block lasts."""
     with (HOME / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
