@@ -62,8 +62,8 @@ class Engine:
 
     def ensure(self, *images: str) -> None:
         """Have the images: known already, pulled, or made of Debian's packages."""
-        with locked("images"):
-            for image in images:
+        for image in images:
+            with locked(image.replace("/", "-")):
                 if not self.has(image) and not self._pull(image):
                     self._make(image)
 
@@ -91,8 +91,7 @@ class Engine:
         if suite := DEBIAN.get(image):
             self._import_debian(image, suite)
         elif folder := STAND_INS.get(image):
-            if not self.has("debian:trixie-slim") and not self._pull("debian:trixie-slim"):
-                self._make("debian:trixie-slim")
+            self.ensure("debian:trixie-slim")
             self.docker("build", "--tag", image, str(IMAGES / folder))
         else:
             raise EngineUnavailable(f"{image} can be neither pulled nor made of Debian packages")
@@ -120,8 +119,9 @@ def _slim(tree: Path) -> None:
         (tree / cached / "partial").mkdir(parents=True)
     for unread in ("doc", "man", "locale", "info"):
         shutil.rmtree(tree / "usr/share" / unread, ignore_errors=True)
-    excluded = "".join(f"path-exclude=/usr/share/{each}/*\n" for each in ("doc", "man", "locale"))
-    (tree / "etc/dpkg/dpkg.cfg.d/slim").write_text(excluded)
+    options = [f"path-exclude=/usr/share/{each}/*" for each in ("doc", "man", "locale")]
+    options.append("force-unsafe-io")  # what a crash spoils of a layer in the making is made anew
+    (tree / "etc/dpkg/dpkg.cfg.d/slim").write_text("\n".join([*options, ""]))
     (tree / "etc/apt/apt.conf.d/slim").write_text(
         'Dir::Cache::pkgcache "";\nDir::Cache::srcpkgcache "";\n'
         'APT::Keep-Downloaded-Packages "false";\n'
