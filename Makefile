@@ -1,6 +1,11 @@
 # Everything a newcomer needs: `make demo` to see it, `make up` to use it, `make test` to trust it.
 PYTHON := .venv/bin/python
 export PORT ?= 8000
+# Tests that compute, start no VM and have no time to keep: they run beside the others, in what
+# these leave of the machine.
+PATIENT := tests/disks/test_qcow2.py $(filter-out \
+	%_claims.py %_events.py %_operations.py %_sdk.py %_servers.py %_terminal.py %_waiting.py, \
+	$(wildcard tests/test_*.py tests/api/test_*.py tests/client/test_*.py tests/schedules/test_*.py))
 
 .PHONY: help setup demo test test-deployment faults year lint up down bench lock clean
 .DEFAULT_GOAL := help
@@ -16,7 +21,9 @@ demo: setup      ## Do the main job on a real VM built for it; KEEP=1 leaves it 
 
 test:            ## Run the tests (real libvirt, QEMU, Redis, PostgreSQL); ARGS="-k name" for some
 	@scripts/setup tests
-	@$(PYTHON) -m pytest $(or $(ARGS),--ignore=tests/compose --ignore=tests/faults)
+	@$(if $(ARGS),$(PYTHON) -m pytest $(ARGS),scripts/side-by-side \
+		"$(PYTHON) -m pytest $(patsubst %,--ignore=%,tests/compose tests/faults $(PATIENT))" \
+		"nice -n 19 $(PYTHON) -m pytest --timeout=900 $(PATIENT)")
 
 test-deployment: ## Run the tests of the deployment by docker compose, faults of minutes included
 	@scripts/setup tests
