@@ -130,6 +130,8 @@ class CreateClones(Command):
     vcpus: int | None = Field(None, ge=1, le=512)
     memory_mib: int | None = Field(None, ge=64, le=16 * 1024 * 1024)
     with_memory: bool = False
+    linked: bool = False
+    """Where disks cannot share extents: overlays on one copy, instead of a copy for each."""
     start: bool = True
     identity: Literal["auto", "keep"] = "auto"
     quiesce: Quiesce = "auto"

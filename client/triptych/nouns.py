@@ -194,12 +194,14 @@ class Clones(Noun):
         vcpus: int | None = None,
         memory_mib: int | None = None,
         with_memory: bool = False,
+        linked: bool = False,
         start: bool | None = None,
         identity: str | None = None,
     ) -> Operation:
         """Makes `count` clones, named by a pattern such as `qa-{n:03}`.
 
-        `source` is a server (also for its snapshot) or an image.
+        `source` is a server (also for its snapshot) or an image. `linked` ones share one copy of
+        its disks where these cannot share extents.
         """
         segments = {
             "server": ("servers", source),
@@ -212,6 +214,7 @@ class Clones(Noun):
             vcpus=vcpus,
             memory_mib=memory_mib,
             with_memory=with_memory,
+            linked=linked or None,
             start=start,
             identity=identity,
         )

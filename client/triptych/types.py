@@ -126,6 +126,7 @@ class Clone(TypedDict, total=False):
     with_memory: bool
     identity: CloneIdentity | None
     way: str | None
+    linked_to: list[str]
     state: str
     error: dict[str, Any] | None
     operation: str

@@ -37,6 +37,10 @@ class Cloning(RequestBody):
     with_memory: bool = Field(
         False, description="run on from the instant of the source, with what it has in memory"
     )
+    linked: bool = Field(
+        False,
+        description="where disks cannot share extents: overlays on one copy, not a copy each",
+    )
     start: bool = True
     identity: Literal["auto", "keep"] = "auto"
 

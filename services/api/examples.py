@@ -175,6 +175,7 @@ CLONE: dict[str, Any] = {
     "created_at": "2026-03-10T09:15:00.005000Z",
     "with_memory": False,
     "way": "reflink",
+    "linked_to": [],
     "identity": {"renewed": ["uuid", "mac"], "kept": ["hostname"]},
     "state": "ready",
     "error": None,

@@ -215,6 +215,7 @@ class Clone(BaseModel):
     created_at: datetime
     with_memory: bool
     way: str | None
+    linked_to: list[str] = Field(description="the files that its disks stand on, if it is linked")
     identity: Identity
     state: Annotated[str, _one_of("queued", "making", "ready", "failed", "cancelled", "deleted")]
     error: "OperationError | None"

@@ -6,7 +6,8 @@ leaves nothing.
 """
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import structlog
 from sqlalchemy import select
 from sqlmodel import Session
 
-from services.cloner import identity, memory
+from services.cloner import bases, identity, memory
 from shared import errors, events, faults, lookups
 from shared.commands import CreateClones
 from shared.copying import NVRAM, copy_server, vault, write_out
@@ -42,6 +43,28 @@ UNDER_WAY = 16
 """Clones of a farm at once, those included that do nothing but wait for their guests."""
 
 
+@dataclass(frozen=True)
+class Template:
+    """What all clones of an operation are made of: a stored copy, and the base if they are linked
+    to one."""
+
+    folder: Path
+    manifest: Manifest
+    original: DomainDefinition
+    base: bases.Base | None = None
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Where clones' files go, by target: beside the source's own, or in `clone_dir`."""
+        beside = {disk.target: disk.path for disk in self.original.disks}
+        targets = [disk.target for disk in self.manifest.disks]
+        if self.manifest.nvram:
+            beside[NVRAM] = self.original.nvram_path
+            targets.append(NVRAM)
+        chosen = settings().clone_dir
+        return {each: chosen or Path(beside[each] or "").resolve().parent for each in targets}
+
+
 @handles(CreateClones)
 def create(context: Context, command: CreateClones) -> Outcome:
     """Make `count` clones of a server, its snapshot or an image (C1 to C4)."""
@@ -63,7 +86,8 @@ def create(context: Context, command: CreateClones) -> Outcome:
         )
         pause_ms = copied.manifest.pause_ms
         source = vault().folder("farm", server.id, context.id)
-    made = _make_all(context, command, source, planned, server.host)
+    template = _template(context, command, source, temporary)
+    made = _make_all(context, command, template, planned, server.host)
 
     def apply(session: Session) -> list[Step]:
         for row in (*made, *planned):
@@ -73,12 +97,27 @@ def create(context: Context, command: CreateClones) -> Outcome:
             events.emit(session, fact, server.id, clone=clone.id, name=clone.name)
         return [("remove_copy", {"folder": str(source)})] if temporary else []
 
-    clones = [_outcome(clone) for clone in planned]
-    return Outcome({"clones": clones, "pause_ms": pause_ms}, apply)
+    result: dict[str, Any] = {
+        "clones": [_outcome(clone) for clone in planned],
+        "pause_ms": pause_ms,
+    }
+    if command.linked and template.base is None:
+        result["not_linked"] = bases.UNNEEDED
+    return Outcome(result, apply)
+
+
+def _template(context: Context, command: CreateClones, source: Path, temporary: bool) -> Template:
+    manifest = read_manifest(source)
+    original = DomainDefinition.parse((source / manifest.definition).read_text())
+    found = Template(source, manifest, original)
+    if not command.linked:
+        return found
+    base = bases.make(context, source, manifest, found.folders, temporary=temporary)
+    return replace(found, base=base)
 
 
 def _make_all(
-    context: Context, command: CreateClones, source: Path, planned: list[Clone], host: str
+    context: Context, command: CreateClones, template: Template, planned: list[Clone], host: str
 ) -> list[Server]:
     """The servers of the clones that could be made; raises what the last one failed with where
     none could."""
@@ -88,7 +127,7 @@ def _make_all(
     def work(clone: Clone) -> Server:
         with making.one(context.check):
             context.phase(f"clone {next(numbers)} of {len(planned)}: {clone.name}")
-            new = _make(context, command, source, clone)
+            new = _make(context, command, template, clone)
         # Who waits for a guest waits beside the others, not in their way.
         clone.identity = identity.report(new.definition, new.has_nvram)
         if command.with_memory:
@@ -97,6 +136,7 @@ def _make_all(
             )
         server = Server(name=clone.name, host=host, domain_uuid=new.definition.uuid)
         clone.server_id, clone.state = server.id, "ready"
+        clone.linked_to = template.base.paths if template.base else []
         return server
 
     units = {clone.id: partial(work, clone) for clone in planned}
@@ -137,6 +177,7 @@ def _outcome(clone: Clone) -> dict[str, Any]:
         "server": clone.server_id,
         "state": clone.state,
         "way": clone.way,
+        "linked_to": clone.linked_to,
         "identity": clone.identity,
         "error": clone.error,
     }
@@ -152,20 +193,24 @@ class _Made:
     cards: list[Card]
 
 
-def _make(context: Context, command: CreateClones, source: Path, clone: Clone) -> _Made:
+def _make(context: Context, command: CreateClones, template: Template, clone: Clone) -> _Made:
     """Define the clone early, so that a bad definition costs no bytes; then its disks, and start
     it."""
     connection = connect(settings().libvirt_uri)
     _refuse_taken_name(connection, clone.name)
-    manifest = read_manifest(source)
-    original = DomainDefinition.parse((source / manifest.definition).read_text())
-    files = _destinations(manifest, original, clone.name, command.with_memory)
+    manifest, original, base = template.manifest, template.original, template.base
+    formats = {disk.target: "qcow2" if base else disk.format for disk in manifest.disks}
+    suffixes = {**formats, NVRAM: "fd", memory.MEMORY: "save"}
+    folders = template.folders
+    if command.with_memory:
+        folders = {**folders, memory.MEMORY: folders[manifest.disks[0].target]}
+    files = _destinations(folders, suffixes, clone.name)
     definition = clone_definition(
         original.xml,
         name=clone.name,
         uuid=str(uuid4()),
         disk_paths={disk.target: str(files[disk.target]) for disk in manifest.disks},
-        disk_formats={disk.target: disk.format for disk in manifest.disks},
+        disk_formats=formats,
         vcpus=command.vcpus,
         memory_bytes=command.memory_mib * 2**20 if command.memory_mib else None,
         nvram_path=str(files[NVRAM]) if NVRAM in files else None,
@@ -176,10 +221,15 @@ def _make(context: Context, command: CreateClones, source: Path, clone: Clone) -
     context.undo_all(*removals, ("undefine_domain", {"uuid": definition.uuid}))
     domain = domains.define(connection, definition.xml)
     faults.point("clone:defined")
-    clone.way = write_out(context, source, manifest, files)
+    if base:
+        base.link(files)
+        manifest = manifest.model_copy(update={"disks": []})  # the rest is copied as ever
+    way = write_out(context, template.folder, manifest, files)
+    clone.way = bases.WAY if base else way
     cards: list[Card] = []
     if command.with_memory:
-        cards = memory.wake(context, domain, source, definition, files[memory.MEMORY])
+        own = files[memory.MEMORY]
+        cards = memory.wake(context, domain, template.folder, definition, own)
     elif command.start:
         domain.start()
     if command.start:
@@ -204,19 +254,12 @@ def _refuse_taken_name(connection: Any, name: str) -> None:
 
 
 def _destinations(
-    manifest: Manifest, original: DomainDefinition, name: str, with_memory: bool
+    folders: Mapping[str, Path], suffixes: Mapping[str, str], name: str
 ) -> dict[str, Path]:
-    """Where the clone's files go, by target: beside the source's own, or in `clone_dir`."""
-    paths = {disk.target: disk.path for disk in original.disks}
-    wanted = [(disk.target, paths[disk.target], disk.format) for disk in manifest.disks]
-    if manifest.nvram:
-        wanted.append((NVRAM, original.nvram_path, "fd"))
-    if with_memory:
-        wanted.append((memory.MEMORY, paths[manifest.disks[0].target], "save"))
+    """The clone's files by target, none of which is there yet."""
     files: dict[str, Path] = {}
-    for target, beside, suffix in wanted:
-        folder = settings().clone_dir or Path(beside or "").resolve().parent
-        path = folder / f"{name}-{target}.{suffix}"
+    for target, folder in folders.items():
+        path = folder / f"{name}-{target}.{suffixes[target]}"
         if path.exists():
             raise errors.CloneNameTaken(
                 f"{path} exists already; this clone was not made and the file is as it was. "

@@ -8,6 +8,7 @@ undone, and leaves alone what an operation is at; the repairs are those of the s
     copies     rows, folders, manifests, file modes       guests   domains of libvirt
     leftovers  half-made and half-removed folders         clones   those that are gone or left
     work       operations whose worker is dead            kept     what reverts set aside
+    bases      what linked clones stand on
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from sqlalchemy.exc import DatabaseError, SQLAlchemyError
 
 from shared import recovery  # noqa: F401  registers the journal's actions
 from shared.database import reading
-from shared.doctor import clones, copies, guests, kept, leftovers, work
+from shared.doctor import bases, clones, copies, guests, kept, leftovers, work
 from shared.doctor.findings import Finding
 from shared.doctor.site import Site
 from shared.errors import TriptychError
@@ -41,6 +42,7 @@ _OF_THE_REST: tuple[Check, ...] = (
     copies.differences,
     leftovers.differences,
     kept.differences,
+    bases.differences,
 )
 
 

@@ -121,6 +121,8 @@ class Clone(SQLModel, table=True):
     with_memory: bool = False
     way: str | None = None
     identity: dict[str, Any] = Document(dict)
+    linked_to: list[str] = Document(list)
+    """The files that its disks stand on, which it shares with the others of its operation."""
     state: str = "queued"
     """queued · making · ready · failed · cancelled · deleted"""
     error: dict[str, Any] | None = Document()

@@ -123,6 +123,8 @@ class Context:
         except errors.LeaseLost:
             self._lost.set()
             raise
+        except errors.Cancelled:
+            raise  # the operation is, and is undone as a whole
         except Exception:
             try:
                 journal.play(self.id, self.owner, "undo", unit=name)

@@ -56,7 +56,7 @@ PART = {
         (OWNERS, None),
     },
     ("ext4", "running"): {(KILLED, "image.create"), (UNDONE, "image.create")},
-    ("ext4", "stopped"): {(KILLED, "image.create")},
+    ("ext4", "stopped"): {(KILLED, "image.create"), (KILLED, "clone.linked")},
 }
 """What `PART=1` runs, in this order; a point that was touched is not touched again."""
 
@@ -73,6 +73,8 @@ def _is_wanted(item: Any) -> bool:
     where, kind = (chosen["site"], chosen["walk"]), chosen.get("kind")
     name = item.originalname
     if kind and KINDS[kind].memory and where != ("xfs", "running"):
+        return False
+    if kind and KINDS[kind].linked and where != ("ext4", "stopped"):
         return False
     if not WHOLE:
         return (name, kind) in PART[where]

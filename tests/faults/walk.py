@@ -23,6 +23,7 @@ from system.live_site import Machine, Site, wait_for
 
 from lab.filesystems import fill
 from lab.guest import attach
+from shared.disks.overlays import BASE_PREFIX
 
 RECOVERY_S = 60.0
 """How long an operation may take to end after a fault."""
@@ -81,6 +82,8 @@ class Kind:
     """Only of a server that runs, on a file system that shares extents."""
     started: bool = False
     """Whether the clones that it makes run."""
+    linked: bool = False
+    """Only where it shares none."""
 
 
 _copies: set[str] = set()
@@ -130,7 +133,7 @@ def _clone(
     machine: Machine,
     kind: str = "server",
     start: bool = False,
-    with_memory: bool = False,
+    **wishes: bool,
 ) -> Any:
     source = _newest_image(site, machine) if kind == "image" else machine.id
     return site.client.clones.create(
@@ -139,7 +142,7 @@ def _clone(
         name=f"{machine.name}-c{next(_NUMBERS)}-{{n}}",
         count=2,
         start=start,
-        with_memory=with_memory,
+        **wishes,
     )
 
 
@@ -201,6 +204,7 @@ KINDS = {
             memory=True,
             started=True,
         ),
+        Kind("clone.linked", lambda site, m: _clone(site, m, linked=True), linked=True),
     )
 }
 
@@ -303,6 +307,10 @@ class Walk:
             assert made.state() == ("running" if kind.started else "stopped")
             made.remove()
         assert not list(site.disks.glob("*.save")), "a clone's memory is left over"
+        bases = list(site.disks.glob(f"{BASE_PREFIX}*"))
+        assert len(bases) == (len(machine.disks) if kind.linked and succeeded else 0), bases
+        for base in bases:
+            base.unlink()
         names = {each.name() for each in site.hypervisor_connection().listAllDomains()}
         assert not [name for name in names if name.startswith(f"{machine.name}-c")]
 

@@ -260,6 +260,24 @@ def test_one_clone_that_fails_leaves_the_others_alone(site: Site, stopped: Machi
     taken.unlink()
 
 
+@pytest.mark.parametrize("site", ["ext4"], indirect=True)
+def test_a_cancelled_farm_leaves_nothing(site: Site) -> None:
+    """Neither of the clone that is being copied nor of those that wait for the disk (E5)."""
+    machine = site.busy("stopped")
+    operation = site.client.clones.create(machine.id, name="never-{n}", count=4)
+    site.wait_phase(operation, "clone 2")
+
+    site.client.operations.cancel(operation["id"])
+
+    assert site.ended(operation)["state"] == "cancelled"
+    names = {each.name() for each in site.hypervisor_connection().listAllDomains()}
+    assert not [name for name in names if name.startswith("never-")]
+    assert list(site.disks.glob("never-*")) == []
+    shown = [each for each in site.client.clones.list() if each["name"].startswith("never-")]
+    assert [each["state"] for each in shown] == ["cancelled"] * 4
+    site.remove(machine)
+
+
 @on_xfs
 def test_a_clone_is_given_other_vcpus_and_memory(site: Site, stopped: Machine) -> None:
     """vCPUs and memory are as asked for; without asking as the source's (C1)."""

@@ -61,6 +61,14 @@ def create(
         bool,
         typer.Option("--with-memory", help="Run on from the instant of the source, with its RAM."),
     ] = False,
+    linked: Annotated[
+        bool,
+        typer.Option(
+            "--linked",
+            help="Where disks cannot share extents: one copy that all clones stand on, instead "
+            "of a copy for each.",
+        ),
+    ] = False,
     start: Annotated[
         bool | None,
         typer.Option("--start/--no-start", help="Start the clones.", show_default="start"),
@@ -85,6 +93,7 @@ def create(
         vcpus=vcpus,
         memory_mib=memory_mib,
         with_memory=with_memory,
+        linked=linked,
         start=start,
         identity=identity,
     )
@@ -147,6 +156,7 @@ def _show(session: Session, clone: Clone) -> None:
             ("from", _source(clone)),
             ("created", moment(clone.get("created_at"))),
             ("memory", plain("with_memory", clone.get("with_memory"))),
+            ("linked to", plain("linked_to", clone.get("linked_to"))),
             ("renewed", plain("renewed", identity.get("renewed"))),
             ("kept", plain("kept", identity.get("kept"))),
             ("error", plain("error", clone.get("error"))),

@@ -107,6 +107,11 @@ def _cloned(client: Client, operation: Operation, result: dict[str, Any], name: 
     text = f"{count} of {name} made{_where(operation)}{_took(operation)}."
     for each in clones:
         text += f"\n  {each.get('name') or each.get('id')}: {_clone_words(each)}"
+    bases = {path for each in clones for path in each.get("linked_to") or ()}
+    if bases:
+        text += f"\nThey stand on {', '.join(sorted(bases))}, which must stay."
+    if reason := result.get("not_linked"):
+        text += f"\nNot linked: {reason}."
     return Outcome(text, not failed)
 
 

@@ -1,4 +1,4 @@
-"""Which unit of its operation a step of the journal belongs to"""
+"""Which unit of its operation a step of the journal belongs to; what linked clones stand on"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -11,7 +11,9 @@ depends_on = None
 
 def upgrade() -> None:
     op.add_column("journal", sa.Column("unit", sa.String(), nullable=True))
+    op.add_column("clone", sa.Column("linked_to", sa.JSON(), nullable=False, server_default="[]"))
 
 
 def downgrade() -> None:
+    op.drop_column("clone", "linked_to")
     op.drop_column("journal", "unit")

@@ -1,0 +1,122 @@
+"""What linked clones stand on: one full copy of their source's disks, the base of their farm.
+
+Where disks cannot share extents, a clone that is linked is an overlay on that copy instead of one
+of its own. Owns: making the base and what is on it, and when a base may go. It lies beside the
+clones' disks, belongs to them and not to their source, and goes with the last of them.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlmodel import Session
+
+from shared import faults
+from shared.copying import write_out
+from shared.disks.durable import sync
+from shared.disks.overlays import OVERLAY_BYTES, base_path, create_overlay
+from shared.disks.reflink import can_reflink
+from shared.disks.space import ensure_space_for
+from shared.manifest import Manifest
+from shared.models import Clone, Operation
+from shared.operations.context import Context
+from shared.operations.journal import Step
+from shared.settings import settings
+
+WAY = "overlay"
+"""The way of a clone that stands on a base."""
+UNNEEDED = (
+    "every disk shares its extents with its source's copy: independent clones take no more room "
+    "than linked ones"
+)
+_MODE = 0o400  # libvirt gives it to QEMU's user when a clone is started; nobody is to write to it
+
+
+@dataclass(frozen=True)
+class Base:
+    """The files of a base by the disks' targets, and their formats."""
+
+    files: Mapping[str, Path]
+    formats: Mapping[str, str]
+
+    @property
+    def paths(self) -> list[str]:
+        return [str(path) for path in self.files.values()]
+
+    def link(self, destinations: Mapping[str, Path]) -> None:
+        """Make a clone's disks, as overlays. Raises what `create_overlay` does."""
+        rooms = ((destinations[target].parent, OVERLAY_BYTES) for target in self.files)
+        ensure_space_for(rooms, settings().free_floor)
+        for target, path in self.files.items():
+            create_overlay(path, self.formats[target], destinations[target])
+            faults.point("base:linked")
+
+
+def make(
+    context: Context,
+    source: Path,
+    manifest: Manifest,
+    folders: Mapping[str, Path],
+    *,
+    temporary: bool,
+) -> Base | None:
+    """The base of the operation's clones, made of the copy in `source`; None where each clone can
+    share that copy's extents, and needs none.
+
+    `folders` are where clones' disks go, by target. A `temporary` source, which nobody else uses
+    and which goes with the operation, is not copied a second time where that can be avoided.
+    """
+    if all(can_reflink(source, folders[disk.target]) for disk in manifest.disks):
+        return None
+    context.phase("copying the base")
+    formats = {disk.target: disk.format for disk in manifest.disks}
+    files = {
+        target: base_path(folders[target], context.id, target, image_format)
+        for target, image_format in formats.items()
+    }
+    context.undo_all(*(("remove_file", {"path": str(path)}) for path in files.values()))
+    if not (temporary and _shared_names(source, manifest, files)):
+        write_out(context, source, manifest, files)
+    for path in files.values():
+        path.chmod(_MODE)
+        sync(path.parent)
+    faults.point("base:made")
+    return Base(files, formats)
+
+
+def _shared_names(source: Path, manifest: Manifest, files: Mapping[str, Path]) -> bool:
+    """Give the source's files their second names; False, and none of them, where that cannot be."""
+    try:
+        for disk in manifest.disks:
+            os.link(source / disk.file, files[disk.target])
+    except OSError:  # another file system, or one without such names
+        for path in files.values():
+            path.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def release(session: Session, gone: Sequence[Clone]) -> list[Step]:
+    """What removes the bases that no clone stands on once these are gone.
+
+    For the transaction that marks them deleted, to be left to do (`Outcome.apply`) or journalled:
+    their disks must be gone by then, or go before.
+    """
+    operation: Any = Operation
+    row: Any = Clone
+    steps: list[Step] = []
+    for farm in sorted({clone.operation_id for clone in gone if clone.linked_to}):
+        # Of two who remove the last two clones at once, the second sees what the first did.
+        session.execute(select(operation.seq).where(operation.id == farm).with_for_update())
+        query = select(Clone).where(row.operation_id == farm, row.state == "ready")
+        ids = {clone.id for clone in gone}
+        left = [clone for clone in session.scalars(query) if clone.id not in ids]
+        if not any(clone.linked_to for clone in left):
+            paths = {
+                path for clone in gone if clone.operation_id == farm for path in clone.linked_to
+            }
+            steps += [("remove_file", {"path": path}) for path in sorted(paths)]
+    return steps
