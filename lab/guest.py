@@ -143,13 +143,14 @@ class Guest:
         graphics: bool = False,
         machine: str = "q35",
         extra_devices: str = "",
+        boot: Image | None = None,
     ) -> Guest:
         """Define a guest in `directory`, not started.
 
         `disks` are formats or paths: the first is the root, the second shows up at /data, the
         third at /data2. `nic` adds a virtio NIC on QEMU's own user network, `graphics` a VNC
-        display, `extra_devices` any XML. Raises ValueError if QEMU's user cannot get to
-        `directory`.
+        display, `extra_devices` any XML, `boot` another kernel and initramfs than the lab's own.
+        Raises ValueError if QEMU's user cannot get to `directory`.
         """
         name = name or f"{PREFIX}{secrets.token_hex(4)}"
         directory.mkdir(parents=True, exist_ok=True)
@@ -168,7 +169,7 @@ class Guest:
             devices.append(f"    <interface type='user'><model type='virtio'/>{at}</interface>")
         if graphics:
             devices.append("    <graphics type='vnc' port='-1' autoport='yes'/>")
-        files = _boot_files(hypervisor)
+        files = _boot_files(hypervisor, boot or image())
         xml = _DOMAIN.format(
             name=escape(name),
             memory_mib=memory_mib,
@@ -348,9 +349,8 @@ def _disks(directory: Path, name: str, wanted: list[str]) -> list[tuple[str, Pat
     return made
 
 
-def _boot_files(hypervisor: Hypervisor) -> Image:
+def _boot_files(hypervisor: Hypervisor, cached: Image) -> Image:
     """The kernel and initramfs, copied to where QEMU's user and every clone can read them."""
-    cached = image()
     home = hypervisor.state_dir / "boot" / cached.kernel.parent.name
     if not home.exists():
         partial = home.with_name(f"{home.name}.{secrets.token_hex(4)}")

@@ -88,7 +88,7 @@ def _build(work: Path) -> None:
     (out / "kernel").write_bytes(kernels.unpacked(kernel.read_bytes()))
     release = kernel.name.removeprefix("vmlinuz-")
     modules = next(p for p in packages.glob(f"**/lib/modules/{release}") if p.is_dir())
-    _make_initrd(packages, modules, work / "initramfs", out / "initrd")
+    make_initrd(packages, modules, work / "initramfs", out / "initrd")
     _make_root(packages, modules, work / "root", out / "root.raw")
     for file in out.iterdir():
         file.chmod(0o644)
@@ -140,7 +140,7 @@ def _unpack(names: list[str], debs: Path, into: Path) -> dict[str, str]:
     return versions
 
 
-def _make_initrd(packages: Path, modules: Path, tree: Path, target: Path) -> None:
+def make_initrd(packages: Path, modules: Path, tree: Path, target: Path) -> None:
     """An initramfs that loads the disk's modules in order and switches to the real root.
 
     Uncompressed: unpacking would cost more, in emulation, than reading it.

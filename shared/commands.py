@@ -35,6 +35,7 @@ Name = Annotated[str, AfterValidator(_name)]
 NamePattern = Annotated[str, Field(max_length=80), AfterValidator(_name_pattern)]
 Reference = Annotated[str, Field(min_length=1, max_length=255)]
 Quiesce = Literal["auto", "require", "never"]
+IdentityWay = Literal["auto", "agent", "cloud-init", "offline", "keep"]
 Description = Annotated[str, Field(max_length=1000)]
 
 
@@ -133,7 +134,7 @@ class CreateClones(Command):
     linked: bool = False
     """Where disks cannot share extents: overlays on one copy, instead of a copy for each."""
     start: bool = True
-    identity: Literal["auto", "keep"] = "auto"
+    identity: IdentityWay = "auto"
     quiesce: Quiesce = "auto"
 
     @model_validator(mode="after")

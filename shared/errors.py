@@ -185,6 +185,13 @@ class DomainWithoutDisks(InvalidRequest):
     code = "domain_without_disks"
 
 
+class IdentityNotRenewed(TriptychError):
+    """The clone's identity could not be renewed in the way that was asked for"""
+
+    code = "identity_not_renewed"
+    status = 502
+
+
 class HostNotAnswering(TriptychError):
     """The host's workers do not answer"""
 

@@ -42,7 +42,9 @@ class Cloning(RequestBody):
         description="where disks cannot share extents: overlays on one copy, not a copy each",
     )
     start: bool = True
-    identity: Literal["auto", "keep"] = "auto"
+    identity: commands.IdentityWay = Field(
+        "auto", description="how the guest's hostname, machine-id and SSH host keys are renewed"
+    )
 
 
 class LiveCloning(Cloning):

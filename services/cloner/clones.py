@@ -45,12 +45,13 @@ UNDER_WAY = 16
 
 @dataclass(frozen=True)
 class Template:
-    """What all clones of an operation are made of: a stored copy, and the base if they are linked
-    to one."""
+    """What all clones of an operation are made of: a stored copy, how they get an identity of
+    their own, and the base if they are linked to one."""
 
     folder: Path
     manifest: Manifest
     original: DomainDefinition
+    choice: identity.Choice
     base: bases.Base | None = None
 
     @property
@@ -74,6 +75,7 @@ def create(context: Context, command: CreateClones) -> Outcome:
         planned = list(session.scalars(_planned(context.id)))
     if command.with_memory:
         memory.refuse(command, server, source)
+    choice = identity.choose(command, server, source)
     temporary, pause_ms = source is None, None
     if source is None:
         copied = copy_server(
@@ -86,7 +88,7 @@ def create(context: Context, command: CreateClones) -> Outcome:
         )
         pause_ms = copied.manifest.pause_ms
         source = vault().folder("farm", server.id, context.id)
-    template = _template(context, command, source, temporary)
+    template = _template(context, command, source, choice, temporary)
     made = _make_all(context, command, template, planned, server.host)
 
     def apply(session: Session) -> list[Step]:
@@ -106,10 +108,16 @@ def create(context: Context, command: CreateClones) -> Outcome:
     return Outcome(result, apply)
 
 
-def _template(context: Context, command: CreateClones, source: Path, temporary: bool) -> Template:
+def _template(
+    context: Context,
+    command: CreateClones,
+    source: Path,
+    choice: identity.Choice,
+    temporary: bool,
+) -> Template:
     manifest = read_manifest(source)
     original = DomainDefinition.parse((source / manifest.definition).read_text())
-    found = Template(source, manifest, original)
+    found = Template(source, manifest, original, choice)
     if not command.linked:
         return found
     base = bases.make(context, source, manifest, found.folders, temporary=temporary)
@@ -129,11 +137,7 @@ def _make_all(
             context.phase(f"clone {next(numbers)} of {len(planned)}: {clone.name}")
             new = _make(context, command, template, clone)
         # Who waits for a guest waits beside the others, not in their way.
-        clone.identity = identity.report(new.definition, new.has_nvram)
-        if command.with_memory:
-            clone.identity = memory.connect_to_network(
-                context, new.domain, new.cards, clone.identity
-            )
+        clone.identity = _own_identity(context, command, new)
         server = Server(name=clone.name, host=host, domain_uuid=new.definition.uuid)
         clone.server_id, clone.state = server.id, "ready"
         clone.linked_to = template.base.paths if template.base else []
@@ -190,6 +194,7 @@ class _Made:
     domain: Domain
     definition: CloneDefinition
     has_nvram: bool
+    way: identity.Way
     cards: list[Card]
 
 
@@ -216,7 +221,11 @@ def _make(context: Context, command: CreateClones, template: Template, clone: Cl
         nvram_path=str(files[NVRAM]) if NVRAM in files else None,
         mac_prefix=settings().mac_prefix,
     )
-    paths = (*map(str, files.values()), *_new_logs(definition.xml))
+    way = template.choice.begin(clone.name, context.check)
+    prepared = way.prepare(definition)
+    if not command.with_memory:  # such a clone wakes without links anyway
+        definition = prepared
+    paths = (*map(str, (*files.values(), *way.files)), *_new_logs(definition.xml))
     removals: list[Step] = [("remove_file", {"path": path}) for path in paths]
     context.undo_all(*removals, ("undefine_domain", {"uuid": definition.uuid}))
     domain = domains.define(connection, definition.xml)
@@ -224,17 +233,30 @@ def _make(context: Context, command: CreateClones, template: Template, clone: Cl
     if base:
         base.link(files)
         manifest = manifest.model_copy(update={"disks": []})  # the rest is copied as ever
-    way = write_out(context, template.folder, manifest, files)
-    clone.way = bases.WAY if base else way
+    copied = write_out(context, template.folder, manifest, files)
+    clone.way = bases.WAY if base else copied
     cards: list[Card] = []
+    way.before_start(domain)
     if command.with_memory:
-        own = files[memory.MEMORY]
-        cards = memory.wake(context, domain, template.folder, definition, own)
+        saved = files[memory.MEMORY]
+        cards = memory.wake(context, domain, template.folder, definition, saved)
     elif command.start:
         domain.start()
     if command.start:
         faults.point("clone:started")
-    return _Made(domain, definition, NVRAM in files, cards)
+    return _Made(domain, definition, NVRAM in files, way, cards)
+
+
+def _own_identity(context: Context, command: CreateClones, new: _Made) -> dict[str, Any]:
+    """Have the clone's guest renew what is its source's; what came of it."""
+    if command.with_memory:  # its links are down, and are its source's
+        new.way.renew(new.domain)
+    elif command.start:
+        new.way.after_start(new.domain)
+    told = identity.report(new.definition, new.has_nvram, new.way.renewal)
+    if command.with_memory:  # until here nobody on the network has seen whose double it was
+        told = memory.connect_to_network(context, new.domain, new.cards, told)
+    return told
 
 
 def _new_logs(definition: str) -> list[str]:

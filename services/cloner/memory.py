@@ -8,7 +8,6 @@ down, it runs, and gets other network cards. What is its source's until it boots
 from pathlib import Path
 from typing import Any
 
-from services.cloner import identity
 from shared import faults
 from shared.commands import CreateClones
 from shared.copying import vault
@@ -29,6 +28,10 @@ from shared.models import Server
 from shared.operations.context import Context
 from shared.settings import settings
 
+KEPT = (
+    "smbios-uuid",
+    "in the memory of the guest, which has read it; it is its own once it boots",
+)
 MEMORY = "memory"
 """Stands for the saved memory wherever files are named by their disk's target."""
 
@@ -104,7 +107,7 @@ def connect_to_network(
 
     `told` is what is known of its identity; it is returned with what came of this.
     """
-    kept = [identity.KEPT_IN_MEMORY]
+    kept = [KEPT]
     if reason := waking.set_clock(domain):
         kept.append(("clock", f"as at the instant of its memory: {reason}"))
     faults.point("clone:clock-set")

@@ -118,6 +118,13 @@ class QuiesceFailed(HypervisorError):
     status = 409
 
 
+class GuestNotAnswering(HypervisorError):
+    """The guest's agent does not answer"""
+
+    code = "guest_not_answering"
+    status = 504
+
+
 class BackupFailed(HypervisorError):
     """The copy of the running guest failed"""
 

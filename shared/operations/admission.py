@@ -75,6 +75,15 @@ def _refuse_snapshot_without_memory(snapshot: Snapshot) -> None:
         )
 
 
+def _refuse_agent_of_the_stopped(command: CreateClones) -> None:
+    if command.identity == "agent" and not command.start:
+        raise errors.Unsupported(
+            "A guest agent answers in a running guest only, so that it cannot renew the identity "
+            "of a clone that is not started. Nothing was started; leave `start: false` "
+            "(`--no-start`) out, or choose another `identity`."
+        )
+
+
 def _refuse_taken_image_name(session: Session, server: Server, name: str | None) -> None:
     if name is None:
         return
@@ -170,6 +179,7 @@ def _refuse_unusable(image: Image) -> None:
 @admit.register
 def _(command: CreateClones, session: Session) -> Admitted:
     _refuse_memory(command)
+    _refuse_agent_of_the_stopped(command)
     source_id: str
     if command.source.kind == "image":
         image = lookups.held_image(session, command.source.id)

@@ -1,0 +1,46 @@
+"""What of a clone's identity is its own, and what it still shares with its source (C3)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from shared.hypervisor.duplicate import CloneDefinition
+
+_ADVICE = {
+    "hostname": "set it in the guest",
+    "machine-id": "write a new one to /etc/machine-id and reboot",
+    "ssh-host-keys": "delete them in the guest and run `ssh-keygen -A`",
+}
+
+
+@dataclass
+class Renewal:
+    """What became of the identity inside a guest.
+
+    `kept` has (part, reason); `pending` what the guest is to do by itself when it boots.
+    """
+
+    way: str = "keep"
+    hostname: str | None = None
+    renewed: list[str] = field(default_factory=list)
+    pending: list[tuple[str, str]] = field(default_factory=list)
+    kept: list[tuple[str, str]] = field(default_factory=list)
+
+
+def report(definition: CloneDefinition, has_nvram: bool, renewal: Renewal) -> dict[str, Any]:
+    """`{way, hostname, renewed: […], pending: […], kept: [{part, reason}], left_out: […]}`."""
+    on_host = ["name", "uuid", *(f"mac {mac}" for mac in definition.macs.values())]
+    if has_nvram:
+        on_host.append("nvram")
+    return {
+        "way": renewal.way,
+        "hostname": renewal.hostname,
+        "renewed": on_host + renewal.renewed,
+        "pending": [{"part": part, "reason": reason} for part, reason in renewal.pending],
+        "kept": [
+            {"part": part, "reason": "; ".join(filter(None, [reason, _ADVICE.get(part)]))}
+            for part, reason in renewal.kept
+        ],
+        "left_out": [
+            {"target": each.target, "reason": each.reason} for each in definition.left_out
+        ],
+    }
