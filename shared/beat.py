@@ -17,7 +17,12 @@ app = make_app(
     "beat",
     [TICKS],
     # By name: what is shared imports no service; beat only needs their ticks.
-    ["shared.operations.tasks", "services.snapshotter.expiry", "services.imager.ticks"],
+    [
+        "shared.operations.tasks",
+        "services.snapshotter.expiry",
+        "services.imager.ticks",
+        "services.cloner.ticks",
+    ],
 )
 app.set_default()
 app.conf.worker_pool = "threads"
@@ -32,6 +37,7 @@ app.conf.beat_schedule = {
     for name in (
         "snapshotter.expire_due",
         "imager.run_due_schedules",
+        "cloner.expire_due",
         "operations.reconcile",
         "operations.forget_due",
         "events.relay",

@@ -37,6 +37,7 @@ Reference = Annotated[str, Field(min_length=1, max_length=255)]
 Quiesce = Literal["auto", "require", "never"]
 IdentityWay = Literal["auto", "agent", "cloud-init", "offline", "keep"]
 Description = Annotated[str, Field(max_length=1000)]
+Lifetime = Annotated[float, Field(gt=0, le=24 * 366, description="hours")]
 
 
 class Command(BaseModel):
@@ -136,6 +137,8 @@ class CreateClones(Command):
     start: bool = True
     identity: IdentityWay = "auto"
     quiesce: Quiesce = "auto"
+    expires_in_h: Lifetime | None = None
+    """Deleted so many hours after it was made; None: it lives until it is deleted."""
 
     @model_validator(mode="after")
     def _each_has_its_own_name(self) -> "CreateClones":
@@ -148,6 +151,44 @@ class CreateClones(Command):
     @property
     def names(self) -> list[str]:
         return [self.name.format(n=n) for n in range(1, self.count + 1)]
+
+
+class DeleteClone(Command):
+    kind, service, task = "clone.delete", "cloner", "cloner.delete_clone"
+
+    clone: Reference
+
+
+class StartFarm(Command):
+    kind, service, task = "farm.start", "cloner", "cloner.start"
+
+    farm: Reference
+
+
+class StopFarm(Command):
+    kind, service, task = "farm.stop", "cloner", "cloner.stop"
+
+    farm: Reference
+    timeout_s: int = Field(120, ge=1, le=3600)
+    """How long the guests are given to shut down, all at once."""
+    force: bool = False
+    """Force off those that are still on then."""
+
+
+class RetryFarm(Command):
+    """Makes the clones that failed once more, from the farm's source as it is now."""
+
+    kind, service, task = "farm.retry", "cloner", "cloner.retry"
+
+    farm: Reference
+
+
+class DeleteFarm(Command):
+    kind, service, task = "farm.delete", "cloner", "cloner.delete"
+
+    farm: Reference
+    expired: bool = False
+    """Only if its time is over by then: it may have been given more."""
 
 
 class UndoRevert(Command):

@@ -95,6 +95,12 @@ class CloneNotFound(NotFound):
     code = "clone_not_found"
 
 
+class FarmNotFound(NotFound):
+    """There is no farm of that id or name"""
+
+    code = "farm_not_found"
+
+
 class ScheduleNotFound(NotFound):
     """The server has no such schedule"""
 
@@ -153,6 +159,24 @@ class ImageNotUsable(Conflict):
     """The image is not whole"""
 
     code = "image_not_usable"
+
+
+class FarmSourceGone(Conflict):
+    """What the farm was made from is gone"""
+
+    code = "farm_source_gone"
+
+
+class NothingToRetry(Conflict):
+    """No clone of the farm has failed"""
+
+    code = "nothing_to_retry"
+
+
+class GuestStillOn(Conflict):
+    """The guest did not shut down in time"""
+
+    code = "guest_still_on"
 
 
 class IdempotencyKeyReused(Conflict):

@@ -6,7 +6,7 @@ from sqlalchemy import select
 from sqlmodel import Session, SQLModel
 
 from shared import errors
-from shared.models import Clone, Host, Image, Operation, Schedule, Server, Snapshot
+from shared.models import Clone, Farm, Host, Image, Operation, Schedule, Server, Snapshot
 
 Row = TypeVar("Row", bound=SQLModel)
 
@@ -103,6 +103,28 @@ def clone(session: Session, reference: str) -> Clone:
             f"There is no clone {reference!r}. `triptych clone list` shows those there are."
         ),
     )
+
+
+def farm(session: Session, reference: str) -> Farm:
+    """The farm of that id, or of that pattern of names. Of one clone the pattern is its name."""
+    if (found := session.get(Farm, reference)) and not found.deleted_at:
+        return found
+    query = select(Farm).where(Farm.name == reference, Farm.deleted_at.is_(None))  # type: ignore[union-attr,arg-type]
+    return _only(
+        list(session.scalars(query)),
+        reference,
+        "farm",
+        errors.FarmNotFound(
+            f"There is no farm {reference!r}. `triptych farm list` shows those there are."
+        ),
+    )
+
+
+def held_farm(session: Session, reference: str) -> Farm:
+    """The same, which nobody else retries, extends or ends before this transaction ends."""
+    found = farm(session, reference)
+    session.refresh(found, with_for_update=True)
+    return farm(session, found.id)
 
 
 def schedule(session: Session, of: Server, kind: str) -> Schedule:

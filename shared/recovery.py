@@ -5,7 +5,7 @@ Each tolerates that its step never happened, or that it was carried out already.
 
 from pathlib import Path
 
-from shared.disks import setaside
+from shared.disks import removal, setaside
 from shared.hypervisor import undo as hypervisor
 from shared.operations.journal import action
 from shared.settings import settings
@@ -51,8 +51,8 @@ def define_domain(xml: str) -> None:
 
 
 @action
-def undefine_domain(uuid: str) -> None:
-    hypervisor.undefine_domain(settings().libvirt_uri, uuid)
+def undefine_domain(uuid: str, keep_nvram: bool = False) -> None:
+    hypervisor.undefine_domain(settings().libvirt_uri, uuid, keep_nvram=keep_nvram)
 
 
 @action
@@ -88,6 +88,18 @@ def swap_again(live: dict[str, str], operation_id: str) -> None:
 @action
 def discard_set_aside(live: dict[str, str], operation_id: str) -> None:
     setaside.discard(_paths(live), operation_id)
+
+
+@action
+def give_back(files: list[str], operation_id: str) -> None:
+    """The files that were to be removed are in their places again."""
+    removal.give_back(map(Path, files), operation_id)
+
+
+@action
+def discard_removed(files: list[str], operation_id: str, kept: list[str]) -> None:
+    """The files that were set aside to be removed are gone, with what reverts kept of them."""
+    removal.discard(map(Path, files), operation_id, map(Path, kept))
 
 
 def _paths(live: dict[str, str]) -> dict[str, Path]:

@@ -74,6 +74,7 @@ class Settings(BaseSettings):
 
     snapshot_retention: Duration = Field(timedelta(hours=48), gt=timedelta(0))
     snapshot_warning: Duration = Field(timedelta(hours=6), ge=timedelta(0))
+    farm_warning: Duration = Field(timedelta(hours=1), ge=timedelta(0))
     undo_retention: Duration = Field(timedelta(hours=24), ge=timedelta(0))
     schedule_spread: Duration = Field(
         timedelta(minutes=15),

@@ -8,6 +8,7 @@ from triptych.problem import NotConfigured, OperationFailed, Problem, Unreachabl
 from triptych.types import (
     Clone,
     Event,
+    Farm,
     Image,
     Operation,
     Page,
@@ -24,6 +25,7 @@ __all__ = [
     "Client",
     "Clone",
     "Event",
+    "Farm",
     "Image",
     "NotConfigured",
     "Operation",

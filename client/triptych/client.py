@@ -12,6 +12,7 @@ from triptych.nouns import (
     Clones,
     Domains,
     Events,
+    Farms,
     Hosts,
     Images,
     Operations,
@@ -64,6 +65,7 @@ class Client:
         self.snapshots = Snapshots(self._transport)
         self.images = Images(self._transport)
         self.clones = Clones(self._transport)
+        self.farms = Farms(self._transport)
         self.schedules = Schedules(self._transport)
         self.operations = Operations(self._transport)
         self.events = Events(self._transport)

@@ -13,6 +13,7 @@ from triptych.types import (
     Clone,
     Domain,
     Event,
+    Farm,
     Forgotten,
     Host,
     Image,
@@ -197,11 +198,13 @@ class Clones(Noun):
         linked: bool = False,
         start: bool | None = None,
         identity: str | None = None,
+        expires_in_h: float | None = None,
     ) -> Operation:
-        """Makes `count` clones, named by a pattern such as `qa-{n:03}`.
+        """Makes `count` clones, named by a pattern such as `qa-{n:03}`: a farm.
 
         `source` is a server (also for its snapshot) or an image. `linked` ones share one copy of
-        its disks where these cannot share extents.
+        its disks where these cannot share extents. With `expires_in_h` the farm is deleted so
+        many hours after it was made.
         """
         segments = {
             "server": ("servers", source),
@@ -217,8 +220,45 @@ class Clones(Noun):
             linked=linked or None,
             start=start,
             identity=identity,
+            expires_in_h=expires_in_h,
         )
         return self._start(*segments, "clones", body=body)
+
+    def delete(self, clone: str) -> Operation:
+        """Removes its VM and the files that were made for it."""
+        return self._start("clones", clone, method="DELETE")
+
+
+class Farms(Noun):
+    """The clones that were made by one request, as one. A farm goes by its id or its pattern."""
+
+    def list(self, *, limit: int | None = None) -> Page[Farm]:
+        return self._http.list(path_of("farms"), limit=limit)
+
+    def get(self, farm: str) -> Farm:
+        """The farm with its clones in `items`."""
+        return cast(Farm, self._http.get(path_of("farms", farm)))
+
+    def extend(self, farm: str, expires_in_h: float | None) -> Farm:
+        """Lets it end so many hours from now, or with None not at all."""
+        body = {"expires_in_h": expires_in_h}
+        return cast(Farm, self._http.patch(path_of("farms", farm), body))
+
+    def start(self, farm: str) -> Operation:
+        return self._start("farms", farm, "start")
+
+    def stop(self, farm: str, *, timeout_s: int | None = None, force: bool = False) -> Operation:
+        """Has the guests shut down; `force` cuts the power of those still on after `timeout_s`."""
+        body = _given(timeout_s=timeout_s, force=force)
+        return self._start("farms", farm, "stop", body=body)
+
+    def retry(self, farm: str) -> Operation:
+        """Makes the clones that failed again, and no others."""
+        return self._start("farms", farm, "retry")
+
+    def delete(self, farm: str) -> Operation:
+        """Removes its VMs and the files that were made for them."""
+        return self._start("farms", farm, method="DELETE")
 
 
 class Schedules(Noun):

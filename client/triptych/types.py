@@ -129,7 +129,22 @@ class Clone(TypedDict, total=False):
     linked_to: list[str]
     state: str
     error: dict[str, Any] | None
+    farm: str | None
     operation: str
+
+
+class Farm(TypedDict, total=False):
+    id: str
+    name: str
+    host: str
+    source: CloneSource
+    created_at: str
+    expires_in_h: float | None
+    expires_at: str | None
+    clones: dict[str, int]
+    power: dict[str, int]
+    operation: str
+    items: list[Clone]
 
 
 class GoingImage(TypedDict, total=False):

@@ -17,6 +17,7 @@ from services.api import (
     auth,
     clones,
     events,
+    farms,
     health,
     hosts,
     images,
@@ -31,7 +32,7 @@ from shared import VERSION, logs
 from shared.database import engine, migrate
 from shared.operations.outbox import Relay
 
-NOUNS = (hosts, servers, snapshots, images, clones, schedules, operations, events)
+NOUNS = (hosts, servers, snapshots, images, clones, farms, schedules, operations, events)
 
 DESCRIPTION = """\
 Snapshots, images and clones of libvirt/QEMU virtual machines.

@@ -45,6 +45,9 @@ class Cloning(RequestBody):
     identity: commands.IdentityWay = Field(
         "auto", description="how the guest's hostname, machine-id and SSH host keys are renewed"
     )
+    expires_in_h: commands.Lifetime | None = Field(
+        None, description="hours after which the farm is deleted by itself; left out: never"
+    )
 
 
 class LiveCloning(Cloning):
@@ -142,3 +145,20 @@ def show(clone: NameOrId) -> shapes.Clone:
     """The clone's lineage, and what of its guest's identity was renewed."""
     with reading() as session:
         return shapes.Clone.of(lookups.clone(session, clone))
+
+
+@router.delete(
+    "/clones/{clone}",
+    status_code=202,
+    summary="Delete a clone",
+    responses=accepted(errors.CloneNotFound, errors.AmbiguousName, errors.ServerBusy),
+)
+def delete(
+    request: Request, response: Response, clone: NameOrId, key: IdempotencyKey = None
+) -> shapes.Operation:
+    """Stops and removes its VM, the files that were made for it, and its snapshot.
+
+    Its images stay, and so do disks that it was given later or that another VM needs: the
+    result names them. Of a clone that was never made only the record goes.
+    """
+    return start(request, response, commands.DeleteClone, key, clone=clone)

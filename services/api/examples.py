@@ -179,8 +179,24 @@ CLONE: dict[str, Any] = {
     "identity": {"renewed": ["uuid", "mac"], "kept": ["hostname"]},
     "state": "ready",
     "error": None,
+    "farm": "frm_01kayq5m0p9o8i7u6y5t4r3e2w",
     "operation": "op_01kayq5k9j8h7g6f5d4s3a2p1q",
 }
+
+FARM: dict[str, Any] = {
+    "id": CLONE["farm"],
+    "name": "qa-{n:03}",
+    "host": "kvm-1",
+    "source": CLONE["source"],
+    "created_at": CLONE["created_at"],
+    "expires_in_h": 8,
+    "expires_at": "2026-03-10T17:15:03.512000Z",
+    "clones": {"ready": 9, "failed": 1},
+    "power": {"running": 9},
+    "operation": CLONE["operation"],
+}
+
+FARM_WITH_CLONES: dict[str, Any] = {**FARM, "items": [CLONE]}
 
 SCHEDULE: dict[str, Any] = {
     "kind": "daily",

@@ -2,14 +2,13 @@
 
 import asyncio
 import time
-from datetime import datetime
 from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ConfigDict, Field
-from sqlalchemy import delete, func, or_, select, tuple_, update
+from sqlalchemy import func, or_, select, tuple_
 from sqlmodel import Session
 
 from services.api import examples, paging, shapes
@@ -17,9 +16,9 @@ from services.api.paging import Page, PageQuery
 from services.api.problems import refusals
 from services.api.protection import unprotected
 from services.api.work import NameOrId, RequestBody, settled
-from shared import errors, events, lookups
+from shared import errors, events, forgetting, lookups
 from shared.database import now, reading
-from shared.models import Clone, Domain, Image, Operation, Schedule, Server, Snapshot
+from shared.models import Clone, Domain, Image, Operation, Server, Snapshot
 from shared.operations.drain import refuse_new_work
 
 router = APIRouter(tags=["servers"])
@@ -230,6 +229,7 @@ def forget(server: NameOrId) -> shapes.Forgotten:
 def _forget(session: Session, reference: str) -> shapes.Forgotten:
     operation: Any = Operation
     server = lookups.server(session, reference)
+    session.refresh(server, with_for_update=True)
     query = select(Operation).where(
         operation.server_id == server.id, operation.state.in_(("queued", "running"))
     )
@@ -239,6 +239,12 @@ def _forget(session: Session, reference: str) -> shapes.Forgotten:
             "was changed; wait for its end or cancel it, then ask again.",
             operation=busy.id,
         )
+    if server.held_by:
+        raise errors.ServerBusy(
+            f"Operation {server.held_by} is at work on server {server.name!r}. Nothing was "
+            "changed; wait for its end or cancel it, then ask again.",
+            operation=server.held_by,
+        )
     if snapshot := lookups.snapshot_of(session, server.id):
         raise errors.SnapshotExists(
             f"Server {server.name!r} has a snapshot, which could not be reached once the server is "
@@ -246,38 +252,13 @@ def _forget(session: Session, reference: str) -> shapes.Forgotten:
             f"(`triptych snapshot delete {server.name}`), then ask again.",
             conflict=snapshot.id,
         )
-    clone: Any = Clone
-    session.execute(update(Clone).where(clone.server_id == server.id).values(state="deleted"))
-    server.forgotten_at = now()
-    forgotten = _left_behind(session, server, server.forgotten_at)
-    events.emit(
-        session,
-        "server.forgotten",
-        server.id,
-        name=server.name,
-        host=server.host,
-        images_kept=forgotten.images_kept,
-    )
-    return forgotten
-
-
-def _left_behind(session: Session, server: Server, moment: datetime) -> shapes.Forgotten:
-    """End the schedules, and say what stays."""
-    schedule: Any = Schedule
-    image: Any = Image
-    ended = session.scalars(
-        delete(Schedule).where(schedule.server_id == server.id).returning(schedule.kind)
-    )
-    images, size = session.execute(
-        select(func.count(), func.coalesce(func.sum(image.bytes), 0)).where(
-            image.server_id == server.id, image.deleted_at.is_(None)
-        )
-    ).one()
+    moment = now()
+    left = forgetting.forget(session, server, moment)
     return shapes.Forgotten(
         id=server.id,
         name=server.name,
         forgotten_at=moment,
-        images_kept=images,
-        images_kept_bytes=size,
-        schedules_ended=sorted(ended),
+        images_kept=left.images,
+        images_kept_bytes=left.images_bytes,
+        schedules_ended=left.schedules_ended,
     )

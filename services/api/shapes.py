@@ -219,6 +219,7 @@ class Clone(BaseModel):
     identity: Identity
     state: Annotated[str, _one_of("queued", "making", "ready", "failed", "cancelled", "deleted")]
     error: "OperationError | None"
+    farm: str | None = Field(description="the id of the farm that it is one of")
     operation: str = Field(description="the id of the operation that makes or made it")
 
     @classmethod
@@ -227,8 +228,40 @@ class Clone(BaseModel):
             **row.model_dump(),
             server=row.server_id,
             source=CloneOrigin(kind=row.source_kind, id=row.source_id),
+            farm=row.farm_id,
             operation=row.operation_id,
         )
+
+
+class Farm(BaseModel):
+    """What one request for clones made: one clone or a hundred."""
+
+    id: str
+    name: str = Field(description="the pattern of its clones' names")
+    host: str
+    source: CloneOrigin
+    created_at: datetime
+    expires_in_h: float | None = Field(description="how long it lives, as it was set last")
+    expires_at: datetime | None = Field(
+        description="when it is deleted by itself; null: never, or it is not made yet"
+    )
+    clones: dict[str, int] = Field(description="how many clones are in each state")
+    power: dict[str, int] = Field(description="how many of their VMs run, are stopped, …")
+    operation: str = Field(description="the id of the operation that made it")
+
+    @classmethod
+    def of(cls, row: models.Farm, clones: dict[str, int], power: dict[str, int]) -> "Farm":
+        return cls(
+            **row.model_dump(),
+            source=CloneOrigin.model_validate(row.command["source"]),
+            clones=clones,
+            power=power,
+            operation=row.operation_id,
+        )
+
+
+class FarmWithClones(Farm):
+    items: list[Clone] = Field(description="its clones, by name")
 
 
 class GoingImage(BaseModel):
@@ -383,3 +416,4 @@ class ProblemKind(BaseModel):
 
 
 Clone.model_rebuild()
+FarmWithClones.model_rebuild()

@@ -9,14 +9,14 @@ from sqlmodel import Session
 from services.api import shapes
 from shared import errors
 from shared.database import database_now, now
-from shared.models import Host, Operation
+from shared.models import Host, Operation, Server
 from shared.operations.runner import verdict_of
 
 UNFINISHED = ("queued", "running")
 
 
 def shown(session: Session, rows: list[Operation]) -> list[shapes.Operation]:
-    """The operations, two queries more however many of them are unfinished."""
+    """The operations, a few queries more however many of them are unfinished."""
     unfinished = [row for row in rows if row.state in UNFINISHED]
     reasons: dict[str, str | None] = {}
     if unfinished:
@@ -34,15 +34,22 @@ def shown(session: Session, rows: list[Operation]) -> list[shapes.Operation]:
 
 
 def _lines(session: Session, servers: set[str]) -> dict[str, list[Any]]:
-    """Each server's line: what runs, then what is queued, first come first."""
+    """Each server's line: what is at work on it, from another's line or its own, then what is
+    queued, first come first."""
     row: Any = Operation
+    server: Any = Server
+    holding = (
+        select(server.id.label("server_id"), row.id, row.kind)
+        .join(Operation, row.id == server.held_by)
+        .where(server.id.in_(servers))
+    )
     query = (
         select(row.server_id, row.seq, row.id, row.kind)
         .where(row.server_id.in_(servers), row.state.in_(UNFINISHED))
         .order_by(row.state.desc(), row.seq)  # running before queued
     )
-    lines: dict[str, list[Any]] = {server: [] for server in servers}
-    for each in session.execute(query):
+    lines: dict[str, list[Any]] = {each: [] for each in servers}
+    for each in (*session.execute(holding), *session.execute(query)):
         lines[each.server_id].append(each)
     return lines
 

@@ -76,7 +76,7 @@ def create(context: Context, command: CreateClones) -> Outcome:
     if command.with_memory:
         memory.refuse(command, server, source)
     choice = identity.choose(command, server, source)
-    temporary, pause_ms = source is None, None
+    temporary, pause_ms, taken_at = source is None, None, None
     if source is None:
         copied = copy_server(
             context,
@@ -86,7 +86,7 @@ def create(context: Context, command: CreateClones) -> Outcome:
             quiesce=command.quiesce,
             memory=command.with_memory,
         )
-        pause_ms = copied.manifest.pause_ms
+        pause_ms, taken_at = copied.manifest.pause_ms, copied.taken_at.isoformat()
         source = vault().folder("farm", server.id, context.id)
     template = _template(context, command, source, choice, temporary)
     made = _make_all(context, command, template, planned, server.host)
@@ -100,8 +100,10 @@ def create(context: Context, command: CreateClones) -> Outcome:
         return [("remove_copy", {"folder": str(source)})] if temporary else []
 
     result: dict[str, Any] = {
+        "farm": planned[0].farm_id if planned else None,
         "clones": [_outcome(clone) for clone in planned],
         "pause_ms": pause_ms,
+        "taken_at": taken_at,
     }
     if command.linked and template.base is None:
         result["not_linked"] = bases.UNNEEDED
@@ -244,6 +246,9 @@ def _make(context: Context, command: CreateClones, template: Template, clone: Cl
         domain.start()
     if command.start:
         faults.point("clone:started")
+    nvram = DomainDefinition.parse(domain.definition()).nvram_path  # libvirt's own, if not ours
+    kept = {*paths, *([nvram] if nvram else ())} - {str(files.get(memory.MEMORY))}
+    clone.files = sorted(kept)
     return _Made(domain, definition, NVRAM in files, way, cards)
 
 

@@ -59,6 +59,28 @@ def info(path: Path, image_format: str) -> ImageInfo:
     )
 
 
+def chain(path: Path, image_format: str) -> list[Path]:
+    """The files that an image depends on, however far down; none that is not there.
+
+    Where qemu-img cannot follow it to its end, as far as the image itself tells. Raises
+    CopyFailed for one that cannot be read.
+    """
+    first = info(path, image_format).depends_on
+    if first is None:
+        return []
+    command = ["info", "-U", "--backing-chain", "-f", image_format, "--output=json"]
+    try:
+        links: list[dict[str, Any]] = _ask(command, path)
+    except CopyFailed:
+        links = []
+    found = [Path(first)]
+    for link in links:
+        data = link.get("format-specific", {}).get("data", {}).get("data-file")
+        found += [Path(each) for each in (link["filename"], data) if each]
+    beside = (path.parent / each for each in found)  # an absolute one stays what it is
+    return list(dict.fromkeys(each for each in beside if each.exists() and each != path))
+
+
 def virtual_bytes(path: Path, image_format: str, *, alone: bool = False) -> int | None:
     """The size that the guest sees, from a file's length or qcow2 header; None if that tells none.
 
@@ -114,7 +136,7 @@ def measure(path: Path, image_format: str, target_format: str) -> int:
     return int(answer["required"])
 
 
-def _ask(arguments: list[str], path: Path) -> dict[str, Any]:
+def _ask(arguments: list[str], path: Path) -> Any:
     command = ["qemu-img", *arguments, str(path)]
     try:
         done = subprocess.run(
@@ -126,5 +148,4 @@ def _ask(arguments: list[str], path: Path) -> dict[str, Any]:
         raise CopyFailed(f"qemu-img did not answer about {path.name}.") from error
     except subprocess.CalledProcessError as error:
         raise CopyFailed(f"{path.name} cannot be read: {error.stderr.strip()}.") from error
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
+    return json.loads(done.stdout)

@@ -88,12 +88,12 @@ def swap(live: Mapping[str, Path], operation_id: str) -> None:
             if path.exists() and not old.exists():
                 _take_over_owner(path, new)
                 _link(path, old)
-                _sync_folder(old.parent)
+                sync_folder(old.parent)
             faults.point("swap:linked")
             new.replace(path)
             faults.point("swap:replaced")
-            _sync_folder(path.parent)
-            _sync_folder(new.parent)
+            sync_folder(path.parent)
+            sync_folder(new.parent)
 
 
 def refuse_lost(live: Mapping[str, Path], operation_id: str) -> None:
@@ -126,12 +126,12 @@ def swap_back(live: Mapping[str, Path], operation_id: str) -> None:
             if path.exists() and not new.exists():
                 _take_over_owner(old, path)
                 _link(path, new)
-                _sync_folder(new.parent)
+                sync_folder(new.parent)
             faults.point("swap_back:linked")
             old.replace(path)
             faults.point("swap_back:replaced")
-        _sync_folder(path.parent)
-        _sync_folder(old.parent)
+        sync_folder(path.parent)
+        sync_folder(old.parent)
 
 
 def take_away(live: Mapping[str, Path], operation_id: str) -> None:
@@ -140,8 +140,8 @@ def take_away(live: Mapping[str, Path], operation_id: str) -> None:
         new = new_path(path, operation_id)
         if path.exists() and not new.exists():
             path.rename(new)
-            _sync_folder(path.parent)
-            _sync_folder(new.parent)
+            sync_folder(path.parent)
+            sync_folder(new.parent)
 
 
 def is_swapped(live: Mapping[str, Path], operation_id: str) -> bool:
@@ -158,10 +158,10 @@ def discard(live: Mapping[str, Path], operation_id: str) -> None:
         folder, old = folder_of(path, operation_id), old_path(path, operation_id)
         if old.exists() and not path.exists():
             old.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(folder)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def _swapped(path: Path, old: Path) -> bool:
@@ -184,7 +184,7 @@ def _take_over_owner(of: Path, to: Path) -> None:
     to.chmod(stat.S_IMODE(status.st_mode))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make renames in `folder` last. It may be gone."""
     with contextlib.suppress(FileNotFoundError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -16,6 +16,7 @@ from shared.database import reading
 from shared.doctor.findings import Finding
 from shared.doctor.guests import find
 from shared.doctor.site import Site
+from shared.farms import FAILED
 from shared.hypervisor.inventory import DomainFacts
 from shared.models import Clone, Server
 from shared.settings import settings
@@ -62,10 +63,15 @@ def _not_made(site: Site) -> list[Clone]:
     row: Any = Clone
     with reading() as session:
         rows = list(session.scalars(select(Clone).where(row.host == site.host).order_by(row.id)))
-    made = {each.name for each in rows if each.state not in ("failed", "cancelled")}
+    made = {each.name for each in rows if not _failed(each)}
     failed = {each.name: each for each in rows if each.name not in made}
     taken = errors.CloneNameTaken.code
     return [each for each in failed.values() if (each.error or {}).get("code") != taken]
+
+
+def _failed(clone: Clone) -> bool:
+    """Whether it was tried and never made; also of one whose farm is deleted since."""
+    return clone.state in FAILED or (clone.state == "deleted" and clone.server_id is None)
 
 
 def _files(site: Site) -> dict[str, Path]:

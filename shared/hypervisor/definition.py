@@ -186,6 +186,15 @@ def log_files(xml: str) -> list[str]:
     return [log.get("file", "") for log in logs]
 
 
+def volume_of(xml: str, target: str) -> tuple[str, str] | None:
+    """The storage pool and the volume that a disk is given as, if it is given so."""
+    for source in parse_domain(xml).iterfind("devices/disk[@type='volume']/source"):
+        disk = source.getparent()
+        if disk is not None and _target(disk) == target:
+            return source.get("pool", ""), source.get("volume", "")
+    return None
+
+
 def with_live_disks(inactive: DomainDefinition, live: DomainDefinition) -> str:
     """The inactive definition with the disks that the running domain has.
 

@@ -154,6 +154,13 @@ class Domain:
     def resume(self) -> None:
         self.call("Resuming", lambda handle: handle.resume())
 
+    def ask_to_shut_down(self) -> None:
+        """Have the guest shut down, by its agent where that answers, else by ACPI; returns at once.
+
+        Whether it does is for the guest to say. Raises LibvirtFailed for one that is off.
+        """
+        self.call("Shutting down", lambda handle: handle.shutdown())
+
     def destroy(self, timeout_s: float = DESTROY_TIMEOUT_S) -> None:
         """Force it off and wait until it is off. A stopped or vanished domain is fine.
 

@@ -16,9 +16,9 @@ import libvirt
 
 from shared.errors import TriptychError
 from shared.hypervisor.connection import connect, translated
-from shared.hypervisor.definition import DiskDefinition, DomainDefinition
+from shared.hypervisor.definition import DiskDefinition, DomainDefinition, volume_of
 from shared.hypervisor.domains import Domain, State
-from shared.hypervisor.errors import DefinitionInvalid, LibvirtUnavailable
+from shared.hypervisor.errors import DefinitionInvalid, LibvirtFailed, LibvirtUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,43 @@ def facts_of(domain: Domain) -> DomainFacts:
         memory_bytes=definition.memory_bytes,
         disks=tuple(_disk_facts(domain, disk) for disk in definition.disks),
     )
+
+
+def all_domains(connection: Any) -> list[Domain]:
+    """Every domain of the host. Raises what libvirt raises."""
+    with translated("Listing the domains"):
+        return [Domain(connection.getURI(), each) for each in connection.listAllDomains()]
+
+
+def files_of(domain: Domain) -> dict[str, str]:
+    """The files that a domain has for disks and UEFI variables, with their formats: those it has
+    now, and those it will start with next. Raises DomainMissing, DefinitionInvalid.
+    """
+    found: dict[str, str] = {}
+    for xml in {domain.definition(), domain.live_definition()}:
+        definition = DomainDefinition.parse(xml)
+        for disk in definition.disks:
+            if path := disk.path or _volume_path(domain, xml, disk.target):
+                found[path] = disk.format
+        if definition.nvram_path:
+            found[definition.nvram_path] = "raw"
+    return found
+
+
+def _volume_path(domain: Domain, xml: str, target: str) -> str | None:
+    """Where the volume is that a disk is given as; None for other disks, and where it is gone."""
+    if (name := volume_of(xml, target)) is None:
+        return None
+    pool, volume = name
+
+    def look_up(handle: libvirt.virDomain) -> str:
+        found = handle.connect().storagePoolLookupByName(pool)
+        return str(found.storageVolLookupByName(volume).path())
+
+    try:
+        return domain.call("Looking for a volume of", look_up)
+    except LibvirtFailed:
+        return None
 
 
 def watch(

@@ -101,8 +101,9 @@ def _job(domain: Domain) -> dict[str, Any]:
     return {}
 
 
-def undefine_domain(uri: str, uuid: str) -> bool:
-    """Force off and undefine a domain with its UEFI variables and TPM state.
+def undefine_domain(uri: str, uuid: str, *, keep_nvram: bool = False) -> bool:
+    """Force off and undefine a domain with its TPM state and, unless told otherwise, its UEFI
+    variables.
 
     For clones that we defined ourselves and nothing else. Its disks stay.
     """
@@ -110,7 +111,7 @@ def undefine_domain(uri: str, uuid: str) -> bool:
     if domain is None:
         return False
     domain.destroy()
-    domain.undefine(keep_nvram=False, keep_tpm=False)
+    domain.undefine(keep_nvram=keep_nvram, keep_tpm=False)
     return True
 
 

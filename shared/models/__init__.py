@@ -1,6 +1,6 @@
-"""The tables: hosts and servers, their copies, schedules, operations, events, tallies."""
+"""The tables: hosts and servers, their copies and farms, schedules, operations, events, tallies."""
 
-from shared.models.copies import Clone, Image, Snapshot
+from shared.models.copies import Clone, Farm, Image, Snapshot
 from shared.models.events import Event
 from shared.models.hosts import Domain, Host, Server
 from shared.models.operations import JournalEntry, Operation, OutboxMessage
@@ -11,6 +11,7 @@ __all__ = [
     "Clone",
     "Domain",
     "Event",
+    "Farm",
     "Host",
     "Image",
     "JournalEntry",

@@ -1,4 +1,4 @@
-"""The three copies: snapshots, images and clones."""
+"""The three copies: snapshots, images and clones; and the farms that clones are made in."""
 
 from datetime import datetime
 from typing import Any
@@ -96,6 +96,38 @@ class Image(SQLModel, table=True):
     deleted_at: datetime | None = Moment(default=None)
 
 
+class Farm(SQLModel, table=True):
+    """What one `clone.create` makes: one clone or a hundred. Retried, it is the same farm."""
+
+    __table_args__ = (
+        Index(
+            "farm_due",
+            "due_at",
+            sqlite_where=text("due_at IS NOT NULL"),
+            postgresql_where=text("due_at IS NOT NULL"),
+        ),
+    )
+
+    id: str = Id("frm")
+    name: str = Field(index=True)
+    """The pattern of its clones' names."""
+    host: str
+    server_id: str = Field(foreign_key="server.id")
+    """The source, or whose snapshot or image it is: in its line stands what is done to the farm."""
+    operation_id: str = Field(index=True)
+    """Which made it first."""
+    command: dict[str, Any] = Document(dict)
+    """As it was admitted, so that what failed can be tried again."""
+    created_at: datetime = CreatedAt()
+    expires_in_h: float | None = None
+    expires_at: datetime | None = Moment(default=None)
+    """None while it lives without an end, or is not made yet."""
+    warned_at: datetime | None = Moment(default=None)
+    due_at: datetime | None = Moment(default=None)
+    """When beat looks at it next: to warn of its end, at its end, to try again."""
+    deleted_at: datetime | None = Moment(default=None)
+
+
 class Clone(SQLModel, table=True):
     """One clone of a farm; `server_id` is the new server's once it is defined."""
 
@@ -111,7 +143,9 @@ class Clone(SQLModel, table=True):
     )
 
     id: str = Id("cln")
+    farm_id: str | None = Field(default=None, index=True)
     operation_id: str = Field(index=True)
+    """Which makes or made it; the last one that tried."""
     host: str
     name: str = Field(index=True)
     server_id: str | None = Field(default=None, foreign_key="server.id")
@@ -123,6 +157,8 @@ class Clone(SQLModel, table=True):
     identity: dict[str, Any] = Document(dict)
     linked_to: list[str] = Document(list)
     """The files that its disks stand on, which it shares with the others of its operation."""
+    files: list[str] | None = Document()
+    """The files that were made for it: what goes with it, and nothing else. None: not known."""
     state: str = "queued"
     """queued · making · ready · failed · cancelled · deleted"""
     error: dict[str, Any] | None = Document()

@@ -60,6 +60,12 @@ class Server(SQLModel, table=True):
             sqlite_where=text("forgotten_at IS NULL"),
             postgresql_where=text("forgotten_at IS NULL"),
         ),
+        Index(
+            "server_held",
+            "held_by",
+            sqlite_where=text("held_by IS NOT NULL"),
+            postgresql_where=text("held_by IS NOT NULL"),
+        ),
     )
 
     id: str = Id("srv")
@@ -67,4 +73,6 @@ class Server(SQLModel, table=True):
     host: str = Field(foreign_key="host.name")
     domain_uuid: str
     created_at: datetime = CreatedAt()
+    held_by: str | None = None
+    """The operation of another server's line that is at work on it (`shared.operations.holds`)."""
     forgotten_at: datetime | None = Moment(default=None)

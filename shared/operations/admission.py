@@ -6,31 +6,36 @@ changed while the operation was queued.
 """
 
 from functools import singledispatch
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import or_, select
 from sqlmodel import Session
 
-from shared import errors, lookups
+from shared import errors, farms, lookups
 from shared.commands import (
     CloneSource,
     Command,
     CreateClones,
     CreateImage,
+    DeleteClone,
+    DeleteFarm,
     DeleteImage,
     DeleteSnapshot,
     ForgetRestore,
     ForgetRevert,
     PromoteSnapshot,
     RestoreImage,
+    RetryFarm,
     RevertSnapshot,
+    StartFarm,
+    StopFarm,
     TakeSnapshot,
     UndoRestore,
     UndoRevert,
     VerifyImage,
 )
 from shared.database import now
-from shared.models import Clone, Domain, Image, Operation, Server, Snapshot
+from shared.models import Clone, Domain, Farm, Image, Operation, Server, Snapshot
 
 
 class Admitted(NamedTuple):
@@ -180,37 +185,107 @@ def _refuse_unusable(image: Image) -> None:
 def _(command: CreateClones, session: Session) -> Admitted:
     _refuse_memory(command)
     _refuse_agent_of_the_stopped(command)
-    source_id: str
-    if command.source.kind == "image":
-        image = lookups.held_image(session, command.source.id)
-        _refuse_unusable(image)
-        server, source_id = lookups.server(session, image.server_id, forgotten=True), image.id
-    else:
-        server = lookups.server(session, command.source.id)
-        source_id = server.id
-        if command.source.kind == "snapshot":
-            snapshot = lookups.snapshot(session, server)
-            if command.with_memory:
-                _refuse_snapshot_without_memory(snapshot)
-    _refuse_taken_clone_names(session, server.host, command.names)
-    source = CloneSource(kind=command.source.kind, id=source_id)
+    server, source = _source(session, command.source, command.with_memory)
+    domain: Any = Domain
+    names = select(domain.name).where(domain.host == server.host, domain.name.in_(command.names))
+    _refuse_taken_clone_names(session, server.host, command.names, set(session.scalars(names)))
     return Admitted(server, command.model_copy(update={"source": source}))
 
 
-def _refuse_taken_clone_names(session: Session, host: str, names: list[str]) -> None:
-    domains = select(Domain.name).where(Domain.host == host, Domain.name.in_(names))  # type: ignore[attr-defined,call-overload]
+def _source(session: Session, source: CloneSource, with_memory: bool) -> tuple[Server, CloneSource]:
+    """What clones are made from, by id, and the server in whose line that is done."""
+    if source.kind == "image":
+        image = lookups.held_image(session, source.id)
+        _refuse_unusable(image)
+        server = lookups.server(session, image.server_id, forgotten=True)
+        return server, CloneSource(kind="image", id=image.id)
+    server = lookups.server(session, source.id)
+    if source.kind == "snapshot":
+        snapshot = lookups.snapshot(session, server)
+        if with_memory:
+            _refuse_snapshot_without_memory(snapshot)
+    return server, CloneSource(kind=source.kind, id=server.id)
+
+
+def _refuse_taken_clone_names(
+    session: Session, host: str, names: list[str], domains: set[str]
+) -> None:
     clones = select(Clone.name).where(  # type: ignore[call-overload]
         Clone.host == host,
         Clone.name.in_(names),  # type: ignore[attr-defined]
         or_(Clone.state == "queued", Clone.state == "making"),  # type: ignore[arg-type]
     )
-    taken = sorted({*session.scalars(domains), *session.scalars(clones)})
+    taken = sorted({*domains, *session.scalars(clones)})
     if taken:
         raise errors.CloneNameTaken(
             f"{', '.join(map(repr, taken))}: taken by a domain or a clone in the making on host "
             f"{host!r}. Nothing was started; choose another name or pattern.",
             conflict=taken[0],
         )
+
+
+@admit.register(StartFarm)
+@admit.register(StopFarm)
+@admit.register(DeleteFarm)
+def _(command: StartFarm | StopFarm | DeleteFarm, session: Session) -> Admitted:
+    farm = lookups.farm(session, command.farm)
+    server = lookups.server(session, farm.server_id, forgotten=True)
+    return Admitted(server, command.model_copy(update={"farm": farm.id}))
+
+
+@admit.register
+def _(command: RetryFarm, session: Session) -> Admitted:
+    farm = lookups.held_farm(session, command.farm)
+    names = [clone.name for clone in farms.failed(session, farm)]
+    if not names:
+        raise errors.NothingToRetry(
+            f"No clone of farm {farm.name!r} has failed, so nothing was started. "
+            f"`triptych farm show '{farm.name}'` shows what became of each."
+        )
+    first = CreateClones.model_validate(farm.command)
+    source = first.source
+    try:
+        server, _ = _source(session, source, first.with_memory)
+        _refuse_other_snapshot(session, farm, source)
+    except (errors.NotFound, errors.ImageNotUsable) as error:
+        raise errors.FarmSourceGone(
+            f"Farm {farm.name!r} was made from {source.kind} {source.id}, which cannot be cloned "
+            f"again: {error.detail} Nothing was started. Make a new farm of another source, and "
+            "delete this one if it is not needed.",
+            conflict=source.id,
+        ) from error
+    # A domain of one's name is for that clone to say: the others are made.
+    _refuse_taken_clone_names(session, server.host, names, set())
+    return Admitted(server, command.model_copy(update={"farm": farm.id}))
+
+
+def _refuse_other_snapshot(session: Session, farm: Farm, source: CloneSource) -> None:
+    """Raise SnapshotNotFound where the server's snapshot is a newer one than the farm's."""
+    if source.kind != "snapshot":
+        return
+    first = lookups.operation(session, farm.operation_id)
+    snapshot = lookups.snapshot(session, lookups.server(session, source.id))
+    if first.started_at and snapshot.taken_at > first.started_at:
+        raise errors.SnapshotNotFound(
+            f"the snapshot that it has now was taken at {snapshot.taken_at:%Y-%m-%d %H:%M:%S} "
+            "UTC, after the farm was made."
+        )
+
+
+@admit.register
+def _(command: DeleteClone, session: Session) -> Admitted:
+    clone = lookups.clone(session, command.clone)
+    if clone.state == "deleted" or clone.farm_id is None:
+        raise errors.CloneNotFound(f"Clone {clone.name!r} ({clone.id}) is deleted already.")
+    if clone.state in ("queued", "making"):
+        raise errors.ServerBusy(
+            f"Clone {clone.name!r} is being made by operation {clone.operation_id}. Nothing was "
+            "changed; wait for its end or cancel it, then ask again.",
+            operation=clone.operation_id,
+        )
+    farm = session.get_one(Farm, clone.farm_id)
+    server = lookups.server(session, clone.server_id or farm.server_id, forgotten=True)
+    return Admitted(server, command.model_copy(update={"clone": clone.id}))
 
 
 @admit.register(UndoRevert)

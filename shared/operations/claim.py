@@ -17,6 +17,7 @@ from shared import errors, lookups
 from shared.database import database_now, from_now, transaction
 from shared.models import Operation
 from shared.operations import presence
+from shared.operations.holds import is_held
 from shared.settings import settings
 
 STALLED = 5
@@ -25,7 +26,7 @@ its operation for this many leases: two workers on one server's disks are the gr
 
 
 def claim(operation_id: str, owner: str) -> Operation | None:
-    """Take a queued operation that is the first of its server, or None.
+    """Take a queued operation that is the first of its server, which nobody holds, or None.
 
     One operation per server runs at a time, first come first served (E3). The condition
     keeps the order; the partial unique index keeps the promise where two claims race.
@@ -41,7 +42,7 @@ def claim(operation_id: str, owner: str) -> Operation | None:
     )
     try:
         with transaction() as session:
-            free = and_(mine.state == "queued", ~in_the_way)
+            free = and_(mine.state == "queued", ~in_the_way, ~is_held(mine))
             return _take(session, operation_id, owner, free, attempt=mine.attempt + 1)
     except IntegrityError:
         return None

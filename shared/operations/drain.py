@@ -1,7 +1,8 @@
 """Draining: a host takes no new work and goes on with what it has, until it is resumed.
 
-What a person asks for anew is refused. Deleting, undoing, cancelling and beat's housekeeping go
-on: they leave less to do, not more. Schedules keep their slots until the host is resumed.
+What a person asks for anew is refused. Deleting, stopping, undoing, cancelling and beat's
+housekeeping go on: they leave less to do, not more. Schedules keep their slots until the host is
+resumed.
 """
 
 from typing import Any
@@ -12,10 +13,13 @@ from sqlmodel import Session
 from shared import errors, events, lookups
 from shared.commands import (
     Command,
+    DeleteClone,
+    DeleteFarm,
     DeleteImage,
     DeleteSnapshot,
     ForgetRestore,
     ForgetRevert,
+    StopFarm,
     UndoRestore,
     UndoRevert,
 )
@@ -25,6 +29,9 @@ from shared.models import Host
 GOES_ON: tuple[type[Command], ...] = (
     DeleteSnapshot,
     DeleteImage,
+    DeleteClone,
+    DeleteFarm,
+    StopFarm,
     UndoRevert,
     UndoRestore,
     ForgetRevert,

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import select
 from sqlmodel import Session
 
-from shared import errors, events
+from shared import errors, events, farms
 from shared.database import from_now
-from shared.models import Clone, Operation, Schedule, ScheduleRun, Server
+from shared.models import Operation, Schedule, ScheduleRun, Server
+from shared.operations import holds
 from shared.operations.outbox import wake
 from shared.operations.tally import count
 from shared.runs import record_skipped
@@ -33,7 +34,7 @@ def finish(
     if state == "succeeded":
         operation.progress = 100
     session.add(operation)
-    _settle_clones(session, operation)
+    farms.settle(session, operation, moment)
     _settle_run(session, operation)
     events.emit(
         session,
@@ -43,7 +44,8 @@ def finish(
         kind=operation.kind,
         error=error,
     )
-    wake_next(session, operation.server_id)
+    for server_id in (operation.server_id, *holds.release(session, operation)):
+        wake_next(session, server_id)
     count(session, operation)
 
 
@@ -56,18 +58,6 @@ def wake_next(session: Session, server_id: str) -> None:
     free = query.order_by(waiting.seq).limit(1).with_for_update(skip_locked=True)
     if following := session.scalars(free).first():
         wake(session, following)
-
-
-def _settle_clones(session: Session, operation: Operation) -> None:
-    """A farm that failed or was cancelled as a whole leaves no clone waiting."""
-    if operation.kind != "clone.create" or operation.state == "succeeded":
-        return
-    row: Any = Clone
-    session.execute(
-        update(Clone)
-        .where(row.operation_id == operation.id, row.state.in_(("queued", "making")))
-        .values(state=operation.state, error=operation.error)
-    )
 
 
 def _settle_run(session: Session, operation: Operation) -> None:

@@ -14,6 +14,7 @@ from sqlalchemy.orm import aliased
 from shared.database import database_now, now, transaction
 from shared.models import Operation
 from shared.operations import presence
+from shared.operations.holds import is_held
 from shared.operations.outbox import flush, wake
 from shared.settings import settings
 
@@ -27,13 +28,11 @@ its message may have been lost with the broker's memory."""
 
 
 def _blocked() -> Any:
-    """Whether a queued operation has to wait for another one of its server."""
+    """Whether a queued operation has to wait for another one of, or on, its server."""
     row: Any = Operation
     other: Any = aliased(Operation)
-    return exists().where(
-        other.server_id == row.server_id,
-        or_(other.state == "running", and_(other.state == "queued", other.seq < row.seq)),
-    )
+    ahead = or_(other.state == "running", and_(other.state == "queued", other.seq < row.seq))
+    return or_(exists().where(other.server_id == row.server_id, ahead), is_held(row))
 
 
 def reconcile() -> int:

@@ -7,9 +7,9 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session
 
-from shared import errors
-from shared.commands import Command, CreateClones
-from shared.models import Clone, Operation
+from shared import errors, farms
+from shared.commands import Command, CreateClones, RetryFarm
+from shared.models import Operation
 from shared.operations import drain
 from shared.operations.admission import Admitted, admit
 from shared.operations.outbox import wake
@@ -53,8 +53,9 @@ def _submit(
         drain.refuse_new_work(session, server.host)
     operation = queue(session, Admitted(server, admitted), requested_by, idempotency_key, command)
     if isinstance(admitted, CreateClones):
-        for name in admitted.names:
-            session.add(_planned_clone(operation, admitted, name))
+        farms.plan(session, operation, admitted)
+    if isinstance(admitted, RetryFarm):
+        farms.plan_again(session, operation, admitted.farm)
     session.flush()
     return operation
 
@@ -85,17 +86,6 @@ def queue(
     session.add(operation)
     wake(session, operation)
     return operation
-
-
-def _planned_clone(operation: Operation, command: CreateClones, name: str) -> Clone:
-    return Clone(
-        operation_id=operation.id,
-        host=operation.host,
-        name=name,
-        source_kind=command.source.kind,
-        source_id=command.source.id,
-        with_memory=command.with_memory,
-    )
 
 
 def _hash(command: Command) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from uuid import uuid4
 
 from shared.database import now, transaction
-from shared.models import Clone, Domain, Host, Image, Operation, Server, Snapshot
+from shared.models import Clone, Domain, Farm, Host, Image, Operation, Server, Snapshot
 
 TOKEN = "a-token-for-tests"
 Refused = Callable[..., dict[str, Any]]
@@ -69,6 +69,16 @@ class World:
             **fields,
         }
         return self.add(Clone(name=name, **given))
+
+    def farm(self, server: Server, name: str = "qa-{n}", **fields: Any) -> Farm:
+        source = {"kind": "server", "id": server.id}
+        given = {
+            "host": server.host,
+            "operation_id": "op_x",
+            "command": {"source": source, "name": name, "count": 2},
+            **fields,
+        }
+        return self.add(Farm(server_id=server.id, name=name, **given))
 
     def operation(self, server: Server, kind: str = "image.create", **fields: Any) -> Operation:
         given = {

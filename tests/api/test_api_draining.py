@@ -78,7 +78,7 @@ def test_other_hosts_go_on(api: TestClient, world: World, server: Server) -> Non
 def test_what_leaves_less_to_do_is_accepted_while_draining(
     api: TestClient, world: World, server: Server
 ) -> None:
-    """Deleting, undoing, cancelling, and an answer that got lost asked for again."""
+    """Deleting, stopping, undoing, cancelling, and an answer that got lost asked for again."""
     world.snapshot(server)
     world.image(server)
     until = now() + timedelta(hours=1)
@@ -96,6 +96,11 @@ def test_what_leaves_less_to_do_is_accepted_while_draining(
     assert api.post(f"/v1/operations/{done.id}/undo").status_code == 202
     assert api.delete("/v1/servers/web-1/snapshot").status_code == 202
     assert api.delete("/v1/images/first").status_code == 202
+    farm = world.farm(server, "qa-{n}")
+    world.clone("qa-1", farm_id=farm.id, state="failed")
+    assert api.post("/v1/farms/qa-{n}/stop").status_code == 202
+    assert api.delete("/v1/clones/qa-1").status_code == 202
+    assert api.delete("/v1/farms/qa-{n}").status_code == 202
 
 
 def test_host_says_when_its_drain_is_over(api: TestClient, world: World, server: Server) -> None:

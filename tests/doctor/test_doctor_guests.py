@@ -223,6 +223,22 @@ def test_what_is_left_of_clones_that_were_not_made(patient: Patient) -> None:
     patient.is_healthy()
 
 
+def test_clones_that_were_deleted(patient: Patient) -> None:
+    """One that was made and deleted is no finding, though a domain of that name is there by now.
+    What is left of one that was never made is named also when its farm is deleted since."""
+    gone = Server(name="qa-1", host="kvm-1", domain_uuid=str(uuid4()), forgotten_at=now())
+    patient.world.add(gone)
+    clone(patient, "qa-1", "deleted", server_id=gone.id)
+    disk = make_disk(patient.disks, "raw", "blank", SIZE, "qa-1-vda.raw")
+    patient.guest("qa-1", disk)
+    patient.is_healthy()
+
+    left = make_disk(patient.disks, "raw", "blank", SIZE, "qa-2-vda.raw")
+    never = clone(patient, "qa-2", "deleted")
+    patient.leaves("clone", f"qa-2 ({never.id})", str(left), "remove what nobody uses")
+    left.unlink()
+
+
 def test_libvirt_that_is_away_is_said_once(
     patient: Patient, hypervisor: Hypervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from sqlmodel import SQLModel
 
 from shared import database
 from shared.database import engine, reading, transaction
-from shared.models import Event, Host, Server
+from shared.models import Event, Farm, Host, Server
 from shared.operations.drain import drain
 
 MIGRATE = "from shared.database import migrate; migrate()"
@@ -75,14 +75,15 @@ def test_migrating_twice_changes_nothing(empty: str) -> None:
 
 DAY = datetime(2026, 3, 10, 3, 0, tzinfo=UTC)
 WAY: dict[str, Any] = {"consistency": "crash", "way": "reflink", "bytes": 1 << 40}
+MADE: dict[str, Any] = {"source": {"kind": "image", "id": "img_1"}, "name": "qa", "count": 1}
 ROWS: dict[str, dict[str, Any]] = {
     "host": {"name": "kvm-1", "created_at": DAY, "last_seen_at": DAY, "facts": {"reflink": True}},
     "domain": {"host": "kvm-1", "uuid": "u-1", "name": "web", "state": "running", "vcpus": 2}
     | {"memory_bytes": 1 << 31, "disks": [{"target": "vda"}]},
     "server": {"id": "srv_1", "name": "web", "host": "kvm-1", "domain_uuid": "u-1"}
     | {"created_at": DAY},
-    "operation": {"seq": 1, "id": "op_1", "kind": "image.create", "service": "imager"}
-    | {"host": "kvm-1", "server_id": "srv_1", "command": {"server": "srv_1"}, "attempt": 0}
+    "operation": {"seq": 1, "id": "op_1", "kind": "clone.create", "service": "cloner"}
+    | {"host": "kvm-1", "server_id": "srv_1", "command": MADE, "attempt": 0}
     | {"requested_by": "test", "state": "queued", "phase": "queued", "progress": 0}
     | {"bytes_done": 0, "bytes_total": 0, "committed": False, "created_at": DAY, "woken_at": DAY},
     "snapshot": {"id": "snp_1", "server_id": "srv_1", "taken_at": DAY, "expires_at": DAY, **WAY}
@@ -124,9 +125,18 @@ def test_rows_outlive_the_migrations(empty: str) -> None:
     unmeasured = {"unique_bytes": None, "measured_at": None}
     later = {"host": {"draining_since": None}, "snapshot": unmeasured, "image": unmeasured}
     later["schedule"] = {"require": "complete", "start_at": None}
+    later |= {"server": {"held_by": None}, "clone": {"farm_id": "frm_1", "files": None}}
     assert {table: {**row, **later.get(table, {})} for table, row in before.items()} == stored()
     with transaction() as session:
         drain(session, "kvm-1")
+        farm = session.get_one(Farm, "frm_1")
+        assert (
+            farm.name,
+            farm.command,
+            farm.server_id,
+            farm.operation_id,
+        ) == ("qa", MADE, "srv_1", "op_1")
+        assert (farm.due_at, farm.deleted_at) == (None, None)
 
     command.downgrade(database.migrations(), "0001")
     assert before == stored()

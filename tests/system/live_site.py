@@ -227,6 +227,8 @@ class Site:
         assert strays - undoable == set(), f"strays beside the disks: {strays - undoable}"
         journal = [dict(row) for row in self.rows("SELECT * FROM journal")]
         assert not journal, f"the journal is not empty: {journal}"
+        servers = [row["name"] for row in self.rows("SELECT * FROM server WHERE held_by NOT NULL")]
+        assert not servers, f"servers are held by an operation: {servers}"
         held = self.paused()
         assert not held, f"guests are held: {held}"
 

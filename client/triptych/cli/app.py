@@ -8,6 +8,7 @@ import triptych
 from triptych.cli import (
     clones,
     events,
+    farms,
     hosts,
     images,
     login,
@@ -69,6 +70,6 @@ def root(
 
 
 login.register(app)
-for noun in (hosts, servers, snapshots, images, clones, schedules, operations):
+for noun in (hosts, servers, snapshots, images, clones, farms, schedules, operations):
     app.add_typer(noun.app, name=noun.NAME)
 events.register(app)

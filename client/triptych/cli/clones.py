@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
-from triptych.cli.grammar import Limit, command, group
+from triptych.cli.grammar import Limit, Ttl, Yes, command, group
 from triptych.cli.render import moment, plain, record, table
 from triptych.cli.session import Session, session_of
 from triptych.cli.wait import finish
 from triptych.types import Clone
 
 NAME = "clone"
+CloneName = Annotated[str, typer.Argument(metavar="CLONE", help="The clone's name or id.")]
 app = group("Clones: new servers of their own, made from a server, its snapshot or an image.")
 
 
@@ -27,6 +28,7 @@ class Source(StrEnum):
     "triptych clone create web1 --name staging",
     "triptych clone create web1 --count 10 --name 'qa-{n:03}'",
     "triptych clone create web1 --count 10 --name 'qa-{n:03}' --with-memory",
+    "triptych clone create golden --from image --count 20 --name 'ci-{n}' --ttl 8h",
     "triptych clone create golden --from image --name web2 --vcpus 4 --memory-mib 8192",
     long_work=True,
 )
@@ -82,6 +84,7 @@ def create(
             show_default="auto",
         ),
     ] = None,
+    ttl: Ttl = None,
 ) -> None:
     """Make one or more clones, each isolated from its source and the others."""
     session = session_of(ctx)
@@ -96,6 +99,7 @@ def create(
         linked=linked,
         start=start,
         identity=identity,
+        expires_in_h=ttl,
     )
     finish(session, operation, source)
 
@@ -130,12 +134,20 @@ def list_clones(ctx: typer.Context, limit: Limit = None) -> None:
 @command(app, "show", "triptych clone show qa-001")
 def show(
     ctx: typer.Context,
-    clone: Annotated[str, typer.Argument(metavar="CLONE", help="The clone's name or id.")],
+    clone: CloneName,
 ) -> None:
     """Show a clone: from what, when, how, and what of its identity is its own."""
     session = session_of(ctx)
     found = session.client.clones.get(clone)
     session.emit(found, lambda: _show(session, found))
+
+
+@command(app, "delete", "triptych clone delete qa-001 --yes", long_work=True)
+def delete(ctx: typer.Context, clone: CloneName, yes: Yes = False) -> None:
+    """Delete a clone: its VM, the files that were made for it, and its snapshot."""
+    session = session_of(ctx)
+    session.confirm(lambda: f"Delete clone {clone} for good, with its disks? Its images stay.", yes)
+    finish(session, session.client.clones.delete(clone), clone)
 
 
 def _source(clone: Clone) -> str:
@@ -153,6 +165,7 @@ def _show(session: Session, clone: Clone) -> None:
             ("server", plain("server", clone.get("server"))),
             ("host", plain("host", clone.get("host"))),
             ("state", plain("state", clone.get("state"))),
+            ("farm", plain("farm", clone.get("farm"))),
             ("from", _source(clone)),
             ("created", moment(clone.get("created_at"))),
             ("memory", plain("with_memory", clone.get("with_memory"))),

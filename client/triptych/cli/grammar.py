@@ -1,5 +1,6 @@
 """How commands are declared: the same help layout and the same spelling everywhere."""
 
+import re
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any, TypeVar
@@ -20,6 +21,28 @@ Limit = Annotated[
 ]
 Description = Annotated[
     str | None, typer.Option(metavar="TEXT", help="A note for those who come later.")
+]
+
+
+HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}
+
+
+def hours(text: str) -> float:
+    """`90m`, `8h` or `3d`, in hours."""
+    if found := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([mhd])", text.strip()):
+        return float(found[1]) * HOURS[found[2]]
+    raise typer.BadParameter(f"{text!r} is no time such as 90m, 8h or 3d")
+
+
+Ttl = Annotated[
+    float | None,
+    typer.Option(
+        "--ttl",
+        metavar="TIME",
+        parser=hours,
+        help="How long until it is deleted by itself: 90m, 8h, 3d.",
+        show_default="for ever",
+    ),
 ]
 
 

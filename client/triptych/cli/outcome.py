@@ -100,11 +100,36 @@ def _verified(client: Client, operation: Operation, result: dict[str, Any], name
 
 
 def _cloned(client: Client, operation: Operation, result: dict[str, Any], name: str) -> Outcome:
+    retried = operation.get("kind") == "farm.retry"
+    outcome = _each(operation, result, f"of {name} made{' again' if retried else ''}")
+    if retried and (taken := result.get("taken_at")):
+        text = f"{outcome.text}\nThey are of another instant than the farm's: {moment(taken)}."
+        return replace(outcome, text=text)
+    if not outcome.good:
+        text = f"{outcome.text}\nMake those that failed again: triptych farm retry {_farm(result)}"
+        return replace(outcome, text=text)
+    return outcome
+
+
+def _started(client: Client, operation: Operation, result: dict[str, Any], name: str) -> Outcome:
+    return _each(operation, result, f"of {name} started")
+
+
+def _stopped(client: Client, operation: Operation, result: dict[str, Any], name: str) -> Outcome:
+    return _each(operation, result, f"of {name} stopped")
+
+
+def _deleted(client: Client, operation: Operation, result: dict[str, Any], name: str) -> Outcome:
+    return _each(operation, result, f"of {name} deleted")
+
+
+def _each(operation: Operation, result: dict[str, Any], what: str) -> Outcome:
+    """A farm's outcome, clone by clone; good if all of them are."""
     clones = result.get("clones") or []
     failed = [each for each in clones if each.get("error") or each.get("state") == "failed"]
     made = len(clones) - len(failed)
     count = f"{made} of {len(clones)} clones" if failed else _count(made, "clone")
-    text = f"{count} of {name} made{_where(operation)}{_took(operation)}."
+    text = f"{count} {what}{_where(operation)}{_took(operation)}."
     for each in clones:
         text += f"\n  {each.get('name') or each.get('id')}: {_clone_words(each)}"
     bases = {path for each in clones for path in each.get("linked_to") or ()}
@@ -113,6 +138,10 @@ def _cloned(client: Client, operation: Operation, result: dict[str, Any], name: 
     if reason := result.get("not_linked"):
         text += f"\nNot linked: {reason}."
     return Outcome(text, not failed)
+
+
+def _farm(result: dict[str, Any]) -> str:
+    return str(result.get("farm") or "FARM")
 
 
 TELLERS: dict[str, Callable[[Client, Operation, dict[str, Any], str], Outcome]] = {
@@ -125,6 +154,11 @@ TELLERS: dict[str, Callable[[Client, Operation, dict[str, Any], str], Outcome]] 
     "image.delete": _image_deleted,
     "image.verify": _verified,
     "clone.create": _cloned,
+    "clone.delete": _deleted,
+    "farm.retry": _cloned,
+    "farm.start": _started,
+    "farm.stop": _stopped,
+    "farm.delete": _deleted,
 }
 
 
@@ -205,8 +239,17 @@ def _clone_words(clone: dict[str, Any]) -> str:
     error = clone.get("error")
     if isinstance(error, dict):
         error = ": ".join(str(error[key]) for key in ("code", "message") if error.get(key))
-    state = str(clone.get("state") or "")
-    return f"failed: {error}" if error else state or "made"
+    if error:
+        return f"failed: {error}"
+    words = [str(clone.get("power") or clone.get("state") or "made")]
+    if clone.get("forced"):
+        words.append("its power was cut")
+    if clone.get("snapshot"):
+        words.append("its snapshot is deleted too")
+    if images := clone.get("images_kept"):
+        words.append(f"{_count(images, 'image')} of it kept")
+    words += [f"left {each['path']} ({each['reason']})" for each in clone.get("left") or []]
+    return ", ".join(words)
 
 
 def _count(number: int, word: str) -> str:

@@ -1,0 +1,242 @@
+"""The story of a farm once it is made: started and stopped as one, its failed clones made again.
+
+Each clone has its own outcome; one that fails leaves the others alone. Starting and stopping are
+not undone: a guest that has gone down is not brought back by booting it. What a crash or a cancel
+leaves is what was reached by then, and to ask again goes on from there. Deleting is `removal.py`.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import structlog
+from sqlalchemy import select
+from sqlmodel import Session
+
+from services.cloner import clones
+from shared import errors, events, faults
+from shared.commands import CreateClones, RetryFarm, StartFarm, StopFarm
+from shared.database import reading, transaction
+from shared.hypervisor import domains
+from shared.hypervisor.connection import connect
+from shared.hypervisor.domains import Domain, State
+from shared.hypervisor.errors import LibvirtFailed
+from shared.models import Clone, Farm, Server
+from shared.operations import holds
+from shared.operations.claim import held
+from shared.operations.context import Context, Outcome
+from shared.operations.patience import patiently
+from shared.operations.runner import describe, handles
+from shared.settings import settings
+
+log = structlog.get_logger()
+
+AT_ONCE = 8
+"""Guests that are started, or forced off, at the same time; libvirt waits seconds for each."""
+LOOK_S = 0.25
+ASK_AGAIN_S = 10.0
+
+
+class Member:
+    """A clone of a farm with its server, and what came of it."""
+
+    def __init__(self, clone: Clone, server: Server) -> None:
+        self.clone = clone
+        self.server = server
+        self.error: dict[str, str] | None = None
+        self.told: dict[str, Any] = {}
+        """More of the outcome."""
+
+    @property
+    def failed(self) -> bool:
+        return self.error is not None
+
+    def domain(self) -> Domain:
+        """The clone's own domain, by its UUID: a name may be another's by now. Raises
+        DomainMissing."""
+        return domains.find(connect(settings().libvirt_uri), self.server.domain_uuid)
+
+    def fail(self, error: Exception) -> None:
+        self.error = describe(error)
+        log.warning("clone.left_as_it_was", clone=self.clone.name, **self.error)
+
+    def outcome(self, state: str) -> dict[str, Any]:
+        return {
+            "id": self.clone.id,
+            "name": self.clone.name,
+            "server": self.server.id,
+            "state": "failed" if self.failed else state,
+            **self.told,
+            "error": self.error,
+        }
+
+
+def members(session: Session, farm_id: str) -> list[Member]:
+    """The farm's clones that were made and are not deleted, by name."""
+    clone: Any = Clone
+    server: Any = Server
+    query = (
+        select(Clone, Server)
+        .join(Server, server.id == clone.server_id)
+        .where(clone.farm_id == farm_id, clone.state == "ready", server.forgotten_at.is_(None))
+    )
+    return [Member(*each) for each in session.execute(query.order_by(clone.name))]
+
+
+def hold(context: Context, all_of: list[Member]) -> None:
+    """Keep all other work off the servers until this operation ends; those that have work of
+    their own have failed here and now."""
+    own = context.operation.server_id
+    others = [each.server.id for each in all_of if each.server.id != own]
+
+    def write() -> dict[str, str]:
+        with transaction() as session:
+            held(session, context.id, context.owner)
+            return holds.hold(session, context.id, others)
+
+    busy = patiently(context.check, write)
+    for each in all_of:
+        if operation_id := busy.get(each.server.id):
+            each.fail(
+                errors.ServerBusy(
+                    f"Operation {operation_id} is at work on server {each.clone.name!r}, or is "
+                    "next there, so the server was left as it was. Wait for its end or cancel it, "
+                    "then ask again."
+                )
+            )
+    faults.point("farm:held")
+
+
+def at_once(all_of: Iterable[Member], do: Callable[[Member], None]) -> list[Member]:
+    """Do it to each that has not failed, some at the same time; one that fails then has. Returns
+    those that it was done to."""
+
+    def one(each: Member) -> None:
+        try:
+            do(each)
+        except Exception as error:
+            each.fail(error)
+
+    chosen = [each for each in all_of if not each.failed]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(one, chosen))
+    return chosen
+
+
+def refuse_if_none(all_of: list[Member], outcome: Outcome) -> Outcome:
+    """The outcome, unless all have failed: then so has the operation, with what all say, or the
+    first."""
+    if all_of and all(each.failed for each in all_of):
+        first = all_of[0].error or {}
+        more = f" So did the {len(all_of) - 1} others." if len(all_of) > 1 else ""
+        failure = errors.TriptychError(f"{all_of[0].clone.name}: {first['message']}{more}")
+        failure.code = first["code"]
+        raise failure
+    return outcome
+
+
+@handles(StartFarm)
+def start(context: Context, command: StartFarm) -> Outcome:
+    """Start the clones that are off. One that its owner paused stays paused."""
+    with reading() as session:
+        farm = session.get_one(Farm, command.farm)
+        all_of = members(session, farm.id)
+    hold(context, all_of)
+    context.phase(f"starting {len(all_of)} clones")
+
+    def start_one(each: Member) -> None:
+        if not context.stopping():
+            domain = each.domain()
+            domain.start()
+            each.told["power"] = domain.state
+
+    at_once(all_of, start_one)
+    faults.point("farm:started")
+    _refuse_if_cancelled(context, "started")
+    return refuse_if_none(all_of, _powered(farm, all_of, "farm.started"))
+
+
+@handles(StopFarm)
+def stop(context: Context, command: StopFarm) -> Outcome:
+    """Have all guests shut down at the same time, and wait; force off the rest only if asked."""
+    with reading() as session:
+        farm = session.get_one(Farm, command.farm)
+        all_of = members(session, farm.id)
+    hold(context, all_of)
+    context.phase(f"shutting down {len(all_of)} clones")
+    on = _shut_down(context, all_of, command.timeout_s)
+    _refuse_if_cancelled(context, "stopped")
+    if on and command.force:
+        context.phase(f"forcing off {len(on)} clones")
+        at_once(on, lambda each: each.domain().destroy())
+        faults.point("farm:forced")
+    for each in on:
+        each.told["forced"] = command.force
+        if not command.force:
+            each.fail(
+                errors.GuestStillOn(
+                    f"{each.clone.name} did not shut down within {command.timeout_s} s; it may yet "
+                    "do so. Ask again, with a longer `timeout_s`, or with `force: true` "
+                    "(`--force`) to cut its power."
+                )
+            )
+    for each in all_of:
+        each.told["power"] = "stopped"
+    return refuse_if_none(all_of, _powered(farm, all_of, "farm.stopped"))
+
+
+def _shut_down(context: Context, all_of: list[Member], timeout_s: float) -> list[Member]:
+    """Those that are still on after so many seconds, or are paused, and so cannot shut down.
+
+    A guest that was just booting may not have heard it, so each is asked again and again.
+    """
+    deadline, ask_at = time.monotonic() + timeout_s, 0.0
+    states: dict[str, State] = {}
+    running = on = [each for each in all_of if not each.failed]
+    while True:
+        asking = time.monotonic() >= ask_at
+
+        def look(each: Member, asking: bool = asking) -> None:
+            domain = each.domain()
+            states[each.clone.id] = domain.state
+            if asking and states[each.clone.id] == "running":
+                with contextlib.suppress(LibvirtFailed):  # it went down in between, or cannot
+                    domain.ask_to_shut_down()
+
+        if asking:
+            ask_at = time.monotonic() + ASK_AGAIN_S
+        at_once(running, look)
+        faults.point("farm:asked")
+        on = [each for each in on if not each.failed and states[each.clone.id] != "stopped"]
+        running = [each for each in on if states[each.clone.id] == "running"]
+        if not running or context.stopping() or time.monotonic() >= deadline:
+            return on
+        time.sleep(LOOK_S)
+
+
+def _refuse_if_cancelled(context: Context, done: str) -> None:
+    context.check_lease()
+    if context.stopping():
+        raise errors.Cancelled(
+            f"Cancelled on request. Clones that were {done} by then stay so; "
+            "`triptych farm show` tells which."
+        )
+
+
+def _powered(farm: Farm, all_of: list[Member], fact: str) -> Outcome:
+    def apply(session: Session) -> None:
+        done = [each.clone.name for each in all_of if not each.failed]
+        events.emit(session, fact, farm.server_id, farm=farm.id, name=farm.name, clones=done)
+
+    result = [each.outcome("ready") for each in all_of]
+    return Outcome({"farm": farm.id, "clones": result}, apply)
+
+
+@handles(RetryFarm)
+def retry(context: Context, command: RetryFarm) -> Outcome:
+    """Make the clones that failed once more, and no others: they are this operation's now."""
+    with reading() as session:
+        asked = session.get_one(Farm, command.farm).command
+    return clones.create(context, CreateClones.model_validate(asked))
