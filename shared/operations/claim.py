@@ -8,7 +8,7 @@ dead and comes back changes nothing any more.
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import and_, exists, or_, select, update
+from sqlalchemy import and_, bindparam, exists, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
 from sqlmodel import Session
@@ -20,6 +20,25 @@ from shared.operations import presence
 from shared.operations.holds import is_held
 from shared.settings import settings
 
+_mine: Any = Operation
+_other: Any = aliased(Operation)
+# Built once: an alias and its conditions cost more than the statement takes to run.
+_FIRST_OF_ITS_SERVER = and_(
+    _mine.state == "queued",
+    ~is_held(_mine),
+    ~exists().where(
+        _other.server_id == _mine.server_id,
+        or_(
+            _other.state == "running",
+            and_(_other.state == "queued", _other.seq < _mine.seq),
+        ),
+    ),
+)
+_HELD = (
+    select(Operation)
+    .where(_mine.id == bindparam("id"), _mine.owner == bindparam("owner"), _mine.state == "running")
+    .with_for_update()
+)
 STALLED = 5
 """A worker of this host that is silent but alive (the database is away, the disk is slow) keeps
 its operation for this many leases: two workers on one server's disks are the greater evil."""
@@ -31,45 +50,31 @@ def claim(operation_id: str, owner: str) -> Operation | None:
     One operation per server runs at a time, first come first served (E3). The condition
     keeps the order; the partial unique index keeps the promise where two claims race.
     """
-    other: Any = aliased(Operation)
-    mine: Any = Operation
-    in_the_way = exists().where(
-        other.server_id == mine.server_id,
-        or_(
-            other.state == "running",
-            and_(other.state == "queued", other.seq < mine.seq),
-        ),
-    )
+    next_attempt = _mine.attempt + 1
     try:
         with transaction() as session:
-            free = and_(mine.state == "queued", ~in_the_way, ~is_held(mine))
-            return _take(session, operation_id, owner, free, attempt=mine.attempt + 1)
+            return _take(session, operation_id, owner, _FIRST_OF_ITS_SERVER, attempt=next_attempt)
     except IntegrityError:
         return None
 
 
 def take_over(operation_id: str, owner: str) -> Operation | None:
     """Take a running operation whose worker is gone (dead, or silent for too long), or None."""
-    mine: Any = Operation
     with transaction() as session:
         current = lookups.operation(session, operation_id)
         if current.state != "running":
             return None
         known = presence.of(current.owner) if current.owner else "unknown"
         patience = timedelta(seconds=settings().lease * STALLED if known == "alive" else 0)
-        gone: Any = mine.lease_expires_at < database_now(session) - patience
+        gone: Any = _mine.lease_expires_at < database_now(session) - patience
         if known == "dead":
-            gone = mine.owner == current.owner
-        return _take(session, operation_id, owner, and_(mine.state == "running", gone))
+            gone = _mine.owner == current.owner
+        return _take(session, operation_id, owner, and_(_mine.state == "running", gone))
 
 
 def held(session: Session, operation_id: str, owner: str) -> Operation:
     """The operation, locked for this transaction; raises LeaseLost unless it is still `owner`'s."""
-    row: Any = Operation
-    query = select(Operation).where(
-        row.id == operation_id, row.owner == owner, row.state == "running"
-    )
-    found = session.scalars(query.with_for_update()).one_or_none()
+    found = session.scalars(_HELD, {"id": operation_id, "owner": owner}).one_or_none()
     if found is None:
         raise errors.LeaseLost(f"Operation {operation_id} was taken over by another worker.")
     return found
@@ -78,10 +83,9 @@ def held(session: Session, operation_id: str, owner: str) -> Operation:
 def _take(
     session: Session, operation_id: str, owner: str, condition: Any, **values: Any
 ) -> Operation | None:
-    mine: Any = Operation
     claimed = session.scalars(
         update(Operation)
-        .where(mine.id == operation_id, condition)
+        .where(_mine.id == operation_id, condition)
         .values(
             state="running",
             phase="starting",

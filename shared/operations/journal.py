@@ -55,12 +55,14 @@ def write(
 
 
 def clear(session: Session, operation_id: str, side: Side) -> None:
-    session.execute(
-        delete(JournalEntry).where(
-            JournalEntry.operation_id == operation_id,  # type: ignore[arg-type]
-            JournalEntry.side == side,  # type: ignore[arg-type]
-        )
-    )
+    row: Any = JournalEntry
+    _delete(session, row.operation_id == operation_id, row.side == side)
+
+
+def _delete(session: Session, *conditions: Any) -> None:
+    """Without looking for the entries among what the session holds: nobody asks it for them."""
+    gone = delete(JournalEntry).where(*conditions)
+    session.execute(gone, execution_options={"synchronize_session": False})
 
 
 def strike(session: Session, operation_id: str, *actions: str, unit: str | None = None) -> None:
@@ -69,7 +71,7 @@ def strike(session: Session, operation_id: str, *actions: str, unit: str | None 
     chosen = [row.operation_id == operation_id, row.side == "undo", row.action.in_(actions)]
     if unit is not None:
         chosen.append(row.unit == unit)
-    session.execute(delete(JournalEntry).where(*chosen))
+    _delete(session, *chosen)
 
 
 def leave(session: Session, operation_id: str, units: list[str]) -> None:
@@ -130,4 +132,4 @@ def _play(entry: JournalEntry, owner: str) -> None:
     act(entry)
     faults.point(f"{entry.side}:{entry.action}:done")
     with transaction() as session:
-        session.execute(delete(JournalEntry).where(JournalEntry.seq == entry.seq))  # type: ignore[arg-type]
+        _delete(session, JournalEntry.seq == entry.seq)

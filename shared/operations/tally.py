@@ -6,6 +6,7 @@ are deleted.
 """
 
 from collections import defaultdict
+from functools import cache
 from typing import Any
 
 from sqlalchemy.dialects import postgresql, sqlite
@@ -35,14 +36,18 @@ def count(session: Session, operation: Operation) -> None:
         {"measure": measure, "label": label, "bucket": bucket, "value": value, **of}
         for (measure, label, bucket), value in sorted(_amounts(operation).items())
     ]
-    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+    session.connection().execute(_addition(session.get_bind().dialect.name), rows)
+
+
+@cache
+def _addition(dialect: str) -> Any:
+    """Adds to each row's value what it is given; one for all, since each would be compiled."""
+    insert = sqlite.insert if dialect == "sqlite" else postgresql.insert
     table: Any = Tally.__table__  # type: ignore[attr-defined]
-    added = insert(table).values(rows)
-    session.execute(
-        added.on_conflict_do_update(
-            index_elements=list(table.primary_key),
-            set_={"value": table.c.value + added.excluded.value},
-        )
+    added = insert(table)
+    return added.on_conflict_do_update(
+        index_elements=list(table.primary_key),
+        set_={"value": table.c.value + added.excluded.value},
     )
 
 
