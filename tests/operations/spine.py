@@ -221,31 +221,38 @@ def nothing(context: Any, command: Any) -> Outcome:
     return Outcome({})
 
 
-@pytest.fixture
-def environment(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[dict[str, str]]:
-    """The settings of this test alone, here and in the environment of subprocesses."""
-    url = request.getfixturevalue("database_url")
-    address = NOBODY_LISTENS
-    if "redis_broker" in request.fixturenames:
-        address = request.getfixturevalue("redis_broker").url
+@contextmanager
+def surroundings(folder: Path, url: str, address: str) -> Iterator[dict[str, str]]:
+    """The settings of one test alone, here and in the environment of subprocesses."""
     given = {
         "TRIPTYCH_DATABASE_URL": url,
         "TRIPTYCH_BROKER_URL": address,
         "TRIPTYCH_HOST": HOST,
-        "TRIPTYCH_VAULT": str(tmp_path / "vault"),
+        "TRIPTYCH_VAULT": str(folder / "vault"),
         "TRIPTYCH_LIBVIRT_URI": "test:///default",
         "TRIPTYCH_LEASE": "2",
         "TRIPTYCH_SCHEDULE_SPREAD": "0",
     }
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in given.items():
+            patch.setenv(name, value)
+        forget_caches()
+        try:
+            yield given
+        finally:
+            publisher().close()
+            database.engine().dispose()
     forget_caches()
-    yield given
-    publisher().close()
-    database.engine().dispose()
-    forget_caches()
+
+
+@pytest.fixture
+def environment(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, str]]:
+    url = request.getfixturevalue("database_url")
+    address = NOBODY_LISTENS
+    if "redis_broker" in request.fixturenames:
+        address = request.getfixturevalue("redis_broker").url
+    with surroundings(tmp_path, url, address) as given:
+        yield given
 
 
 @pytest.fixture

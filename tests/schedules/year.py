@@ -3,7 +3,9 @@
 Real are the schedules, the ticks, the engine of operations, rotation and the database. Faked is
 a copy alone: an empty folder in the vault. Beat, hosts and database are away at random, for
 minutes or weeks; copies fail, workers die within them, clocks step, hosts drain, and owners pin,
-delete nothing, change their minds and make images by hand. All of it by a seed.
+delete nothing, change their minds and make images by hand. All of it by a seed. Mostly one thing
+happens after the other; at random hours two beats and three imagers are at it at once, each with
+all the messages.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-from operations.spine import Killed, World
+from operations.spine import Killed, World, at_once
 from schedules.planned import set_plan
-from sqlalchemy import delete, event, func, select, update
+from sqlalchemy import bindparam, delete, event, select, update
 from sqlalchemy.exc import OperationalError
 from sqlmodel import Session
 
@@ -27,8 +29,8 @@ from services.imager import images, ticks
 from shared import database, errors, recovery  # noqa: F401  the journal's actions
 from shared.commands import CreateImage
 from shared.copying import vault
-from shared.database import now, transaction
-from shared.models import Host, Image, Operation, OutboxMessage, Schedule, ScheduleRun, Server
+from shared.database import now, reading, transaction
+from shared.models import Host, Image, Operation, OutboxMessage, Schedule, Server
 from shared.operations import drain, runner
 from shared.operations.context import Context
 from shared.settings import settings
@@ -41,6 +43,22 @@ HOSTS = ("kvm-1", "kvm-2", "kvm-3", "kvm-4")
 ZONES = ("UTC", "Europe/Berlin", "America/Santiago", "Australia/Lord_Howe", "Africa/Casablanca")
 QUIET = 9 * DAY
 """At the end nothing is away and nothing is changed, so that all that is owed comes."""
+_image: Any = Image
+_operation: Any = Operation
+_schedule: Any = Schedule
+_message: Any = OutboxMessage
+_ALIVE = (
+    select(_image.id, _image.schedule_id, _image.pinned, _schedule.keep)
+    .join(Schedule, _schedule.id == _image.schedule_id, isouter=True)
+    .where(_image.server_id == bindparam("server"), _image.deleted_at.is_(None))
+)
+_WOKEN = (
+    select(_message.seq, _operation.id, _operation.server_id, _operation.idempotency_key)
+    .join(Operation, _operation.id == _message.arguments["operation_id"].as_string())
+    .where(_message.queue == bindparam("queue"))
+    .order_by(_message.seq)
+    .limit(bindparam("most"))
+)
 
 
 @dataclass
@@ -65,6 +83,15 @@ class Copied:
             way="reflink",
             bytes=1,
         )
+
+
+class Alive(NamedTuple):
+    """An image that there is, and how many of its schedule's there may be."""
+
+    id: str
+    schedule_id: str | None
+    pinned: bool
+    keep: int | None
 
 
 @dataclass
@@ -92,9 +119,11 @@ class Year:
     moment: datetime = BEGIN
     promises: dict[tuple[str, str], list[Promise]] = field(default_factory=dict)
     made: Counter[str] = field(default_factory=Counter)
+    violations: list[str] = field(default_factory=list)
     happened: Counter[str] = field(default_factory=Counter)
     away_until: dict[str, datetime] = field(default_factory=dict)
-    alive: dict[str, dict[str, Image]] = field(default_factory=lambda: defaultdict(dict))
+    alive: dict[str, dict[str, Alive]] = field(default_factory=lambda: defaultdict(dict))
+    """By server and id, in the order in which they came."""
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -104,7 +133,8 @@ class Year:
         self.patch.setattr("shared.vault.sync", lambda _path: None)
         for module in (ticks, runner):
             self.patch.setattr(module, "flush_if_possible", lambda: True)
-        event.listen(database.engine(), "checkout", _unsafe)
+        event.listen(database.engine(), "connect", _unsafe)
+        database.engine().dispose()
         with transaction() as session:
             session.add_all(Host(name=name) for name in HOSTS[2:])
         self._clock(BEGIN)
@@ -122,7 +152,8 @@ class Year:
 
     # What goes on
 
-    def run(self) -> None:
+    def run(self, told: Callable[[Year], None] = lambda _: None) -> None:
+        """Let the year go by; `told` is called after each hour."""
         while self.moment < self.end:
             self._clock(self.moment + STEP)
             calm = self.moment > self.end - QUIET
@@ -130,11 +161,22 @@ class Year:
                 self._troubles()
                 self._owners()
             if self._up("database", calm):
-                if self._up("beat", calm):
-                    self._tick(calm)
-                for host in HOSTS:
-                    if self._up(host, calm):
-                        self._work(host, 10**6 if calm else self.random.randint(0, self.servers))
+                self._an_hour(calm)
+            told(self)
+
+    def _an_hour(self, calm: bool) -> None:
+        crowded = not calm and self._chance(2)
+        beat = self._up("beat", calm)
+        if beat and not crowded:
+            self._tick(calm)
+            self._tick(calm)  # two beats
+        for host in HOSTS:
+            if self._up(host, calm):
+                most = 10**6 if calm else self.random.randint(0, self.servers)
+                if crowded:
+                    self._crowd(host, most, beat)
+                else:
+                    self._work(host, most)
 
     def _up(self, what: str, calm: bool) -> bool:
         return calm or self.away_until.get(what, BEGIN) <= self.moment
@@ -164,12 +206,11 @@ class Year:
         if not calm and self._chance(30):
             self.happened["clock stepped"] += 1
             seen += self.random.choice([-3 * DAY, -DAY / 12, DAY / 12, 2 * DAY, 40 * DAY])
-        for _ in range(2):  # two beats
-            try:
-                ticks.give_up_missed(min(seen, self.moment))
-                ticks.run_due(seen)
-            except OperationalError:
-                self.happened["tick broken off"] += 1
+        try:
+            ticks.give_up_missed(min(seen, self.moment))
+            ticks.run_due(seen)
+        except OperationalError:
+            self.happened["tick broken off"] += 1
 
     @contextmanager
     def _transaction(self) -> Iterator[Session]:
@@ -184,7 +225,11 @@ class Year:
         folder = vault().folder(kind, server.id, id_)
         context.undo("remove_copy", folder=str(folder))
         folder.mkdir(parents=True)
-        fate = self.random.random() if self.moment < self.end - QUIET else 1
+        # The same whichever imager comes first.
+        attempt = f"{server.name} {given['about'].origin} {context.operation.attempt}"
+        fate = random.Random(f"{self.seed} {self.moment} {attempt}").random()
+        if self.moment >= self.end - QUIET:
+            fate = 1
         if fate < 0.03:
             self.happened["copy failed"] += 1
             raise errors.HostNotAnswering("as chance would have it")
@@ -193,64 +238,91 @@ class Year:
             raise Killed
         return Copied(id_, server, given["about"].origin)
 
+    def _woken(self, host: str, most: int) -> list[Any]:
+        """The messages that the host gets now, with what they are about."""
+        settings().host = host
+        with reading() as session:
+            found = session.execute(_WOKEN, {"queue": f"images.{host}", "most": most}).all()
+        return list(found)
+
+    def _taken(self, messages: list[Any]) -> None:
+        if messages:
+            taken = delete(OutboxMessage).where(_message.seq.in_([each.seq for each in messages]))
+            self._in_transaction(lambda session: session.execute(taken))
+
     def _work(self, host: str, most: int) -> None:
         """Do what the host is woken for, some of it twice."""
-        settings().host = host
-        row: Any = OutboxMessage
-        query = select(OutboxMessage).where(row.queue == f"images.{host}").order_by(row.seq)
-        with transaction() as session:
-            messages = list(session.scalars(query.limit(most)))
-            session.execute(delete(OutboxMessage).where(row.seq.in_([m.seq for m in messages])))
+        messages = self._woken(host, most)
+        self._taken(messages)
         for message in messages:
-            operation_id = message.arguments["operation_id"]
             for _ in range(1 + (self.random.random() < 0.05)):
-                self._one(operation_id)
+                self._one(message.id)
+            self._compare(message)
+
+    def _crowd(self, host: str, most: int, beat: bool) -> None:
+        """Three imagers that all get the same messages, and two beats, at once."""
+        self.happened["crowded hour"] += 1
+        first = {each.server_id: each for each in reversed(self._woken(host, most))}
+        messages = list(first.values())  # one of each server; what these wake comes later
+        self._taken(messages)
+
+        def imager() -> None:
+            for message in random.sample(messages, len(messages)):
+                self._one(message.id)
+
+        def one_beat() -> None:
+            ticks.give_up_missed(self.moment)
+            ticks.run_due(self.moment)
+
+        with self.patch.context() as patch:
+            patch.setattr(ticks, "transaction", transaction)
+            at_once(*[imager] * 3, *[one_beat] * (2 if beat else 0))
+        for message in messages:
+            self._compare(message)
 
     def _one(self, operation_id: str) -> None:
         try:
             runner.run(operation_id)
         except Killed:
-            self.world.expire(operation_id)
             self._one(operation_id)
-        operation = self.world.row(operation_id)
-        self._compare(operation)
 
-    def _compare(self, operation: Operation) -> None:
+    def _expect(self, holds: bool, rule: str, operation: Any) -> None:
+        if not holds:
+            self.violations.append(f"{rule}: {operation.id} of {operation.server_id}")
+
+    def _compare(self, operation: Any) -> None:
         """What an operation has changed among its server's images is what it may change (I4)."""
-        row: Any = Image
-        query = select(Image).where(row.server_id == operation.server_id, row.deleted_at.is_(None))
-        with transaction() as session:
-            after = {each.id: each for each in session.scalars(query)}
-            keeps = {
-                each.id: each.keep
-                for each in session.scalars(
-                    select(Schedule).where(Schedule.server_id == operation.server_id)  # type: ignore[arg-type]
-                )
-            }
+        with reading() as session:
+            found = session.execute(_ALIVE, {"server": operation.server_id})
+            after = {row.id: Alive(*row) for row in found}
         before = self.alive[operation.server_id]
-        new, gone = after.keys() - before.keys(), before.keys() - after.keys()
-        self.alive[operation.server_id] = after
-        assert len(new) <= 1, "one operation, one image"
+        new = [each for id_, each in after.items() if id_ not in before]
+        gone = [each for id_, each in before.items() if id_ not in after]
+        stay = {id_: after[id_] for id_ in before if id_ in after}
+        self.alive[operation.server_id] = {**stay, **{each.id: each for each in new}}
         if not new:
-            assert not gone, "nothing goes before the new image is there"
+            self._expect(not gone, "nothing goes before the new image is there", operation)
             return
-        image = after[new.pop()]
-        self.made[str(operation.idempotency_key or operation.id)] += 1
-        of = image.schedule_id
-        counted = sorted(
-            (each for each in before.values() if each.schedule_id == of and not each.pinned),
-            key=lambda each: (each.created_at, each.id),
-        )
-        if of is None:
-            assert not gone, "an image made by hand takes nobody's place"
-        elif of in keeps:
-            assert len(counted) - len(gone) + 1 >= min(keeps[of], len(counted) + 1)
-        assert gone == {each.id for each in counted[: len(gone)]}, "the oldest of its schedule go"
-        folder = vault().folder("image", operation.server_id, image.id)
-        assert folder.is_dir()
-        for id_ in gone:
-            assert not vault().folder("image", operation.server_id, id_).exists()
+        self._expect(len(new) == 1, "one operation, one image", operation)
+        self.made[operation.idempotency_key or operation.id] += len(new)
+        self._compare_rotated(operation, new[0], list(before.values()), gone)
+
+    def _compare_rotated(
+        self, operation: Any, new: Alive, before: list[Alive], gone: list[Alive]
+    ) -> None:
+        of = [each for each in before if each.schedule_id == new.schedule_id and not each.pinned]
+        self._expect(gone == of[: len(gone)], "the oldest go", operation)
+        if new.keep is None:
+            self._expect(not gone, "an image by hand takes nobody's place", operation)
+        else:
+            kept = len(of) - len(gone) + 1
+            self._expect(kept == min(new.keep, len(of) + 1), "so many are kept", operation)
+        folder = vault().folder("image", operation.server_id, new.id)
+        self._expect(folder.is_dir(), "it is in the vault", operation)
+        for each in gone:
             self.happened["image rotated"] += 1
+            left = folder.with_name(each.id).exists()
+            self._expect(not left, "what goes is gone from the vault", operation)
 
     # Owners
 
@@ -290,9 +362,8 @@ class Year:
             return
         self.happened["image pinned or not"] += 1
         image = self.random.choice(list(self.alive[server_id].values()))
-        image.pinned = not image.pinned
-        row: Any = Image
-        change = update(Image).where(row.id == image.id).values(pinned=image.pinned)
+        self.alive[server_id][image.id] = image._replace(pinned=not image.pinned)
+        change = update(Image).where(_image.id == image.id).values(pinned=not image.pinned)
         self._in_transaction(lambda session: session.execute(change))
 
     def _by_hand(self, server_id: str) -> None:
@@ -304,45 +375,7 @@ class Year:
         with transaction() as session:
             work(session)
 
-    # What is left to say
 
-    def duplicates(self) -> list[str]:
-        """Slots, or operations, that have made more than one image."""
-        row: Any = ScheduleRun
-        query = select(row.schedule_id, row.slot).group_by(row.schedule_id, row.slot)
-        with transaction() as session:
-            twice = session.execute(query.having(func.count() > 1)).all()
-        return [*map(str, twice), *(key for key, count in self.made.items() if count > 1)]
-
-    def gaps(self) -> list[str]:
-        """Slots that were promised and of which there is no run that says what became of it."""
-        found = []
-        with transaction() as session:
-            for (server_id, kind), promises in self.promises.items():
-                schedule = session.scalars(
-                    select(Schedule).where(Schedule.server_id == server_id, Schedule.kind == kind)  # type: ignore[arg-type]
-                ).one()
-                told, ranges = self._told(session, schedule.id)
-                for promise in promises:
-                    for slot in promise.slots(self.end - DAY):
-                        covered = any(first <= slot <= last for first, last in ranges)
-                        if slot not in told and not covered:
-                            found.append(f"{kind} {slot} of {server_id}, {promise}")
-        return found
-
-    def _told(self, session: Session, schedule_id: str) -> tuple[set[Any], list[Any]]:
-        row: Any = ScheduleRun
-        told, ranges = set(), []
-        for run in session.scalars(select(ScheduleRun).where(row.schedule_id == schedule_id)):
-            explained = run.state == "succeeded" and run.image_id
-            if explained or (run.state in ("failed", "skipped") and run.reason):
-                told.add(run.slot)
-                if run.first_slot:
-                    ranges.append((run.first_slot, run.slot))
-            self.happened[f"run {run.state}"] += 1
-        return told, ranges
-
-
-def _unsafe(connection: Any, _record: Any, _proxy: Any) -> None:
+def _unsafe(connection: Any, _record: Any) -> None:
     """This database need not outlive a power cut."""
     connection.execute("PRAGMA synchronous=OFF")
