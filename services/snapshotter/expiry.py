@@ -1,4 +1,8 @@
-"""Expiry (S2): due snapshots are found by index and deleted by an ordinary operation."""
+"""Expiry (S2): due snapshots are found by index and deleted by ordinary operations.
+
+These are asked for in pages, some hundred snapshots in a transaction of few statements. Nothing is
+waited for: a snapshot or server that somebody else is at has its turn in the next tick.
+"""
 
 from typing import Any
 
@@ -9,10 +13,11 @@ from sqlalchemy import select, update
 from shared import events
 from shared.commands import DeleteSnapshot
 from shared.database import now, reading, transaction
-from shared.models import Operation, Snapshot
+from shared.models import Operation, Server, Snapshot
+from shared.operations.admission import Admitted
 from shared.operations.outbox import flush_if_possible
-from shared.operations.patience import DATABASE_AWAY
-from shared.operations.submit import submit
+from shared.operations.pages import PAGE, all_but_broken
+from shared.operations.submit import queue
 from shared.settings import settings
 
 log = structlog.get_logger()
@@ -28,19 +33,28 @@ def expire_due() -> None:
 
 def warn_of_expiry() -> int:
     """Send `snapshot.expiring` once for each snapshot whose end is near; returns how many."""
+    warned = 0
+    while page := _warn():
+        warned += page
+    return warned
+
+
+def _warn() -> int:
+    """The same for at most a page of them."""
     row: Any = Snapshot
+    unwarned = row.deleted_at.is_(None) & row.warned_at.is_(None)
+    near = select(row.id).where(unwarned, row.expires_at <= now() + settings().snapshot_warning)
+    page = near.order_by(row.expires_at).limit(PAGE).with_for_update(skip_locked=True)
     with transaction() as session:
-        near = (
-            update(Snapshot)
-            .where(
-                row.deleted_at.is_(None),
-                row.warned_at.is_(None),
-                row.expires_at <= now() + settings().snapshot_warning,
+        warned = list(
+            session.scalars(
+                update(Snapshot)
+                .where(row.id.in_(page.scalar_subquery()), unwarned)
+                .values(warned_at=now())
+                .returning(Snapshot)
+                .execution_options(synchronize_session=False)
             )
-            .values(warned_at=now())
-            .returning(Snapshot)
         )
-        warned = list(session.scalars(near))
         for snapshot in warned:
             events.emit(
                 session,
@@ -59,25 +73,16 @@ def submit_due() -> int:
     that is refused, or waits, keeps no other from being asked for.
     """
     row: Any = Snapshot
+    due = select(row.id).where(
+        row.deleted_at.is_(None), row.expires_at <= now(), row.server_id.not_in(_asked_for())
+    )
     with reading() as session:
-        due = select(row.id).where(
-            row.deleted_at.is_(None),
-            row.expires_at <= now(),
-            row.server_id.not_in(_being_deleted()),
-        )
         found = list(session.scalars(due.order_by(row.expires_at)))
-    asked = 0
-    for snapshot in found:
-        try:
-            asked += _ask(snapshot)
-        except DATABASE_AWAY:
-            raise
-        except Exception:
-            log.exception("expiry.refused", snapshot=snapshot)
-    return asked
+    pages = [found[at : at + PAGE] for at in range(0, len(found), PAGE)]
+    return sum(all_but_broken(page, _ask, _refused) for page in pages)
 
 
-def _being_deleted() -> Any:
+def _asked_for() -> Any:
     """Ids of servers whose snapshot's deletion is asked for already."""
     work: Any = Operation
     return select(work.server_id).where(
@@ -85,19 +90,30 @@ def _being_deleted() -> Any:
     )
 
 
-def _ask(snapshot_id: str) -> bool:
+def _refused(snapshot_id: str) -> None:
+    log.exception("expiry.refused", snapshot=snapshot_id)
+
+
+def _ask(ids: list[str]) -> int:
+    """One transaction: of these snapshots those that are free, locked with their servers, and a
+    deletion of each."""
     row: Any = Snapshot
+    server: Any = Server
+    operation: Any = Operation
+    free = (
+        select(Snapshot, Server)
+        .join(Server, server.id == row.server_id)
+        .where(row.id.in_(ids), row.deleted_at.is_(None))
+        .order_by(row.expires_at, row.id)
+        .with_for_update(key_share=True, skip_locked=True, of=(Snapshot, Server))
+    )
     with transaction() as session:
-        free = select(Snapshot).where(
-            row.id == snapshot_id,
-            row.deleted_at.is_(None),
-            row.server_id.not_in(_being_deleted()),
-        )
-        # Of two beats one has it; the other comes after it, and then finds the deletion.
-        locked = free.with_for_update(skip_locked=True)
-        snapshot = session.scalars(locked).one_or_none()
-        if snapshot is None or session.scalars(free).first() is None:
-            return False
-        command = DeleteSnapshot(server=snapshot.server_id, snapshot=snapshot.id, expired=True)
-        submit(session, command, requested_by="beat:expiry")
-    return True
+        found = list(session.execute(free))
+        # Of two beats one has a snapshot; the other comes after it, and then sees the deletion.
+        servers = [of.id for _, of in found]
+        asked_for = set(session.scalars(_asked_for().where(operation.server_id.in_(servers))))
+        wanted = [(snapshot, of) for snapshot, of in found if of.id not in asked_for]
+        for snapshot, of in wanted:
+            command = DeleteSnapshot(server=of.id, snapshot=snapshot.id, expired=True)
+            queue(session, Admitted(of, command), "beat:expiry", None)
+    return len(wanted)

@@ -244,18 +244,43 @@ def test_forgotten_server_does_not_stop_expiry(world: World) -> None:
 def test_refused_deletion_does_not_stop_expiry(
     world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """Whatever one deletion is refused for, the others are asked for."""
-    real = expiry.submit
+    """Whatever one deletion is refused for, the others of its page are asked for, once each."""
+    real = expiry.queue
 
-    def refuse_first(session: Any, command: Any, **options: Any) -> Any:
-        if command.server == broken.id:
+    def refuse(session: Any, admitted: Any, *about: Any) -> Any:
+        if admitted.server.id == broken.id:
             raise error
-        return real(session, command, **options)
+        return real(session, admitted, *about)
 
-    broken = world.server("broken")
-    snapshot(world, broken, -2 * HOUR)
-    snapshot(world, world.server("whole"), -HOUR)
-    monkeypatch.setattr(expiry, "submit", refuse_first)
+    servers = [world.server(f"s{n}") for n in range(9)]
+    for server in servers:
+        snapshot(world, server, -HOUR)
+    broken = servers[4]
+    monkeypatch.setattr(expiry, "queue", refuse)
+    assert [expiry.submit_due(), expiry.submit_due()] == [8, 0]
+    assert {each.server_id for each in deletions()} == {each.id for each in servers} - {broken.id}
+
+
+def test_many_pages(world: World, monkeypatch: pytest.MonkeyPatch, any_database: str) -> None:
+    """More than are warned of and asked for in one transaction, by two beats at once."""
+    monkeypatch.setattr(expiry, "PAGE", 3)
+    made = [snapshot(world, world.server(f"s{n}"), -HOUR) for n in range(11)]
+    at_once(*[expiry.expire_due] * 2)
+    expiry.expire_due()  # what one had while the other passed it over
+    ids = sorted(each.id for each in made)
+    assert sorted(each["snapshot"] for each in world.events("snapshot.expiring")) == ids
+    assert sorted(each.command["snapshot"] for each in deletions()) == ids
+
+
+@pytest.mark.parametrize("any_database", ["postgresql"], indirect=True)
+def test_what_somebody_is_at_keeps_no_other_waiting(world: World, any_database: str) -> None:
+    """While another transaction has one snapshot's row, the others are asked for; it is later.
+    On SQLite one writer has all rows."""
+    taken, free = (snapshot(world, world.server(name), -HOUR) for name in ("taken", "free"))
+    with transaction() as session:
+        session.get_one(Snapshot, taken.id, with_for_update=True)
+        assert at_once(expiry.submit_due) == [1]
+    assert [each.command["snapshot"] for each in deletions()] == [free.id]
     assert expiry.submit_due() == 1
 
 
