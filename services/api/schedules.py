@@ -3,7 +3,7 @@
 from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal
-from zoneinfo import available_timezones
+from zoneinfo import ZoneInfoNotFoundError, available_timezones
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -16,6 +16,7 @@ from services.api.work import NameOrId, RequestBody, settled
 from shared import errors, events, lookups
 from shared.database import now, reading, transaction
 from shared.models import Operation, Schedule, ScheduleRun, Server
+from shared.operations.cancel import cancel
 from shared.rotation import due_next
 from shared.runs import come, offset, plan, skip
 from shared.slots import next_slot, upcoming
@@ -161,7 +162,10 @@ def _put(session: Session, reference: str, kind: Kind, body: Plan) -> tuple[shap
     keeps_its_slot = planned is not None and body.enabled and before == timing
     if planned and planned <= moment and not keeps_its_slot:
         what = "changed" if body.enabled else "disabled"
-        missed, _ = come(schedule, moment)
+        try:
+            missed, _ = come(schedule, moment)
+        except ZoneInfoNotFoundError:  # of the others nobody knows when they were
+            missed = [planned]
         skip(session, schedule, missed, f"the schedule was {what} before this run began")
     schedule.at, schedule.weekday, schedule.timezone = timing
     schedule.keep, schedule.require, schedule.enabled = body.keep, body.require, body.enabled
@@ -209,14 +213,30 @@ def show(server: NameOrId, kind: Kind) -> shapes.Schedule:
 
 @router.delete("", status_code=204, summary="End a schedule", responses=refusals(*ABOUT))
 def delete(request: Request, server: NameOrId, kind: Kind) -> None:
-    """Ends the schedule and drops the record of its runs; the images it made stay."""
+    """Ends the schedule and drops the record of its runs; the images it made stay.
+
+    A run that has not begun is cancelled; one that is under way still makes its image.
+    """
     settled(lambda session: _delete(session, server, kind))
     request.app.state.relay.kick()
 
 
 def _delete(session: Session, reference: str, kind: Kind) -> None:
     server = lookups.server(session, reference)
-    session.delete(lookups.schedule(session, server, kind))
+    schedule = lookups.schedule(session, server, kind)
+    run: Any = ScheduleRun
+    work: Any = Operation
+    waiting_ones = (
+        select(work.id)
+        .join(ScheduleRun, run.operation_id == work.id)
+        .where(run.schedule_id == schedule.id, work.state == "queued")
+        .with_for_update(skip_locked=True, of=Operation)  # a worker is just beginning that one
+    )
+    unbegun = list(session.scalars(waiting_ones))
+    session.delete(schedule)
+    session.flush()  # first, so that no run of it has failed by this
+    for operation_id in unbegun:
+        cancel(session, operation_id)
     events.emit(session, "schedule.ended", server.id, kind=kind)
 
 
@@ -255,7 +275,15 @@ def _upcoming(schedule: Schedule) -> list[shapes.Run]:
     if not schedule.enabled:
         return []
     after, later = now(), offset(schedule)
-    slots = upcoming(schedule.kind, schedule.at, schedule.weekday, schedule.timezone, after, 10)
+    try:
+        slots = upcoming(schedule.kind, schedule.at, schedule.weekday, schedule.timezone, after, 10)
+    except ZoneInfoNotFoundError:
+        reason = (
+            f"The time zone {schedule.timezone!r} is not known any more to this installation, so "
+            "no run can start. Set the schedule with another one, or bring back the zone's data."
+        )
+        slot = schedule.next_run_at or after
+        return [shapes.Run(slot=slot, state="scheduled", reason=reason)]
     if schedule.next_run_at and schedule.next_run_at <= after:  # due, and not yet claimed
         slots = [schedule.next_run_at, *slots[:9]]
     return [shapes.Run(slot=slot, state="scheduled", start_at=slot + later) for slot in slots]

@@ -9,9 +9,12 @@ and the next tick takes what was passed over (docs/decisions/0024).
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime, timedelta
+from functools import partial
 from math import inf
 from typing import Any
+from zoneinfo import ZoneInfoNotFoundError
 
 import structlog
 from celery import shared_task
@@ -26,7 +29,7 @@ from shared.operations import drain
 from shared.operations.admission import admit
 from shared.operations.finish import fail_run, finish
 from shared.operations.outbox import flush_if_possible
-from shared.operations.patience import DATABASE_AWAY
+from shared.operations.pages import PAGE, all_but_broken
 from shared.operations.submit import queue
 from shared.settings import settings
 from shared.slots import next_slot
@@ -37,14 +40,15 @@ MISSED = (
     "missed while Triptych was down or its host was draining; only the newest missed slot is "
     "made up for"
 )
-PAGE = 500
-"""Schedules that are claimed in one transaction; what a tick holds in memory."""
 FURTHEST = {"daily": timedelta(hours=26), "weekly": timedelta(days=7, hours=2)}
 """From now to a next slot: the period, and a clock change."""
 QUEUED = timedelta(hours=1)
 """A run may wait that long for its host's other copies, however small its schedule's window."""
 RUNNING: Any = literal_column("'running'")
 """As it stands in the condition of the index; SQLite compares no parameter with that."""
+TOLD_AGAIN = 3600.0
+"""Seconds for which a schedule that cannot be claimed is not logged again."""
+_told: dict[str, float] = {}
 _under_way = threading.Lock()
 
 
@@ -70,7 +74,7 @@ def run_due(moment: datetime, seconds: float = inf) -> int:
         while _bring_back(kind, moment) == PAGE:
             pass
         for page in _due(kind, moment):
-            started += _claim_all(page, moment)
+            started += all_but_broken(page, partial(_claim, moment=moment), _broken)
             if time.monotonic() > end:
                 break
     return started
@@ -101,18 +105,12 @@ def _due(kind: str, moment: datetime) -> Iterator[list[str]]:
         rest = query.where(row.start_at >= at, or_(row.start_at > at, row.id > id_))
 
 
-def _claim_all(ids: list[str], moment: datetime) -> int:
-    """Claim these together, or, if one keeps the others from it, in ever smaller groups."""
-    try:
-        return _claim(ids, moment)
-    except DATABASE_AWAY:
-        raise
-    except Exception:
-        if len(ids) == 1:
-            log.exception("schedule.broken", schedule=ids[0])
-            return 0
-        half = len(ids) // 2
-        return _claim_all(ids[:half], moment) + _claim_all(ids[half:], moment)
+def _broken(schedule_id: str) -> None:
+    """Say so, once an hour: it is tried at each tick."""
+    moment = time.monotonic()
+    if moment - _told.get(schedule_id, -inf) >= TOLD_AGAIN:
+        _told[schedule_id] = moment
+        log.exception("schedule.broken", schedule=schedule_id)
 
 
 def _claim(ids: list[str], moment: datetime) -> int:
@@ -205,13 +203,17 @@ def _bring_back(kind: str, moment: datetime) -> int:
     row: Any = Schedule
     bound = moment + FURTHEST[kind] + settings().schedule_spread
     query = select(Schedule).where(row.kind == kind, row.start_at > bound).limit(PAGE)
+    with reading() as session:  # so that a tick with nothing to do takes no lock
+        if session.scalars(query.limit(1)).first() is None:
+            return 0
     changed = 0
     with transaction() as session:
         locked = query.with_for_update(key_share=True, skip_locked=True)
         for schedule in session.scalars(locked):
             planned = schedule.next_run_at
             timing = schedule.kind, schedule.at, schedule.weekday, schedule.timezone
-            runs.plan(schedule, next_slot(*timing, moment))
+            with suppress(ZoneInfoNotFoundError):  # then it stays broken, and the others come back
+                runs.plan(schedule, next_slot(*timing, moment))
             if schedule.next_run_at != planned:
                 changed += 1
     if changed:

@@ -6,7 +6,7 @@ from typing import Any
 from operations.spine import World
 from sqlalchemy import select
 
-from services.api.schedules import Kind, Plan, _put
+from services.api.schedules import Kind, Plan, _delete, _put
 from shared.database import transaction
 from shared.models import Operation, Schedule, ScheduleRun, Server
 
@@ -36,6 +36,12 @@ def set_plan(server_id: str, kind: Kind = "daily", **fields: Any) -> None:
     plan = {"at": "03:00", "timezone": "UTC", **fields}
     with transaction() as session:
         _put(session, server_id, kind, Plan(**plan))
+
+
+def end_schedule(server_id: str, kind: Kind = "daily") -> None:
+    """As the API does."""
+    with transaction() as session:
+        _delete(session, server_id, kind)
 
 
 def runs(schedule: Schedule) -> list[ScheduleRun]:

@@ -3,13 +3,25 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from operations.spine import World, outputs, python
-from schedules.planned import DAY, HOUR, SLOT, now_of, operations, runs, scheduled, states
+from schedules.planned import (
+    DAY,
+    HOUR,
+    SLOT,
+    now_of,
+    operations,
+    runs,
+    scheduled,
+    set_plan,
+    states,
+)
 from structlog.testing import capture_logs
 
+from services.api import schedules as api
 from services.imager import images, ticks
 from shared.commands import CreateImage
 from shared.database import transaction
@@ -120,19 +132,52 @@ def test_ticks_of_one_process_do_not_pile_up(world: World, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("place", [0, 4])
-def test_one_that_cannot_be_claimed(world: World, any_database: str, place: int) -> None:
-    """Whatever the database has against it, the others of its page run; and run but once."""
+def test_one_that_cannot_be_claimed(
+    world: World, monkeypatch: pytest.MonkeyPatch, any_database: str, place: int
+) -> None:
+    """Whatever the database has against it, the others of its page run; and run but once. It is
+    tried again, and told of once an hour."""
     schedules = [scheduled(world, world.server(f"server-{n}")) for n in range(7)]
     broken = schedules[place]
     key = f"slot:{broken.id}:{SLOT.isoformat()}"
     world.submit(CreateImage(server=broken.server_id), key=key)
 
     with capture_logs() as logged:
-        assert (ticks.run_due(SLOT), ticks.run_due(SLOT)) == (6, 0)
+        assert [ticks.run_due(SLOT) for _ in range(3)] == [6, 0, 0]
+        monkeypatch.setattr(ticks, "TOLD_AGAIN", 0.0)
+        ticks.run_due(SLOT)
     told = [each["schedule"] for each in logged if each["event"] == "schedule.broken"]
     assert told == [broken.id] * 2
     assert [len(runs(each)) for each in schedules] == [int(each != broken) for each in schedules]
     assert now_of(broken).next_run_at == SLOT
+
+
+def test_zone_that_is_not_known_any_more(world: World) -> None:
+    """After an update of the zones' data: it runs nothing and says why, the others run, and its
+    owner can mend it, which tells of the slot that was missed."""
+    lost, other = (scheduled(world, world.server(name)) for name in ("lost", "other"))
+    with transaction() as session:
+        session.get_one(Schedule, lost.id).timezone = "Atlantis/Lost"
+    assert [ticks.run_due(SLOT), ticks.run_due(SLOT)] == [1, 0]
+    assert states(other) == [(SLOT, "running")]
+    [waiting] = api.runs("lost", "daily").upcoming
+    assert waiting.reason
+    assert (waiting.slot, "'Atlantis/Lost'" in waiting.reason) == (SLOT, True)
+
+    set_plan(lost.server_id)
+    assert states(lost) == [(SLOT, "skipped")]
+    assert len(api.runs("lost", "daily").upcoming) == 10
+
+
+def test_zone_that_is_not_known_keeps_no_other_from_coming_back(world: World) -> None:
+    """Both were planned by a clock that was a year ahead; one of them cannot be planned anew."""
+    later = SLOT + timedelta(days=365)
+    lost, other = (
+        scheduled(world, world.server(zone), timezone=zone, next_run_at=later)
+        for zone in ("Atlantis/Lost", "UTC")
+    )
+    ticks.run_due(SLOT)
+    assert (now_of(lost).next_run_at, now_of(other).next_run_at) == (later, SLOT + DAY)
 
 
 @contextmanager

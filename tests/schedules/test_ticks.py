@@ -4,8 +4,17 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from operations.spine import World, at_once, nothing
-from schedules.planned import HOUR, SLOT, now_of, operations, runs, scheduled, set_plan
+from operations.spine import World, at_once
+from schedules.planned import (
+    HOUR,
+    SLOT,
+    end_schedule,
+    now_of,
+    operations,
+    runs,
+    scheduled,
+    set_plan,
+)
 from sqlalchemy import select
 
 from services.imager import ticks
@@ -186,12 +195,31 @@ def test_schedule_disabled_while_a_tick_reads_it(
 def test_schedule_deleted_while_its_run_goes_on(world: World, schedule: Schedule) -> None:
     """The image is made and stays; there is only no run to record it in."""
     ticks.run_due(SLOT)
-    with transaction() as session:
-        session.delete(session.get_one(Schedule, schedule.id))
-    world.handler(nothing, CreateImage.kind)
     [operation] = operations()
+
+    def meanwhile(context: Context, command: Any) -> Outcome:
+        end_schedule(schedule.server_id)
+        return Outcome({})
+
+    world.handler(meanwhile, CreateImage.kind)
     runner.run(operation.id)
     assert world.row(operation.id).state == "succeeded"
+
+
+def test_schedule_deleted_while_its_run_waits(world: World, any_database: str) -> None:
+    """Nobody wants that image any more: its operation is cancelled, and nothing has failed. What
+    the server's other schedule, or a person, has asked for goes on."""
+    server = world.server()
+    daily = scheduled(world, server, failures_in_row=3)
+    scheduled(world, server, kind="weekly", weekday="tue")
+    ticks.run_due(SLOT)
+    world.submit(CreateImage(server=server.id))
+    end_schedule(server.id)
+    left = {each.requested_by: each.state for each in operations()}
+    assert left == {"schedule:daily": "cancelled", "schedule:weekly": "queued", "test": "queued"}
+    assert runs(daily) == []
+    assert world.events("schedule.failing") == []
+    assert [each["kind"] for each in world.events("schedule.ended")] == ["daily"]
 
 
 # When a run ends
