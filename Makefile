@@ -7,7 +7,7 @@ PATIENT := tests/disks/test_qcow2.py $(filter-out \
 	%_claims.py %_events.py %_operations.py %_sdk.py %_servers.py %_terminal.py %_waiting.py, \
 	$(wildcard tests/test_*.py tests/api/test_*.py tests/client/test_*.py tests/schedules/test_*.py))
 
-.PHONY: help setup demo test test-deployment faults year lint up down bench lock clean
+.PHONY: help setup demo test test-deployment test-guests faults year lint up down bench lock clean
 .DEFAULT_GOAL := help
 
 help:            ## Show this list
@@ -22,7 +22,7 @@ demo: setup      ## Do the main job on a real VM built for it; KEEP=1 leaves it 
 test:            ## Run the tests (real libvirt, QEMU, Redis, PostgreSQL); ARGS="-k name" for some
 	@scripts/setup tests
 	@$(if $(ARGS),$(PYTHON) -m pytest $(ARGS),scripts/side-by-side \
-		"$(PYTHON) -m pytest $(patsubst %,--ignore=%,tests/compose tests/faults $(PATIENT))" \
+		"$(PYTHON) -m pytest $(patsubst %,--ignore=%,tests/compose tests/faults tests/guests $(PATIENT))" \
 		"nice -n 19 $(PYTHON) -m pytest --timeout=900 $(PATIENT)")
 
 test-deployment: ## Run the tests of the deployment by docker compose, faults of minutes included
@@ -30,6 +30,10 @@ test-deployment: ## Run the tests of the deployment by docker compose, faults of
 	@$(if $(ARGS),$(PYTHON) -m pytest tests/compose $(ARGS),scripts/side-by-side \
 		"$(PYTHON) -m pytest tests/compose/test_faults.py" \
 		"$(PYTHON) -m pytest tests/compose --ignore=tests/compose/test_faults.py")
+
+test-guests:     ## Run the tests on real Debian guests; many minutes without KVM
+	@scripts/setup tests
+	@$(PYTHON) -m pytest tests/guests $(ARGS)
 
 faults:          ## Walk all points of all operations with faults (40 min); PART=1 each point once
 	@scripts/setup tests

@@ -106,8 +106,9 @@ class Site:
         return self.operate(f"/servers/{self.guest.name}/images", wishes)
 
     def clones(self, names: str, count: int, server: str | None = None, **wishes: Any) -> Done:
-        """Clones by a pattern of names, all of them made."""
-        body = {"name": names, "count": count, **wishes}
+        """Clones by a pattern of names, all of them made; as their source is inside, as the
+        peers' are."""
+        body = {"name": names, "count": count, "identity": "keep", **wishes}
         done = self.operate(f"/servers/{server or self.guest.name}/clones", body)
         if failed := [each["error"] for each in done.result["clones"] if each["error"]]:
             raise RuntimeError(f"{len(failed)} of {count} clones failed: {failed[0]}")

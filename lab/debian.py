@@ -27,7 +27,7 @@ SUITE = "trixie"
 ROOT_SIZE = 1024 * MIB
 MEMORY_MIB = 512
 PACKAGES = (
-    *("systemd-sysv", "udev", "dbus", "kmod", "iproute2", "busybox-static"),
+    *("systemd-sysv", "udev", "dbus", "kmod", "iproute2", "busybox-static", "e2fsprogs"),
     *("linux-image-cloud-amd64", "openssh-server", "cloud-init", "qemu-guest-agent"),
 )
 _NETWORK = "[Match]\nType=ether\n[Network]\nDHCP=ipv4\nLinkLocalAddressing=no\n"
@@ -39,10 +39,8 @@ shift 2
 debootstrap --variant=minbase "$SUITE" "$tree" $mirror >&2
 printf '#!/bin/sh\\nexit 101\\n' >"$tree/usr/sbin/policy-rc.d" # no service is started
 chmod 755 "$tree/usr/sbin/policy-rc.d"
-mkdir -p "$tree/etc/initramfs-tools"
-echo update_initramfs=no >"$tree/etc/initramfs-tools/update-initramfs.conf" # ours is used
 mountpoint -q "$tree/proc" || mount -t proc proc "$tree/proc"
-exec chroot "$tree" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -ec '
+exec chroot "$tree" env DEBIAN_FRONTEND=noninteractive LC_ALL=C INITRD=No sh -ec '
     apt-get update -q
     apt-get install -yq --no-install-recommends -o Dpkg::Options::=--force-confold "$@"
     apt-get clean

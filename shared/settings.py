@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     clone_dir: Path | None = Field(None, description="where clones' disks go; else the source's")
     mac_prefix: str = Field("52:54:00", pattern=r"^([0-9a-f]{2}:){2}[0-9a-f]{2}$")
     identity_timeout: Duration = Field(
-        timedelta(minutes=2),
+        timedelta(minutes=3),
         gt=timedelta(0),
         le=timedelta(minutes=30),
         description="longest a new clone's guest agent is waited for",

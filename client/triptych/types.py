@@ -112,7 +112,10 @@ class CloneSource(TypedDict, total=False):
 
 
 class CloneIdentity(TypedDict, total=False):
+    way: str | None
+    hostname: str | None
     renewed: list[Any]
+    pending: list[Any]
     kept: list[Any]
 
 

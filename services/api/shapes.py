@@ -202,7 +202,10 @@ class CloneOrigin(BaseModel):
 class Identity(BaseModel):
     """What of the guest's identity was renewed, and what is its source's still."""
 
+    way: Annotated[str | None, _one_of("agent", "cloud-init", "offline", "keep")] = None
+    hostname: str | None = Field(None, description="the clone's name, as far as it can be one")
     renewed: list[Any] = []
+    pending: list[Any] = Field([], description="what the guest is to renew itself when it boots")
     kept: list[Any] = []
 
 

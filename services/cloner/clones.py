@@ -223,7 +223,8 @@ def _make(context: Context, command: CreateClones, template: Template, clone: Cl
         nvram_path=str(files[NVRAM]) if NVRAM in files else None,
         mac_prefix=settings().mac_prefix,
     )
-    way = template.choice.begin(clone.name, context.check)
+    beside = next(iter(files.values())).parent
+    way = template.choice.begin(clone.name, beside, context.check)
     prepared = way.prepare(definition)
     if not command.with_memory:  # such a clone wakes without links anyway
         definition = prepared
@@ -287,11 +288,6 @@ def _destinations(
     files: dict[str, Path] = {}
     for target, folder in folders.items():
         path = folder / f"{name}-{target}.{suffixes[target]}"
-        if path.exists():
-            raise errors.CloneNameTaken(
-                f"{path} exists already; this clone was not made and the file is as it was. "
-                "Choose another name, or remove the file if nothing uses it.",
-                conflict=str(path),
-            )
+        identity.refuse_taken(path)
         files[target] = path
     return files

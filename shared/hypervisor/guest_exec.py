@@ -5,6 +5,7 @@ its input and its output. What is run, and why, is the caller's.
 """
 
 import base64
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -92,7 +93,8 @@ def has_file(domain: Domain, path: str) -> bool:
         handle = _order(domain, "guest-file-open", path=path, mode="r")
     except HypervisorError:
         return False
-    _order(domain, "guest-file-close", handle=handle)
+    with contextlib.suppress(HypervisorError):
+        _order(domain, "guest-file-close", handle=handle)
     return True
 
 

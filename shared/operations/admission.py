@@ -63,6 +63,11 @@ def _refuse_memory(command: CreateClones) -> None:
             "A clone with memory runs from the start: paused it would be its source's double "
             "until somebody resumes it."
         )
+    elif command.identity in ("cloud-init", "offline"):
+        reason = (
+            f"Clones with memory do not boot, so that `identity: {command.identity}` cannot renew "
+            "what their guests hold; `agent` can."
+        )
     elif command.quiesce == "require":
         reason = "Clones with memory cannot be quiesced: each of them would be frozen."
     if reason:

@@ -167,6 +167,8 @@ def test_bad_bodies(
         ("servers/web-1/snapshot", {"quiesce": "require"}),
         ("servers/web-1/clones", {"name": "qa", "quiesce": "require"}),
         ("servers/web-1/clones", {"name": "qa", "start": False}),
+        ("servers/web-1/clones", {"name": "qa", "identity": "offline"}),
+        ("servers/web-1/clones", {"name": "qa", "identity": "cloud-init"}),
         ("images/first/clones", {"name": "qa"}),
     ],
 )
@@ -364,8 +366,19 @@ def test_clone(api: TestClient, world: World, server: Server, source: str) -> No
     one = api.get("/v1/clones/qa-002").json()
     assert {"kind": source, "id": of} == one["source"]
     assert (one["state"], one["server"], one["error"]) == ("queued", None, None)
-    assert one["identity"] == {"renewed": [], "kept": []}
+    assert (one["identity"]["way"], one["identity"]["kept"]) == (None, [])
     assert operation.id == one["operation"]
+
+
+def test_an_agent_of_a_clone_that_is_not_started(
+    api: TestClient, server: Server, refused: Refused
+) -> None:
+    """It cannot renew anything, so the wish is refused; the other ways are accepted."""
+    body = {"name": "qa", "identity": "agent", "start": False}
+    refused(api.post("/v1/servers/web-1/clones", json=body), 422, "unsupported")
+    for way in ("auto", "cloud-init", "offline", "keep"):
+        wish = {"name": f"by-{way}", "identity": way, "start": False}
+        assert api.post("/v1/servers/web-1/clones", json=wish).status_code == 202
 
 
 def test_clone_name_taken(api: TestClient, world: World, server: Server, refused: Refused) -> None:

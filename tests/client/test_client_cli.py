@@ -257,10 +257,11 @@ def test_proof_that_did_not_run_fails_who_asked_for_it(
 
 
 def test_each_clone_has_its_own_outcome(api: Fake, triptych: Triptych) -> None:
-    """One clone that failed is named with its reason, the others stand, and the exit is 1."""
+    """One that failed is named with its reason, one that stands with what it shares; exit 1."""
     error = {"code": "name_taken", "message": "qa-002 exists."}
+    kept = [{"part": "hostname", "reason": "no agent"}, {"part": "machine-id", "reason": ""}]
     clones = [
-        {"id": "cln_1", "name": "qa-001", "state": "ready", "error": None},
+        {"id": "cln_1", "name": "qa-001", "state": "ready", "identity": {"kept": kept}},
         {"id": "cln_2", "name": "qa-002", "state": "failed", "error": error},
     ]
     done = operation(kind="clone.create", result={"clones": clones})
@@ -275,7 +276,7 @@ def test_each_clone_has_its_own_outcome(api: Fake, triptych: Triptych) -> None:
     }
     assert run.code == 1
     assert "1 of 2 clones of web1 made" in run.err
-    assert "qa-001: ready" in run.err
+    assert "qa-001: ready; still as its source has them: hostname, machine-id" in run.err
     assert "qa-002: failed: name_taken: qa-002 exists." in run.err
 
 

@@ -174,7 +174,7 @@ def test_a_silent_guest_is_waited_for_a_while_and_connected(
     blank = str(make_disk(workspace, "raw", "blank"))
     with Guest.create(hypervisor, workspace, disks=[blank], nic=True) as made:
         definition = CloneDefinition(made.domain.XMLDesc(), made.name, "", {}, ())
-        by_agent = ByAgent("c", False, lambda: None)
+        by_agent = ByAgent("c", workspace, False, lambda: None)
         made.connection.defineXML(by_agent.prepare(definition).xml)
         assert made.xml.find(".//interface/link").attrib == {"state": "down"}
         made.start(wait=False)
@@ -185,9 +185,9 @@ def test_a_silent_guest_is_waited_for_a_while_and_connected(
         assert all("did not answer within" in reason for _, reason in by_agent.renewal.kept)
         assert made.xml.find(".//interface/link").attrib == {"state": "up"}
         with pytest.raises(IdentityNotRenewed, match="did not answer"):
-            ByAgent("c", True, lambda: None).after_start(domain)
+            ByAgent("c", workspace, True, lambda: None).after_start(domain)
         with pytest.raises(Cancelled):
-            ByAgent("c", False, not_wanted).after_start(domain)
+            ByAgent("c", workspace, False, not_wanted).after_start(domain)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_link_that_its_owner_took_out_stays_out() -> None:
 def test_the_report_names_parts_with_reasons_and_what_to_do() -> None:
     """The host's side is renewed in any case; each kept part has its reason and its remedy."""
     definition = CloneDefinition("", "web", "", {OLD_MAC: NEW_MAC}, ())
-    kept = Way("web", False, lambda: None, inside.nothing("it was to be kept"))
+    kept = Way("web", Path(), False, lambda: None, inside.nothing("it was to be kept"))
 
     told = report(definition, True, kept.renewal)
 

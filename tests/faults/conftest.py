@@ -99,7 +99,11 @@ def site(
     request: pytest.FixtureRequest, hypervisor: Hypervisor, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     directory: Path = tmp_path_factory.mktemp("faults")
-    settings = {"TRIPTYCH_FAULTS": str(directory), "TRIPTYCH_CONCURRENCY": "2"}
+    settings = {
+        "TRIPTYCH_FAULTS": str(directory),
+        "TRIPTYCH_CONCURRENCY": "2",
+        "TRIPTYCH_IDENTITY_TIMEOUT": "1",  # clones of a stopped server have nothing that answers
+    }
     with open_site(
         hypervisor,
         request.param,

@@ -128,21 +128,14 @@ _NUMBERS = itertools.count()
 """The list of domains that names are compared with is a moment behind libvirt's."""
 
 
-def _clone(
-    site: Site,
-    machine: Machine,
-    kind: str = "server",
-    start: bool = False,
-    **wishes: bool,
-) -> Any:
+def _clone(site: Site, machine: Machine, kind: str = "server", **wishes: Any) -> Any:
     source = _newest_image(site, machine) if kind == "image" else machine.id
     return site.client.clones.create(
         source,
         source_kind=kind,
         name=f"{machine.name}-c{next(_NUMBERS)}-{{n}}",
         count=2,
-        start=start,
-        **wishes,
+        **{"start": False, **wishes},
     )
 
 
@@ -191,7 +184,11 @@ KINDS = {
             _with_image,
         ),
         Kind("clone.server", _clone),
-        Kind("clone.snapshot", lambda site, m: _clone(site, m, "snapshot"), _with_snapshot),
+        Kind(
+            "clone.snapshot",
+            lambda site, m: _clone(site, m, "snapshot", identity="cloud-init"),
+            _with_snapshot,
+        ),
         Kind(
             "clone.image",
             lambda site, m: _clone(site, m, "image", start=True),

@@ -185,6 +185,10 @@ def assert_own_identity(source: Machine, clone: Machine) -> None:
         clone.guest.wait_ready()
         inside = clone.guest.run("cat /sys/class/dmi/id/product_uuid /sys/class/net/eth0/address")
         assert inside[1].split() == [clone.guest.domain.UUIDString(), *macs(clone)]
+        for file in ("/etc/hostname", "/etc/machine-id"):
+            assert clone.guest.read(file) != source.guest.read(file)
+        assert clone.guest.read("/etc/hostname") == f"{clone.name}\n"
+        assert clone.guest.read("/sys/class/net/eth0/carrier") == "1\n"
 
 
 @pytest.mark.parametrize("machine", [("qcow2+raw", "running")], indirect=True)

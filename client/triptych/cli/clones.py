@@ -79,8 +79,8 @@ def create(
         str | None,
         typer.Option(
             metavar="HOW",
-            help="Renew hostname, machine-id and SSH host keys where the guest allows it "
-            "(auto), or leave them (keep).",
+            help="Renew hostname, machine-id, SSH host keys and DHCP state: by agent, cloud-init "
+            "or offline, by what the guest offers (auto), or leave them (keep).",
             show_default="auto",
         ),
     ] = None,
@@ -170,7 +170,9 @@ def _show(session: Session, clone: Clone) -> None:
             ("created", moment(clone.get("created_at"))),
             ("memory", plain("with_memory", clone.get("with_memory"))),
             ("linked to", plain("linked_to", clone.get("linked_to"))),
+            ("hostname", plain("hostname", identity.get("hostname"))),
             ("renewed", plain("renewed", identity.get("renewed"))),
+            ("pending", plain("pending", identity.get("pending"))),
             ("kept", plain("kept", identity.get("kept"))),
             ("error", plain("error", clone.get("error"))),
         ],

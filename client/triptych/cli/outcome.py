@@ -249,7 +249,9 @@ def _clone_words(clone: dict[str, Any]) -> str:
     if images := clone.get("images_kept"):
         words.append(f"{_count(images, 'image')} of it kept")
     words += [f"left {each['path']} ({each['reason']})" for each in clone.get("left") or []]
-    return ", ".join(words)
+    told = ", ".join(words)
+    kept = [str(each.get("part")) for each in (clone.get("identity") or {}).get("kept") or []]
+    return f"{told}; still as its source has them: {', '.join(kept)}" if kept else told
 
 
 def _count(number: int, word: str) -> str:

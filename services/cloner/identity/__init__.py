@@ -8,6 +8,6 @@ Owns: which way a guest's identity is renewed, the ways, and the report (C3). Th
 from services.cloner.identity.by_agent import connect, renew_in_guest
 from services.cloner.identity.choice import Choice, choose
 from services.cloner.identity.report import report
-from services.cloner.identity.way import Way
+from services.cloner.identity.way import Way, refuse_taken
 
-__all__ = ["Choice", "Way", "choose", "connect", "renew_in_guest", "report"]
+__all__ = ["Choice", "Way", "choose", "connect", "refuse_taken", "renew_in_guest", "report"]

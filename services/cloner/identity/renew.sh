@@ -4,6 +4,7 @@
 #
 #   look                                          tell who the guest is: KEY <tab> VALUE lines
 #   renew HOSTNAME MACHINE-ID [OLD-MAC=NEW-MAC]…  change it; the network must not reach anybody
+#   machine HOSTNAME MACHINE-ID                   change what cloud-init leaves, from its bootcmd
 #   connect                                       have DHCP clients ask, once the network does
 #
 # `renew` changes what it can and fails for nothing: what counts is what `look` tells afterwards.
@@ -147,7 +148,20 @@ renew() {
     shift 2
     own_macs "$@"
     dhcp
-    [ -n "$OFFLINE" ] && rm -f /var/lib/systemd/random-seed
+    if [ -n "$OFFLINE" ]; then
+        rm -f /var/lib/systemd/random-seed
+        # Files made while SELinux does not run have no label until the next boot gives them one.
+        grep -q '^SELINUX=\(enforcing\|permissive\)' /etc/selinux/config && touch /.autorelabel
+    fi
+    sync
+}
+
+machine() {
+    stir
+    hostname_ "$1" # in /etc/hosts too, which cloud-init leaves unless it is told to manage it
+    machine_id "$2"
+    dhcp
+    connect
     sync
 }
 
@@ -165,6 +179,7 @@ main() {
     case $action in
         look) look "$@" ;;
         renew) renew "$@" >/dev/null 2>&1 ;;
+        machine) machine "$@" >/dev/null 2>&1 ;;
         connect) connect >/dev/null 2>&1 ;;
     esac
     return 0

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.cloner.identity.report import Renewal
-from shared.errors import IdentityNotRenewed
+from shared.errors import CloneNameTaken, IdentityNotRenewed
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.duplicate import CloneDefinition
 
@@ -15,6 +15,8 @@ class Way:
     """Leaves the guest as it is: `keep`. The others act at the moments that suit them."""
 
     name: str
+    folder: Path
+    """Where the clone's disks are."""
     required: bool
     """Whether it was asked for by name: then what it does not achieve fails the clone."""
     check: Callable[[], None]
@@ -24,7 +26,7 @@ class Way:
 
     @property
     def files(self) -> list[Path]:
-        """What it makes beside the clone's disks; the journal is told before."""
+        """What it makes beside the clone's disks, known after `prepare`."""
         return []
 
     def prepare(self, definition: CloneDefinition) -> CloneDefinition:
@@ -49,3 +51,13 @@ class Way:
                 "undone; see to the guest, or ask for `identity: auto`, which makes the clone and "
                 "names what it keeps."
             )
+
+
+def refuse_taken(path: Path) -> None:
+    """Raises CloneNameTaken if a file of the clone's is there already."""
+    if path.exists():
+        raise CloneNameTaken(
+            f"{path} exists already; this clone was not made and the file is as it was. "
+            "Choose another name, or remove the file if nothing uses it.",
+            conflict=str(path),
+        )

@@ -1,0 +1,66 @@
+"""The drive that a cloud-init seed stands in.
+
+Owns: whether a definition has had one, and putting one in. It goes on the bus of the guest's
+first disk, whose driver the guest has for sure: kernels made for clouds have been without those
+of IDE and SATA, where a CD-ROM would be. cloud-init knows a seed by its label, on any drive.
+"""
+
+from pathlib import Path
+
+from lxml import etree
+
+from shared.hypervisor.definition import parse_domain, to_text
+from shared.hypervisor.errors import DefinitionInvalid
+
+_PREFIXES = {"virtio": "vd", "ide": "hd", "scsi": "sd", "sata": "sd", "usb": "sd"}
+_LABELS = (b"cidata", b"CIDATA")
+# ECMA-119: the volume descriptor is the 16th sector, and its label begins at byte 40 of it.
+_LABEL_AT, _LABEL_LENGTH = 16 * 2048 + 40, 32
+
+
+def had_seed(definition: str) -> bool:
+    """Whether a domain of that definition is told of a NoCloud seed: by a drive or by SMBIOS."""
+    root = parse_domain(definition)
+    entries = [entry.text or "" for entry in root.iterfind("sysinfo/system/entry[@name='serial']")]
+    if any(entry.startswith("ds=nocloud") for entry in entries):
+        return True
+    sources = root.iterfind("devices/disk/source[@file]")
+    return any(_is_seed(Path(source.get("file", ""))) for source in sources)
+
+
+def with_seed(definition: str, seed: Path) -> str:
+    """The definition with a read-only drive that holds the file `seed`.
+
+    Raises DefinitionInvalid where there is no disk to tell a bus by, or no place on it.
+    """
+    root = parse_domain(definition)
+    devices = root.find("devices")
+    disks = root.findall("devices/disk")
+    first = next((disk for disk in disks if disk.get("device", "disk") == "disk"), None)
+    target = first.find("target") if first is not None else None
+    bus = target.get("bus", "") if target is not None else ""
+    if devices is None or bus not in _PREFIXES:
+        raise DefinitionInvalid(
+            f"There is no bus for a cloud-init seed: the first disk is on {bus or 'none'}."
+        )
+    taken = {node.get("dev") for node in root.iterfind("devices/disk/target")}
+    names = (f"{_PREFIXES[bus]}{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")
+    name = next((name for name in names if name not in taken), None)
+    if name is None or (bus == "ide" and name > "hdd"):
+        raise DefinitionInvalid(f"There is no place for a cloud-init seed on the bus {bus}.")
+    device = "disk" if bus in ("virtio", "usb") else "cdrom"
+    drive = etree.SubElement(devices, "disk", type="file", device=device)
+    etree.SubElement(drive, "driver", name="qemu", type="raw")
+    etree.SubElement(drive, "source", file=str(seed))
+    etree.SubElement(drive, "target", dev=name, bus=bus)
+    etree.SubElement(drive, "readonly")
+    return to_text(root)
+
+
+def _is_seed(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            file.seek(_LABEL_AT)
+            return file.read(_LABEL_LENGTH).strip() in _LABELS
+    except OSError:
+        return False

@@ -1,0 +1,68 @@
+"""Clones of a real Debian: systemd, openssh-server, cloud-init, the guest agent, DHCP (C3)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from guests.debian_server import BOOT_S, Server, reboot
+from system.live_site import Site, wait_for
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
+
+PENDING = {"hostname", "machine-id", "ssh-host-keys", "dhcp"}
+RENEWED = {"name", "uuid", "hostname", "machine-id", "ssh-host-keys", "dhcp"}
+
+
+def test_three_clones_and_their_source_are_four_machines(site: Site, golden: Server) -> None:
+    """On one network they differ in name, machine-id, host keys, MAC, DUID and address."""
+    before = golden.identity()
+    assert before.hostname == "golden"
+
+    operation = site.done(
+        site.client.clones.create(golden.id, name="qa_{n}", count=3, identity="agent"),
+        timeout=4 * BOOT_S,
+    )
+
+    clones = [golden.clone(name) for name in ("qa_1", "qa_2", "qa_3")]
+    for number, made in enumerate(operation["result"]["clones"], start=1):
+        told = made["identity"]
+        assert set(told["renewed"]) >= RENEWED
+        assert (told["way"], told["kept"], told["pending"]) == ("agent", [], [])
+        assert told["hostname"] == f"qa-{number}"
+    identities = [golden.identity(), *(clone.identity() for clone in clones)]
+    for one, other in itertools.combinations(identities, 2):
+        assert one.shared_with(other) == []
+    assert [each.hostname for each in identities] == ["golden", "qa-1", "qa-2", "qa-3"]
+    assert before == identities[0]
+
+    reboot(clones[0])  # and it is no identity of one boot
+    assert clones[0].identity() == identities[1]
+    for clone in clones:
+        clone.guest.remove()
+
+
+def test_a_seed_makes_a_clone_another_machine(site: Site, golden: Server) -> None:
+    """cloud-init renews all of it at the first boot, before a DHCP server sees who it was."""
+    before = golden.identity()
+
+    operation = site.done(
+        site.client.clones.create(golden.id, name="seeded", identity="cloud-init"), timeout=BOOT_S
+    )
+
+    (made,) = operation["result"]["clones"]
+    assert made["identity"]["way"] == "cloud-init"
+    assert {each["part"] for each in made["identity"]["pending"]} == PENDING
+    clone = golden.clone("seeded")
+    clone.guest.wait_ready(BOOT_S)
+    wait_for(
+        lambda: "status: done" in clone.guest.run("cloud-init status")[1], "it is done", BOOT_S
+    )
+    own = clone.identity()
+    assert own.shared_with(before) == []
+    assert own.hostname == "seeded"
+    assert golden.identity() == before
+
+    reboot(clone)
+    assert clone.identity() == own
+    clone.guest.remove()
