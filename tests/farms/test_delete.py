@@ -65,16 +65,17 @@ def test_farm_goes_and_nothing_else(farmed: Farmed) -> None:
 
 def test_domain_of_the_same_name_is_not_the_clone(farmed: Farmed) -> None:
     """Somebody undefined the clone and gave its name, and its disk, to a VM of their own: that
-    stays, with the disk, and the result says why."""
+    runs on, with the disk, and the result says why."""
     farm, (made,) = farmed.farm(1)
     made.guest.domain.undefine()
     mine = farmed.guest(made.guest.name, [made.disk])
     uuid = mine.domain.UUIDString()
     assert uuid != made.server.domain_uuid
+    boot = mine.start(wait=False).domain.ID()
 
     ended = farmed.done(DeleteFarm(farm=farm.id))
 
-    assert mine.domain.UUIDString() == uuid
+    assert (mine.domain.UUIDString(), mine.domain.ID()) == (uuid, boot)
     assert made.disk.exists()
     (left,) = outcomes(ended)[made.clone.name]["left"]
     assert left["path"] == str(made.disk)
