@@ -280,6 +280,26 @@ def test_each_clone_has_its_own_outcome(api: Fake, triptych: Triptych) -> None:
     assert "qa-002: failed: name_taken: qa-002 exists." in run.err
 
 
+def test_linked_clones_name_what_must_stay(api: Fake, triptych: Triptych) -> None:
+    """The file that they stand on, once; or why there is none."""
+    base = "/srv/vms/triptych-base-op_1-vda.raw"
+    clones = [
+        {"id": f"cln_{n}", "name": f"qa-{n}", "state": "ready", "linked_to": [base]} for n in (1, 2)
+    ]
+    done = operation(kind="clone.create", result={"clones": clones})
+    api.starts("POST /v1/servers/web1/clones", done)
+    words = "clone create web1 --count 2 --name qa-{n} --linked"
+    run = triptych(*words.split())
+    assert (run.code, api.requests[0].body["linked"]) == (0, True)
+    assert run.out.count(base) == 1
+
+    for each in clones:
+        each["linked_to"] = []
+    result = {"clones": clones, "not_linked": "every disk shares its extents"}
+    api.starts("POST /v1/servers/web1/clones", operation(kind="clone.create", result=result))
+    assert "Not linked: every disk shares its extents." in triptych(*words.split()).out
+
+
 def test_only_host_need_not_be_named(api: Fake, triptych: Triptych) -> None:
     """Where one host exists, `server add DOMAIN` is enough."""
     api.says("GET /v1/hosts", {"items": [{"name": "kvm1"}], "next": None})
