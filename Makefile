@@ -4,8 +4,8 @@ export PORT ?= 8000
 # Tests that compute, start no VM and have no time to keep: they run beside the others, in what
 # these leave of the machine.
 PATIENT := tests/disks/test_qcow2.py $(filter-out \
-	%_claims.py %_events.py %_operations.py %_sdk.py %_servers.py %_terminal.py %_waiting.py, \
-	$(wildcard tests/test_*.py tests/api/test_*.py tests/client/test_*.py tests/schedules/test_*.py))
+	%_claims.py %_events.py %_operations.py %_servers.py %_waiting.py, \
+	$(wildcard tests/test_*.py tests/api/test_*.py tests/schedules/test_*.py))
 
 .PHONY: help setup demo test test-deployment test-guests faults year lint up down bench lock clean
 .DEFAULT_GOAL := help
