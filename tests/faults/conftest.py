@@ -43,6 +43,8 @@ PART = {
         (KILLED, "image.restore"),
         (KILLED, "clone.image"),
         (UNDONE, "image.restore"),
+        (KILLED, "farm.delete"),
+        (UNDONE, "farm.delete"),
     },
     ("xfs", "running"): {
         (KILLED, "snapshot.take"),

@@ -78,6 +78,8 @@ class Kind:
     prepare: Callable[[Site, Machine], None] = lambda site, machine: machine.write("changed")
     succeeded: str = "changed"
     failed: str = "changed"
+    check: Callable[[Site, Machine, dict[str, Any]], None] = lambda site, machine, ended: None
+    """What must hold beside all else when it has ended."""
     memory: bool = False
     """Only of a server that runs, on a file system that shares extents."""
     started: bool = False
@@ -137,6 +139,39 @@ def _clone(site: Site, machine: Machine, kind: str = "server", **wishes: Any) ->
         count=2,
         **{"start": False, **wishes},
     )
+
+
+_farms: dict[str, dict[str, Any]] = {}
+"""Each machine's farm of two, as it was made."""
+
+
+def _with_farm(site: Site, machine: Machine) -> None:
+    """A farm that is whole: what is left of one that is not goes first."""
+    machine.write("changed")
+    there = {each["id"]: each["clones"] for each in site.client.farms.list()}
+    known = _farms.get(machine.id, {}).get("farm")
+    if there.get(known) == {"ready": 2}:
+        return
+    if known in there:
+        site.done(site.client.farms.delete(known))
+    name = f"{machine.name}-f{next(_NUMBERS)}-{{n}}"
+    made = site.client.clones.create(machine.id, name=name, count=2, start=False)
+    _farms[machine.id] = site.done(made)["result"]
+
+
+def _farm_is_as_told(site: Site, machine: Machine, ended: dict[str, Any]) -> None:
+    """Each clone is there, whole, or gone with its disks, as its outcome says."""
+    told = (ended["result"] or {}).get("clones", [])
+    gone = {each["name"] for each in told if each["state"] == "deleted"}
+    for clone in _farms[machine.id]["clones"]:
+        guest = attach(site.hypervisor, clone["name"])
+        disks = list(site.disks.glob(f"{clone['name']}-*"))
+        if clone["name"] in gone:
+            assert (guest.state(), disks) == ("missing", [])
+        else:
+            assert (guest.state(), len(disks)) == ("stopped", 2)
+            made = Machine(site, guest, "stopped", clone["server"])
+            assert machine.power == "running" or made.read() == {"changed"}
 
 
 KINDS = {
@@ -202,6 +237,12 @@ KINDS = {
             started=True,
         ),
         Kind("clone.linked", lambda site, m: _clone(site, m, linked=True), linked=True),
+        Kind(
+            "farm.delete",
+            lambda site, m: site.client.farms.delete(_farms[m.id]["farm"]),
+            _with_farm,
+            check=_farm_is_as_told,
+        ),
     )
 }
 
@@ -308,6 +349,7 @@ class Walk:
         assert len(bases) == (len(machine.disks) if kind.linked and succeeded else 0), bases
         for base in bases:
             base.unlink()
+        kind.check(site, machine, ended)
         names = {each.name() for each in site.hypervisor_connection().listAllDomains()}
         assert not [name for name in names if name.startswith(f"{machine.name}-c")]
 

@@ -125,7 +125,8 @@ def test_rows_outlive_the_migrations(empty: str) -> None:
     unmeasured = {"unique_bytes": None, "measured_at": None}
     later = {"host": {"draining_since": None}, "snapshot": unmeasured, "image": unmeasured}
     later["schedule"] = {"require": "complete", "start_at": None}
-    later |= {"server": {"held_by": None}, "clone": {"farm_id": "frm_1", "files": None}}
+    later |= {"server": {"held_by": None}, "journal": {"unit": None}}
+    later["clone"] = {"farm_id": "frm_1", "files": None, "linked_to": []}
     assert {table: {**row, **later.get(table, {})} for table, row in before.items()} == stored()
     with transaction() as session:
         drain(session, "kvm-1")
