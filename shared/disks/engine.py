@@ -22,7 +22,6 @@ from shared.disks.copy import stream_copy
 from shared.disks.errors import InsufficientSpace, PauseTooLong
 from shared.disks.nvram import Nvram
 from shared.disks.planning import Choice, Plan, Way, definition_of, plan, refuse_memory
-from shared.disks.qcow2 import tables
 from shared.disks.reflink import create_target, writes_elsewhere
 from shared.disks.space import FLOOR, FloorWatch, ensure_space, full_is_said, says_full
 from shared.errors import Cancelled
@@ -284,12 +283,6 @@ def _shared(job: _Job, copies: list[CatchingUp]) -> _Shot:
         for copy in copies:
             os.fdatasync(copy.source)
 
-    ahead = [
-        (copy.target, *place)
-        for copy, source in zip(copies, job.plan.sources, strict=True)
-        if source.copy_format == "qcow2"
-        for place in tables(copy.source)
-    ]
     told = job.plan.state == "running" and not order.memory
     if told:  # ahead of the freeze, which waits for no database
         order.before("pause")
@@ -310,8 +303,6 @@ def _shared(job: _Job, copies: list[CatchingUp]) -> _Shot:
             faults.point("reflink:paused")
             finish(copies, order.pause_budget_ms)
             job.nvram.take()
-            for target, at, length in ahead:  # read while the guest is being resumed
-                os.posix_fadvise(target, at, length, os.POSIX_FADV_WILLNEED)
             faults.point("reflink:shared")
     return _Shot(taken_at, consistency, pause.ms)
 

@@ -26,8 +26,6 @@ _MOST_CLUSTERS = 1 << 22
 """256 GiB with clusters of 64 KiB; beyond that the start of a process is nothing."""
 _MOST_TABLES = 64 << 20
 """Bytes of level 2 tables: a sparse file may name as many as would take all memory."""
-_MOST_AHEAD = 64
-"""To have a table read ahead takes some 10 µs, in which the guest stands still."""
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 _COPIED = 1 << 63
 """Set where exactly one reference to the cluster exists."""
@@ -54,17 +52,6 @@ def plainly_sound(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def tables(file: int) -> list[tuple[int, int]]:
-    """Where an open image's tables lie, as (offset, bytes), as far as it is plain and they are few.
-
-    Of an image that is being written it is a guess: what `plainly_sound` will read of a copy.
-    """
-    try:
-        return _Image.opened(file).places()[:_MOST_AHEAD]
-    except _NotPlain:
-        return []
 
 
 @dataclass(frozen=True)
@@ -122,18 +109,6 @@ class _Image:
         counted = self._counts(places)
         if len(found) != self.clusters or np.any(found > 1) or np.any(counted[found > 0] != 1):
             raise _NotPlain
-
-    def places(self) -> list[tuple[int, int]]:
-        """Where its tables lie, as (offset, bytes). Raises _NotPlain."""
-        entries = self._read(self.l1_at, self.l1_entries) & np.uint64(_OFFSET)
-        blocks = self._read(self.counts_at, self.counts_clusters * self.cluster // 8)
-        single = np.concatenate([entries[entries != 0], blocks[blocks != 0]])
-        return [
-            (0, self.cluster),
-            (self.l1_at, self.l1_entries * 8),
-            (self.counts_at, self.counts_clusters * self.cluster),
-            *((int(at), self.cluster) for at in single),
-        ]
 
     def _pointed_at(self, entries: Entries, *, flags: int) -> Entries:
         """The clusters that entries point at: each to be written in place, none compressed."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shared.disks import images
 from shared.disks.errors import ImageDamaged
-from shared.disks.qcow2 import plainly_sound, tables
+from shared.disks.qcow2 import plainly_sound
 
 MIB = 1 << 20
 CLUSTER = 65536
@@ -122,35 +122,6 @@ def test_very_many_tables_are_not_read(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "preadv", lambda _file, _buffers, at: read.append(at))
     assert not plainly_sound(path)
     assert read == []
-
-
-def test_all_that_is_read_is_foretold(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a copy's check will read is where its source's tables are."""
-    pread, preadv = os.pread, os.preadv
-    read: list[tuple[int, int]] = []
-
-    def one(file: int, length: int, at: int) -> bytes:
-        read.append((at, length))
-        return pread(file, length, at)
-
-    def many(file: int, buffers: list[memoryview], at: int) -> int:
-        read.append((at, sum(buffer.nbytes for buffer in buffers)))
-        return preadv(file, buffers, at)
-
-    with image.open("rb") as file:
-        places = tables(file.fileno())
-    monkeypatch.setattr(os, "pread", one)
-    monkeypatch.setattr(os, "preadv", many)
-    assert plainly_sound(image)
-    for at, length in read:
-        assert any(start <= at and at + length <= start + size for start, size in places)
-
-
-def test_of_what_is_not_plain_nothing_is_foretold(tmp_path: Path) -> None:
-    raw = tmp_path / "raw"
-    raw.write_bytes(b"QFI\xfb" + bytes(200))
-    with raw.open("rb") as file:
-        assert tables(file.fileno()) == []
 
 
 def _first_data(path: Path) -> tuple[int, int]:
