@@ -55,7 +55,7 @@ def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int, action: Callable[[]
             (Path, "replace"),
             (Path, "unlink"),
             (os, "chown"),
-            (setaside, "_sync_folder"),
+            (setaside, "sync_folder"),
         ):
             patch.setattr(module, name, counted(getattr(module, name)))
         try:
