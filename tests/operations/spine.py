@@ -222,8 +222,14 @@ def nothing(context: Any, command: Any) -> Outcome:
 
 
 @contextmanager
-def surroundings(folder: Path, url: str, address: str) -> Iterator[dict[str, str]]:
-    """The settings of one test alone, here and in the environment of subprocesses."""
+def surroundings(
+    patch: pytest.MonkeyPatch, folder: Path, url: str, address: str
+) -> Iterator[dict[str, str]]:
+    """The settings of one test alone, here and in the environment of subprocesses.
+
+    `patch` is the test's own: of two, the one that is undone last would bring back what the other
+    had set.
+    """
     given = {
         "TRIPTYCH_DATABASE_URL": url,
         "TRIPTYCH_BROKER_URL": address,
@@ -233,25 +239,26 @@ def surroundings(folder: Path, url: str, address: str) -> Iterator[dict[str, str
         "TRIPTYCH_LEASE": "2",
         "TRIPTYCH_SCHEDULE_SPREAD": "0",
     }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in given.items():
-            patch.setenv(name, value)
-        forget_caches()
-        try:
-            yield given
-        finally:
-            publisher().close()
-            database.engine().dispose()
+    for name, value in given.items():
+        patch.setenv(name, value)
     forget_caches()
+    try:
+        yield given
+    finally:
+        publisher().close()
+        database.engine().dispose()
+        forget_caches()
 
 
 @pytest.fixture
-def environment(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, str]]:
+def environment(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[str, str]]:
     url = request.getfixturevalue("database_url")
     address = NOBODY_LISTENS
     if "redis_broker" in request.fixturenames:
         address = request.getfixturevalue("redis_broker").url
-    with surroundings(tmp_path, url, address) as given:
+    with surroundings(monkeypatch, tmp_path, url, address) as given:
         yield given
 
 

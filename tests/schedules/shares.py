@@ -43,8 +43,8 @@ def live(share: Share) -> Account:
     structlog.configure(wrapper_class=quiet)
     try:
         with (
-            surroundings(share.folder, f"sqlite:///{database}", NOBODY_LISTENS),
             pytest.MonkeyPatch.context() as patch,
+            surroundings(patch, share.folder, f"sqlite:///{database}", NOBODY_LISTENS),
         ):
             year = Year(World(patch), patch, share.servers, share.days, seed=share.number)
             gc.freeze()  # what is there by now stays, and need not be looked through again
