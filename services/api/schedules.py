@@ -226,13 +226,13 @@ def _delete(session: Session, reference: str, kind: Kind) -> None:
     schedule = lookups.schedule(session, server, kind)
     run: Any = ScheduleRun
     work: Any = Operation
-    waiting_ones = (
+    queued = (
         select(work.id)
         .join(ScheduleRun, run.operation_id == work.id)
         .where(run.schedule_id == schedule.id, work.state == "queued")
         .with_for_update(skip_locked=True, of=Operation)  # a worker is just beginning that one
     )
-    unbegun = list(session.scalars(waiting_ones))
+    unbegun = list(session.scalars(queued))
     session.delete(schedule)
     session.flush()  # first, so that no run of it has failed by this
     for operation_id in unbegun:

@@ -49,7 +49,7 @@ def _warn() -> int:
         warned = list(
             session.scalars(
                 update(Snapshot)
-                .where(row.id.in_(page.scalar_subquery()), unwarned)
+                .where(row.id.in_(page), unwarned)
                 .values(warned_at=now())
                 .returning(Snapshot)
                 .execution_options(synchronize_session=False)

@@ -66,6 +66,17 @@ def test_skipped_slot_that_comes_after_all(world: World) -> None:
     assert [(each.state, each.reason) for each in runs(schedule)] == [("running", None)] * 6
 
 
+def test_slots_that_have_their_rows_are_missed_once_more(world: World) -> None:
+    """After a clock that was ahead beat is away for a day: what was told of them stands, and the
+    newest may still run."""
+    schedule = scheduled(world, world.server())
+    ticks.run_due(SLOT + 4 * DAY)
+    before = states(schedule)
+    ticks.run_due(SLOT - HOUR)
+    assert ticks.run_due(SLOT + 2 * DAY) == 1
+    assert states(schedule) == [*before[:2], (SLOT + 2 * DAY, "running"), *before[3:]]
+
+
 STEPS = st.integers(-4 * 24 * 60, 4 * 24 * 60) | st.integers(-90, 90)
 
 

@@ -185,10 +185,21 @@ def test_snapshots_of_a_draining_host_expire(world: World) -> None:
 
 
 def test_one_deletion_is_asked_for_at_a_time(world: World) -> None:
-    """While it waits behind other work of its server, no second one is queued."""
+    """While it waits behind other work of its server, or goes on, no second one is queued."""
     server = world.server()
     snapshot(world, server, -HOUR)
     assert [expiry.submit_due(), expiry.submit_due(), expiry.submit_due()] == [1, 0, 0]
+    assert claim.claim(deletions()[0].id, "kvm-1/snapshotter/one")
+    assert expiry.submit_due() == 0
+
+
+def test_snapshot_that_goes_while_it_is_looked_for(world: World) -> None:
+    """A person's deletion came between the look and the asking: nothing is left to ask for."""
+    made = snapshot(world, world.server(), -HOUR)
+    with transaction() as session:
+        session.get_one(Snapshot, made.id).deleted_at = now()
+    assert expiry._ask([made.id]) == 0
+    assert deletions() == []
 
 
 def test_deletion_that_failed_is_asked_for_again(world: World) -> None:

@@ -22,7 +22,7 @@ from shared import errors
 from shared.commands import CreateImage
 from shared.database import transaction
 from shared.models import Schedule
-from shared.operations import drain, runner
+from shared.operations import claim, drain, runner
 from shared.operations.cancel import cancel
 from shared.operations.context import Context, Outcome
 
@@ -190,6 +190,15 @@ def test_schedule_disabled_while_a_tick_reads_it(
     assert ticks.run_due(SLOT) == 0
     assert [each.state for each in runs(schedule)] == ["skipped"] * len(runs(schedule))
     assert operations() == []
+
+
+def test_run_that_begins_while_it_is_given_up(world: World, schedule: Schedule) -> None:
+    """Between beat's look and its word the worker wins."""
+    ticks.run_due(SLOT)
+    [operation] = operations()
+    assert claim.claim(operation.id, "kvm-1/imager/one")
+    assert not ticks._give_up(operation.id, SLOT + HOUR)
+    assert world.row(operation.id).state == "running"
 
 
 def test_schedule_deleted_while_its_run_goes_on(world: World, schedule: Schedule) -> None:
