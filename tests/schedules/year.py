@@ -186,8 +186,9 @@ class Year:
         return self.random.random() < STEP / (days * DAY)
 
     def _troubles(self) -> None:
+        certain = self.moment == BEGIN + 10 * DAY  # also in a part of a year
         for what, days in (("beat", 12), ("database", 25), *((host, 15) for host in HOSTS)):
-            if self._chance(days):
+            if self._chance(days) or certain:
                 self.happened[f"{what.split('-')[0]} away"] += 1
                 length = self.random.choice([STEP, 4 * STEP, DAY / 3, DAY, 4 * DAY, 12 * DAY])
                 self.away_until[what] = self.moment + self.random.random() * length
