@@ -24,6 +24,7 @@ from bench.peers import Bare
 from bench.result import Result
 from bench.site import Done, Site
 from bench.sizes import runs
+from bench.ticker import Recording
 from lab.guest import PREFIX, Guest, attach
 from shared.disks.engine import capture
 from shared.disks.reflink import reflink
@@ -175,6 +176,39 @@ def pause(site: Site, book: Book) -> None:
         "guest_gap_of_one_ms": statistics.median(gaps_of_one),
     }
     book.record("farm_pause_growth", result)
+
+
+def memory_pause(site: Site, book: Book) -> None:
+    """How long the source is held for a farm with memory, beside libvirt's own live snapshot."""
+    farms: list[float] = []
+    ones: list[float] = []
+    bare: list[float] = []
+    with site.ticks() as ticks, site.scratch() as scratch:
+        for _ in range(runs(PAUSE_RUNS)):
+            for size, felt in ((LARGEST, farms), (1, ones)):
+                with _first_seen(site) as seen, ticks.window() as window:
+                    _ours(site, size, with_memory=True)
+                window.ended = int(seen[0] * 1e9)  # the clones' own work may slow the source
+                felt.append(ticks.longest(window))
+            bare.append(_memory_snapshot(site, ticks, scratch))
+    result = Result.of(farms, bare, "virsh snapshot-create-as --live --memspec", "ms")
+    result.peer_command = str(peers.MEMORY_SNAPSHOT)
+    result.note = (
+        f"longest gap of a 1 ms ticker, POST to the first clone that runs, farms of {LARGEST}"
+    )
+    result.also = {"guest_gap_of_one_ms": statistics.median(ones)}
+    book.record("clone_memory_pause", result)
+
+
+def _memory_snapshot(site: Site, ticks: Recording, scratch: Path) -> float:
+    """The longest gap of libvirt's snapshot with memory, which is merged and deleted again."""
+    overlay, saved = scratch / "overlay.qcow2", scratch / "memory"
+    places: dict[str, str | Path] = {"uri": site.uri, "domain": site.guest.name}
+    with ticks.window() as window:
+        peers.MEMORY_SNAPSHOT.run(**places, overlay=overlay, saved=saved)
+    peers.COMMIT.run(**places, overlay=overlay)
+    saved.unlink()
+    return ticks.longest(window)
 
 
 def virt_clone(site: Site, book: Book) -> None:
@@ -335,6 +369,7 @@ FIGURES = [
     ),
     Figure(tuple(f"clone_memory_{size}" for size in MEMORY_FARMS), "xfs_farm", with_memory),
     Figure(("farm_pause_growth",), "xfs_farm", pause),
+    Figure(("clone_memory_pause",), "xfs_farm", memory_pause),
     Figure(("clone_vs_virt_clone",), "xfs_farm", virt_clone),
     Figure(("clone_vs_virt_clone_reflink",), "xfs_farm", virt_clone_reflink),
     Figure(("clone_vs_linked",), "xfs_farm", linked),

@@ -72,6 +72,10 @@ SNAPSHOT = Bare(
     "virsh -c {uri} snapshot-create-as {domain} --disk-only --atomic --no-metadata "
     "--diskspec vda,file={overlay}"
 )
+MEMORY_SNAPSHOT = Bare(
+    "virsh -c {uri} snapshot-create-as {domain} --live --atomic --no-metadata "
+    "--memspec file={saved},snapshot=external --diskspec vda,file={overlay}"
+)
 COMMIT = Bare("virsh -c {uri} blockcommit {domain} vda --active --pivot --wait && rm {overlay}")
 RESTART = Bare("virsh -c {uri} destroy {domain} && virsh -c {uri} start {domain}")
 # Without the check, which refuses a disk that would not fit if all of it were written to.
@@ -79,9 +83,10 @@ _VIRT_CLONE = (
     "virt-clone --quiet --connect {uri} --check disk_size=off "
     "--original {domain} --name {name} --file {copy}"
 )
+_SYNC = "sync {copy}"
 _START = "virsh -c {uri} start {name}"
-VIRT_CLONE = Bare(f"{_VIRT_CLONE} && {_START}")
-VIRT_CLONE_REFLINK = Bare(f"{_VIRT_CLONE} --reflink && {_START}")
+VIRT_CLONE = Bare(f"{_VIRT_CLONE} && {_SYNC} && {_START}")
+VIRT_CLONE_REFLINK = Bare(f"{_VIRT_CLONE} --reflink && {_SYNC} && {_START}")
 RESTORE = Bare("virsh -c {uri} restore {saved} --running")
 LINKED = Bare(
     "qemu-img create -q -f qcow2 -F qcow2 -b {disk} {copy} && "

@@ -29,8 +29,8 @@ UNDOES: dict[str, type[Command]] = {
     commands.RestoreImage.kind: commands.UndoRestore,
 }
 FIRST_STEP, LAST_STEP = 0.005, 0.1
-"""Seconds between two looks at the row while a caller waits; slower after EAGER seconds."""
-EAGER = 0.3
+"""Seconds between two looks at the row while a caller waits: PART of what it has waited."""
+PART = 1 / 30
 
 
 class OperationsQuery(PageQuery):
@@ -91,7 +91,6 @@ async def show(
 ) -> shapes.Operation:
     """The operation now; with `wait` as soon as it ends, or after that many seconds."""
     began = time.monotonic()
-    step = FIRST_STEP
     found = await run_in_threadpool(_look, operation)
     state: str | None = found.state
     while state not in ENDED:
@@ -99,8 +98,7 @@ async def show(
         stopping = request.app.state.stopping.is_set()
         if waited >= wait or stopping or await request.is_disconnected():
             break
-        if waited > EAGER:
-            step = min(step * 1.5, LAST_STEP)
+        step = min(max(FIRST_STEP, waited * PART), LAST_STEP)
         await asyncio.sleep(min(step, wait - waited))
         state = await run_in_threadpool(_state, found.id)
     return await run_in_threadpool(_shown, found.id)
