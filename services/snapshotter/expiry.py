@@ -1,9 +1,11 @@
 """Expiry (S2): due snapshots are found by index and deleted by ordinary operations.
 
 These are asked for in pages, some hundred snapshots in a transaction of few statements. Nothing is
-waited for: a snapshot or server that somebody else is at has its turn in the next tick.
+waited for: a snapshot or server that somebody else is at has its turn in the next tick, and one
+whose deletion failed after ten minutes.
 """
 
+from datetime import timedelta
 from typing import Any
 
 import structlog
@@ -21,6 +23,9 @@ from shared.operations.submit import queue
 from shared.settings import settings
 
 log = structlog.get_logger()
+
+TRY_AGAIN = timedelta(minutes=10)
+"""After a deletion that failed."""
 
 
 @shared_task(name="snapshotter.expire_due")
@@ -90,6 +95,16 @@ def _asked_for() -> Any:
     )
 
 
+def _failed_lately() -> Any:
+    """Ids of servers whose snapshot could not be deleted a while ago, and could not now."""
+    work: Any = Operation
+    return select(work.server_id).where(
+        work.kind == DeleteSnapshot.kind,
+        work.state == "failed",
+        work.finished_at > now() - TRY_AGAIN,
+    )
+
+
 def _refused(snapshot_id: str) -> None:
     log.exception("expiry.refused", snapshot=snapshot_id)
 
@@ -111,8 +126,12 @@ def _ask(ids: list[str]) -> int:
         found = list(session.execute(free))
         # Of two beats one has a snapshot; the other comes after it, and then sees the deletion.
         servers = [of.id for _, of in found]
-        asked_for = set(session.scalars(_asked_for().where(operation.server_id.in_(servers))))
-        wanted = [(snapshot, of) for snapshot, of in found if of.id not in asked_for]
+        of_these = operation.server_id.in_(servers)
+        passed_over = {
+            *session.scalars(_asked_for().where(of_these)),
+            *session.scalars(_failed_lately().where(of_these)),
+        }
+        wanted = [(snapshot, of) for snapshot, of in found if of.id not in passed_over]
         for snapshot, of in wanted:
             command = DeleteSnapshot(server=of.id, snapshot=snapshot.id, expired=True)
             queue(session, Admitted(of, command), "beat:expiry", None)

@@ -203,10 +203,13 @@ def test_snapshot_that_goes_while_it_is_looked_for(world: World) -> None:
 
 
 def test_deletion_that_failed_is_asked_for_again(world: World) -> None:
-    """A snapshot past its time does not stay because one attempt went wrong."""
+    """A snapshot past its time does not stay because one attempt went wrong; nor is it tried at
+    each tick, which would make an operation and an event a minute."""
     snapshot(world, world.server(), -HOUR)
     expiry.submit_due()
-    world.change(deletions()[0].id, state="failed")
+    world.change(deletions()[0].id, state="failed", finished_at=now())
+    assert expiry.submit_due() == 0
+    world.change(deletions()[0].id, finished_at=now() - expiry.TRY_AGAIN)
     assert expiry.submit_due() == 1
 
 
