@@ -7,7 +7,9 @@ host are copied in the same minute (I5, I6; docs/decisions/0023).
 import hashlib
 from datetime import datetime, timedelta
 from itertools import chain
+from typing import Any
 
+from sqlalchemy import select
 from sqlmodel import Session
 
 from shared import events
@@ -58,6 +60,14 @@ def come(schedule: Schedule, moment: datetime) -> tuple[list[datetime], datetime
             return found, slot
         found.append(slot)
     raise AssertionError("slots never end")
+
+
+def unrecorded(session: Session, schedule: Schedule, slots: list[datetime]) -> list[datetime]:
+    """Those of the slots that have no run yet: a clock that was ahead may have begun one."""
+    row: Any = ScheduleRun
+    query = select(row.slot).where(row.schedule_id == schedule.id, row.slot.in_(slots))
+    recorded = set(session.scalars(query))
+    return [slot for slot in slots if slot not in recorded]
 
 
 def skip(session: Session, schedule: Schedule, slots: list[datetime], reason: str) -> None:

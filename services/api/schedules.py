@@ -18,7 +18,7 @@ from shared.database import now, reading, transaction
 from shared.models import Operation, Schedule, ScheduleRun, Server
 from shared.operations.cancel import cancel
 from shared.rotation import due_next
-from shared.runs import come, offset, plan, skip
+from shared.runs import come, offset, plan, skip, unrecorded
 from shared.slots import next_slot, upcoming
 
 router = APIRouter(prefix="/servers/{server}/schedules/{kind}", tags=["schedules"])
@@ -166,6 +166,7 @@ def _put(session: Session, reference: str, kind: Kind, body: Plan) -> tuple[shap
             missed, _ = come(schedule, moment)
         except ZoneInfoNotFoundError:  # of the others nobody knows when they were
             missed = [planned]
+        missed = unrecorded(session, schedule, missed)
         skip(session, schedule, missed, f"the schedule was {what} before this run began")
     schedule.at, schedule.weekday, schedule.timezone = timing
     schedule.keep, schedule.require, schedule.enabled = body.keep, body.require, body.enabled

@@ -22,7 +22,7 @@ from sqlalchemy import select
 
 from services.imager import ticks
 from shared.database import now, transaction
-from shared.models import Schedule
+from shared.models import Schedule, ScheduleRun
 from shared.runs import TOLD_SINGLY, offset, spread
 from shared.slots import next_slot
 
@@ -159,6 +159,19 @@ def test_setting_the_same_again_loses_no_slot(world: World) -> None:
     schedule = scheduled(world, server, next_run_at=due)
     set_plan(server.id, keep=3)
     assert (now_of(schedule).next_run_at, runs(schedule)) == (due, [])
+
+
+def test_schedule_is_changed_when_a_slot_comes_that_ran_by_a_clock_ahead(
+    world: World, any_database: str
+) -> None:
+    """It has its run, and is neither missed nor in the way of the change."""
+    server = world.server()
+    due = now().replace(hour=3, minute=0, second=0, microsecond=0) - DAY
+    schedule = scheduled(world, server, next_run_at=due)
+    world.add(ScheduleRun(schedule_id=schedule.id, slot=due, state="succeeded"))
+    set_plan(server.id, at="04:00")
+    assert states(schedule)[0] == (due, "succeeded")
+    assert now_of(schedule).at == "04:00"
 
 
 def test_schedule_that_is_changed_while_its_run_is_queued(world: World) -> None:
