@@ -26,7 +26,7 @@ from services.imager import images, ticks
 from shared.commands import CreateImage
 from shared.database import transaction
 from shared.models import Schedule, Server
-from shared.operations import runner
+from shared.operations import drain, runner
 from shared.operations.context import Context, Outcome
 
 BEAT = """
@@ -47,6 +47,20 @@ def imager(stop: threading.Event, times: int = 2) -> None:
                 runner.run(operation.id)
         if last:
             return
+
+
+def test_schedule_that_changes_while_it_is_looked_for(world: World, any_database: str) -> None:
+    """Between beat's look and its claim one is disabled, of another the host is drained: nothing
+    begins, nothing is missed, and nothing is broken."""
+    here, elsewhere = world.server("here"), world.server("elsewhere", host="kvm-2")
+    off, waits = scheduled(world, here), scheduled(world, elsewhere)
+    set_plan(here.id, enabled=False)
+    before = states(off)
+    with transaction() as session:
+        drain.drain(session, "kvm-2")
+    assert ticks._claim([off.id, waits.id], SLOT) == 0
+    assert (states(off), states(waits), operations()) == (before, [], [])
+    assert now_of(waits).next_run_at == SLOT
 
 
 def test_two_beats_and_five_imagers_make_one_image_per_slot(
