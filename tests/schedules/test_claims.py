@@ -25,7 +25,7 @@ from services.api import schedules as api
 from services.imager import images, ticks
 from shared.commands import CreateImage
 from shared.database import transaction
-from shared.models import Schedule, Server
+from shared.models import Operation, Schedule, Server
 from shared.operations import drain, runner
 from shared.operations.context import Context, Outcome
 
@@ -195,7 +195,7 @@ def test_zone_that_is_not_known_keeps_no_other_from_coming_back(world: World) ->
 
 
 @contextmanager
-def locked(row: type, id_: str) -> Iterator[None]:
+def locked(row: type, id_: Any) -> Iterator[None]:
     with transaction() as session:
         session.get_one(row, id_, with_for_update=True)
         yield
@@ -211,6 +211,17 @@ def test_nothing_is_waited_for(world: World, any_database: str, what: type) -> N
         assert ticks.run_due(SLOT) == 1
     assert (len(runs(busy)), len(runs(free))) == (0, 1)
     assert ticks.run_due(SLOT) == 1
+
+
+@pytest.mark.parametrize("any_database", ["postgresql"], indirect=True)
+def test_run_that_a_worker_takes_just_now_is_not_given_up(world: World, any_database: str) -> None:
+    """Its row is the worker's until it is seen whether it has begun."""
+    scheduled(world, world.server())
+    ticks.run_due(SLOT)
+    [operation] = operations()
+    with locked(Operation, operation.seq):
+        assert ticks.give_up_missed(SLOT + DAY) == 0
+    assert ticks.give_up_missed(SLOT + DAY) == 1
 
 
 # What no worker begins

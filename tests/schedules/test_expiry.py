@@ -288,12 +288,13 @@ def test_many_pages(world: World, monkeypatch: pytest.MonkeyPatch, any_database:
 
 @pytest.mark.parametrize("any_database", ["postgresql"], indirect=True)
 def test_what_somebody_is_at_keeps_no_other_waiting(world: World, any_database: str) -> None:
-    """While another transaction has one snapshot's row, the others are asked for; it is later.
+    """While another transaction has one snapshot's row, the others are asked for; it is later. So
+    are warnings.
     On SQLite one writer has all rows."""
     taken, free = (snapshot(world, world.server(name), -HOUR) for name in ("taken", "free"))
     with transaction() as session:
         session.get_one(Snapshot, taken.id, with_for_update=True)
-        assert at_once(expiry.submit_due) == [1]
+        assert at_once(expiry.warn_of_expiry, expiry.submit_due) == [1, 1]
     assert [each.command["snapshot"] for each in deletions()] == [free.id]
     assert expiry.submit_due() == 1
 
