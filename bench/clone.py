@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import libvirt
@@ -61,19 +62,23 @@ def cold(site: Site, book: Book) -> None:
         for size, count in FARMS.items():
             each[size] = _per_clone(site, size, count)
             book.record(f"clone_cold_{size}", each[size])
+        book.record("clone_cold_1_unfrozen", _per_clone(site, 1, FARMS[1], quiesce="never"))
     book.record("farm_growth", growth(each[10], each[LARGEST]))
     booting = _per_clone(site, 10, BOOTING_RUNS)
     booting.note = f"{booting.note}, and while the clones before it boot"
     book.record("clone_cold_10_booting", booting)
 
 
-def _per_clone(site: Site, size: int, count: int) -> Result:
+def _per_clone(site: Site, size: int, count: int, **wishes: str) -> Result:
     ours, bare = [], []
     for _ in range(runs(count)):
-        ours.append(_ours(site, size).seconds / size)
+        ours.append(_ours(site, size, **wishes).seconds / size)
         bare.append(_bare(site, size) / size)
     note = "per clone; ours with the copy of the running server and of each clone's disk"
-    return Result.of(ours, bare, BARE, peer_command=BARE_COMMAND, note=note)
+    result = Result.of(ours, bare, BARE, peer_command=BARE_COMMAND, note=note)
+    if not wishes:
+        result.also["guests_own_freeze_ms"] = site.freeze_ms()
+    return result
 
 
 def growth(small: Result, large: Result) -> Result:
@@ -252,7 +257,7 @@ def _beside(site: Site, guest: Guest, bare: Bare, called: str, count: int) -> Re
     return Result.of(ours, theirs, called, peer_command=str(bare))
 
 
-def _ours(site: Site, size: int, guest: Guest | None = None, **wishes: bool) -> Done:
+def _ours(site: Site, size: int, guest: Guest | None = None, **wishes: Any) -> Done:
     """A farm, which is gone again. Raises RuntimeError for a clone that libvirt does not run."""
     source = (guest or site.guest).name
     stem = _stem()
@@ -363,7 +368,12 @@ def _pools_as_before(site: Site) -> Iterator[None]:
 
 FIGURES = [
     Figure(
-        (*(f"clone_cold_{size}" for size in FARMS), "farm_growth", "clone_cold_10_booting"),
+        (
+            *(f"clone_cold_{size}" for size in FARMS),
+            "clone_cold_1_unfrozen",
+            "farm_growth",
+            "clone_cold_10_booting",
+        ),
         "xfs_farm",
         cold,
     ),
