@@ -27,7 +27,6 @@ log = structlog.get_logger()
 
 Handler = Callable[[Context, Any], Outcome]
 _HANDLERS: dict[str, Handler] = {}
-RECOVERY_RETRY = timedelta(seconds=15)
 NOT_CLEARED_UP = "not_cleared_up"
 """The code of an error that says why clearing up after a lost worker must be tried again; any
 other error on a row that is still running is the verdict that it ends with once cleared up."""
@@ -256,7 +255,8 @@ def _undone(operation: Operation, owner: str) -> bool:
 
 
 def _try_again_later(operation: Operation, owner: str, phase: str, error: Exception) -> None:
-    """Keep the server locked and let the reaper come back: giving up would leave a mess."""
+    """Keep the server locked and let the reaper come back, after half a tick: giving up would
+    leave a mess."""
     log.exception("operation.not_cleared_up", phase=phase)
     with transaction() as session:
         current = held(session, operation.id, owner)
@@ -265,4 +265,5 @@ def _try_again_later(operation: Operation, owner: str, phase: str, error: Except
             reason = f"Clearing up is tried again: {type(error).__name__}: {error}"
             current.error = {"code": NOT_CLEARED_UP, "message": reason}
         current.owner = None
-        current.lease_expires_at = database_now(session) + RECOVERY_RETRY
+        soon = timedelta(seconds=settings().tick / 2)
+        current.lease_expires_at = database_now(session) + soon
