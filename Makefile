@@ -37,7 +37,12 @@ test-guests:     ## Run the tests on real Debian guests; many minutes without KV
 
 faults:          ## Walk all points of all operations with faults (40 min); PART=1 each point once
 	@scripts/setup tests
-	@$(if $(PART),,TRIPTYCH_FAULTS_ALL=1) $(PYTHON) -m pytest tests/faults $(ARGS)
+	@rm -rf .cache/faults
+	@$(if $(PART),,TRIPTYCH_FAULTS_ALL=1) $(if $(ARGS),$(PYTHON) -m pytest tests/faults $(ARGS), \
+		TRIPTYCH_FAULTS_OUTCOMES=.cache/faults scripts/side-by-side \
+		"env TRIPTYCH_FAULTS_SHARE=1 $(PYTHON) -m pytest tests/faults" \
+		"env TRIPTYCH_FAULTS_SHARE=2 $(PYTHON) -m pytest tests/faults"; \
+		walked=$$?; $(PYTHON) tests/faults/outcomes.py .cache/faults && exit $$walked)
 
 year:            ## Simulate a year of 1,000 servers' schedules, with outages
 	@scripts/setup tests

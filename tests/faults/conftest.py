@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.outcomes import Outcomes, table
 from faults.walk import KINDS, Case, Points, Walk
-from system.live_site import Site, open_site
+from system.live_site import Site, open_site, wait_for
 
 from lab import filesystems
 from lab.libvirtd import Hypervisor, libvirtd
@@ -30,6 +31,9 @@ OF_THE_GUEST = (
 )
 """The operations that are about the server itself, not about what is in the vault."""
 
+OF_FARMS = ("farm.delete", "clone.delete", "farm.retry", "farm.start", "farm.stop")
+"""Those about its clones, in which libvirtd does the work."""
+
 KILLED, UNDONE, HELD, OWNERS = (
     "test_worker_killed_at_every_point",
     "test_worker_killed_at_every_point_of_an_undo",
@@ -45,6 +49,11 @@ PART = {
         (UNDONE, "image.restore"),
         (KILLED, "farm.delete"),
         (UNDONE, "farm.delete"),
+        (KILLED, "clone.delete"),
+        (UNDONE, "clone.delete"),
+        (KILLED, "farm.retry"),
+        (KILLED, "farm.start"),
+        (KILLED, "farm.stop"),
     },
     ("xfs", "running"): {
         (KILLED, "snapshot.take"),
@@ -63,25 +72,38 @@ PART = {
 """What `PART=1` runs, in this order; a point that was touched is not touched again."""
 
 
+SHARE = int(os.environ.get("TRIPTYCH_FAULTS_SHARE", "0"))
+"""Which of SHARES to do, 1 or 2; or all."""
+SHARES = ({("xfs", "running")}, {("xfs", "stopped"), ("ext4", "stopped"), ("ext4", "running")})
+"""Of about equal time. Each server is in one of them, for it is walked from case to case."""
+OUTCOMES = Outcomes(WHOLE, [], len(SHARES))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ours = [item for item in items if Path(__file__).parent in item.path.parents]
-    needless = [item for item in ours if not _is_wanted(item)]
+    wanted = [item for item in ours if _is_wanted(item)]
+    OUTCOMES.wanted = sorted(item.nodeid for item in wanted)
+    if SHARE:
+        wanted = [item for item in wanted if _where(item) in SHARES[SHARE - 1]]
+    needless = [item for item in ours if item not in wanted]
     config.hook.pytest_deselected(items=needless)
     items[:] = [item for item in items if item not in needless]
 
 
+def _where(item: Any) -> tuple[str, str]:
+    return item.callspec.params["site"], item.callspec.params["walk"]
+
+
 def _is_wanted(item: Any) -> bool:
     chosen = item.callspec.params
-    where, kind = (chosen["site"], chosen["walk"]), chosen.get("kind")
+    where, kind = _where(item), chosen.get("kind")
     name = item.originalname
-    if kind and KINDS[kind].memory and where != ("xfs", "running"):
-        return False
-    if kind and KINDS[kind].linked and where != ("ext4", "stopped"):
+    if kind and where not in KINDS[kind].where:
         return False
     if not WHOLE:
         return (name, kind) in PART[where]
     if chosen.get("fault") in ("qemu", "power"):
-        return where[1] == "running"
+        return where[1] == "running" and kind in OF_THE_GUEST
     if name == "test_disk_full_at_every_point":
         return where[1] == "stopped"  # a running guest stops on the write that finds no room
     if name in (HELD, OWNERS, "test_worker_hangs_while_the_guest_is_held"):
@@ -120,6 +142,7 @@ def site(
 @pytest.fixture(scope="session", params=["stopped", "running"])
 def walk(request: pytest.FixtureRequest, site: Site) -> Iterator[Walk]:
     """A server with two disks."""
+    wait_for(lambda: site.client.hosts.get(site.host)["answering"], "it has libvirtd back")
     machine = site.machine(["qcow2", "raw"], request.param)
     made = Walk(site, machine, site.points)
     yield made
@@ -127,21 +150,19 @@ def walk(request: pytest.FixtureRequest, site: Site) -> Iterator[Walk]:
     site.remove(machine)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and report.passed:
+        OUTCOMES.done.append(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if SHARE and not session.config.option.collectonly:
+        OUTCOMES.cases = [asdict(case) for case in CASES]
+        OUTCOMES.write(Path(os.environ["TRIPTYCH_FAULTS_OUTCOMES"]) / f"{SHARE}.json")
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not CASES:
-        return
-    terminalreporter.section("points and outcomes")
-    rows: dict[tuple[str, str], Counter[str]] = {}
-    for case in CASES:
-        at = rows.setdefault((case.point, case.fault), Counter())
-        at[case.outcome or "FAILED"] += 1
-    for (point, fault), outcomes in rows.items():
-        told = ", ".join(f"{count} {state}" for state, count in sorted(outcomes.items()))
-        terminalreporter.write_line(f"{point:34} {fault:9} {told}")
-    distinct = {(c.kind, c.power, c.way, c.point, c.fault) for c in CASES}
-    longest = max(CASES, key=lambda case: case.seconds)
-    terminalreporter.write_line(
-        f"{len(distinct)} distinct cases, {sum(not c.outcome for c in CASES)} failures; the "
-        f"longest took {longest.seconds:.0f} s: {longest.kind} {longest.power} {longest.point} "
-        f"{longest.fault}"
-    )
+    if CASES and not SHARE:
+        terminalreporter.section("points and outcomes")
+        for line in table([asdict(case) for case in CASES]):
+            terminalreporter.write_line(line)

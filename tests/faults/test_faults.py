@@ -10,7 +10,7 @@ import signal
 import time
 
 import pytest
-from faults.conftest import OF_THE_GUEST, WHOLE
+from faults.conftest import OF_FARMS, OF_THE_GUEST, WHOLE
 from faults.walk import HELD, KINDS, Walk, before_commit
 from system.live_site import wait_for
 
@@ -29,8 +29,7 @@ def _to_walk(points: list[str]) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_worker_killed_at_every_point(walk: Walk, kind: str) -> None:
     """SIGKILL: another worker clears up and carries the work to its end."""
-    for point in _to_walk(walk.passed_by(KINDS[kind])):
-        walk.disturb(KINDS[kind], point, "kill")
+    walk.disturb_at_each(KINDS[kind], _to_walk(walk.passed_by(KINDS[kind])), "kill")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -39,31 +38,31 @@ def test_worker_killed_at_every_point_of_an_undo(walk: Walk, kind: str) -> None:
     being put back."""
     held = [point for point in HELD if point in walk.passed_by(KINDS[kind])][:1]
     for at in [*held, "committing"]:
-        for point in _to_walk(walk.undone_by(KINDS[kind], at)):
-            walk.disturb(KINDS[kind], point, "raise, kill", at)
+        points = _to_walk(walk.undone_by(KINDS[kind], at))
+        walk.disturb_at_each(KINDS[kind], points, "raise, kill", at)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_error_at_every_point(walk: Walk, kind: str) -> None:
     """An error: everything is put back, and the operation says why."""
-    for point in before_commit(walk.passed_by(KINDS[kind])):
-        if point != "claimed":
-            walk.disturb(KINDS[kind], point, "raise")
+    points = before_commit(walk.passed_by(KINDS[kind]))
+    points.remove("claimed")
+    walk.disturb_at_each(KINDS[kind], points, "raise")
 
 
 @pytest.mark.parametrize("fault", ["libvirtd", "qemu", "power"])
-@pytest.mark.parametrize("kind", OF_THE_GUEST)
+@pytest.mark.parametrize("kind", [*OF_THE_GUEST, *OF_FARMS])
 def test_guest_or_libvirtd_gone_at_every_point(walk: Walk, kind: str, fault: str) -> None:
     """What happens to the guest, or to libvirtd, in the middle is not made worse."""
-    for point in before_commit(walk.passed_by(KINDS[kind])):
-        walk.disturb(KINDS[kind], point, fault)
+    points = before_commit(walk.passed_by(KINDS[kind]))
+    walk.disturb_at_each(KINDS[kind], points, fault)
 
 
 @pytest.mark.parametrize("kind", OF_THE_GUEST)
 def test_disk_full_at_every_point(walk: Walk, kind: str) -> None:
     """Nothing of a copy that did not fit is kept; the server is as it was."""
-    for point in before_commit(walk.passed_by(KINDS[kind])):
-        walk.disturb(KINDS[kind], point, "full")
+    points = before_commit(walk.passed_by(KINDS[kind]))
+    walk.disturb_at_each(KINDS[kind], points, "full")
 
 
 def test_worker_hangs_while_the_guest_is_held(walk: Walk) -> None:

@@ -13,16 +13,18 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from system.live_site import Machine, Site, wait_for
 
+from lab import offline
 from lab.filesystems import fill
-from lab.guest import attach
+from lab.guest import Guest, attach
 from shared.disks.overlays import BASE_PREFIX
 
 RECOVERY_S = 60.0
@@ -69,6 +71,15 @@ def before_commit(points: list[str]) -> list[str]:
     return points[: points.index("committed")]
 
 
+EVERYWHERE = tuple(itertools.product(("xfs", "ext4"), ("stopped", "running")))
+WITH_MEMORY = (("xfs", "running"),)
+"""It takes a guest that runs, and shared extents."""
+LINKED = (("ext4", "stopped"),)
+"""It takes a file system that shares none."""
+POWER = (("xfs", "stopped"), ("xfs", "running"))
+"""What touches no disk needs but one file system."""
+
+
 @dataclass
 class Kind:
     """One kind of operation: what it needs, how it is asked for, what the disks read after it."""
@@ -80,12 +91,10 @@ class Kind:
     failed: str = "changed"
     check: Callable[[Site, Machine, dict[str, Any]], None] = lambda site, machine, ended: None
     """What must hold beside all else when it has ended."""
-    memory: bool = False
-    """Only of a server that runs, on a file system that shares extents."""
-    started: bool = False
-    """Whether the clones that it makes run."""
+    where: Collection[tuple[str, str]] = EVERYWHERE
+    """On which file systems, and with the server in which power state, it is walked."""
     linked: bool = False
-    """Only where it shares none."""
+    """Whether it leaves a base."""
 
 
 _copies: set[str] = set()
@@ -141,37 +150,100 @@ def _clone(site: Site, machine: Machine, kind: str = "server", **wishes: Any) ->
     )
 
 
-_farms: dict[str, dict[str, Any]] = {}
-"""Each machine's farm of two, as it was made."""
+def _made(site: Site, machine: Machine, ended: dict[str, Any], power: str = "stopped") -> None:
+    """The clones that were made are there; they are removed."""
+    for clone in (ended["result"] or {}).get("clones", []):
+        if clone["state"] == "ready":
+            made = attach(site.hypervisor, clone["name"])
+            assert made.state() == power
+            made.remove()
+    assert not list(site.disks.glob("*.save")), "a clone's memory is left over"
+    names = {each.name() for each in site.hypervisor_connection().listAllDomains()}
+    assert not [name for name in names if name.startswith(f"{machine.name}-c")]
 
 
-def _with_farm(site: Site, machine: Machine) -> None:
-    """A farm that is whole: what is left of one that is not goes first."""
+@dataclass
+class Herd:
+    """A machine's farm of two clones: as it was before what is walked, for that to be judged by."""
+
+    id: str
+    clones: list[dict[str, Any]]
+    guests: list[Guest] = field(default_factory=list)
+    """By the clones' numbers."""
+    power: list[str] = field(default_factory=list)
+    """Of each guest; `missing` is the clone that could not be made."""
+
+
+_herds: dict[str, Herd] = {}
+
+
+def _with_farm(
+    site: Site, machine: Machine, on: Collection[int] = (), *, broken: bool = False
+) -> None:
+    """A farm of which those numbers run; what is left of the one before goes first, unless it is
+    as good. In a `broken` one the second clone could not be made."""
     machine.write("changed")
+    wanted = {"ready": 1, "failed": 1} if broken else {"ready": 2}
     there = {each["id"]: each["clones"] for each in site.client.farms.list()}
-    known = _farms.get(machine.id, {}).get("farm")
-    if there.get(known) == {"ready": 2}:
-        return
-    if known in there:
-        site.done(site.client.farms.delete(known))
+    herd = _herds.get(machine.id)
+    if herd is None or there.get(herd.id) != wanted:
+        if herd and herd.id in there:
+            site.done(site.client.farms.delete(herd.id))
+        herd = _herds[machine.id] = _new_farm(site, machine, broken=broken)
+    for number in on:
+        herd.guests[number].start(wait=False)
+    herd.power = [each.state() for each in herd.guests]
+
+
+def _with_farm_that_runs(site: Site, machine: Machine) -> None:
+    _with_farm(site, machine, on=(0, 1))
+    if machine.power == "running":  # its clones have what shuts down when asked to
+        for guest in _herds[machine.id].guests:
+            guest.wait_ready()
+
+
+def _stop_farm(site: Site, machine: Machine) -> Any:
+    alone = machine.power == "running"
+    wishes: dict[str, Any] = {"timeout_s": 30} if alone else {"timeout_s": 1, "force": True}
+    return site.client.farms.stop(_herds[machine.id].id, **wishes)
+
+
+def _new_farm(site: Site, machine: Machine, *, broken: bool) -> Herd:
     name = f"{machine.name}-f{next(_NUMBERS)}-{{n}}"
+    in_the_way = site.disks / f"{name.format(n=2)}-vda{machine.disks[0].suffix}"
+    if broken:
+        in_the_way.touch()
     made = site.client.clones.create(machine.id, name=name, count=2, start=False)
-    _farms[machine.id] = site.done(made)["result"]
+    result = site.done(made)["result"]
+    if broken:
+        in_the_way.unlink()
+    guests = [attach(site.hypervisor, each["name"]) for each in result["clones"]]
+    return Herd(result["farm"], result["clones"], guests)
 
 
-def _farm_is_as_told(site: Site, machine: Machine, ended: dict[str, Any]) -> None:
-    """Each clone is there, whole, or gone with its disks, as its outcome says."""
+def _farm_is_as_told(
+    site: Site,
+    machine: Machine,
+    ended: dict[str, Any],
+    done: str = "missing",
+    between: Collection[str] = (),
+) -> None:
+    """Each clone is wholly as it was, or as its outcome says: that it is `done`. What cannot be
+    undone may be either, or `between`, where it was not brought to its end."""
+    herd = _herds[machine.id]
     told = (ended["result"] or {}).get("clones", [])
-    gone = {each["name"] for each in told if each["state"] == "deleted"}
-    for clone in _farms[machine.id]["clones"]:
-        guest = attach(site.hypervisor, clone["name"])
-        disks = list(site.disks.glob(f"{clone['name']}-*"))
-        if clone["name"] in gone:
-            assert (guest.state(), disks) == ("missing", [])
-        else:
-            assert (guest.state(), len(disks)) == ("stopped", 2)
-            made = Machine(site, guest, "stopped", clone["server"])
-            assert machine.power == "running" or made.read() == {"changed"}
+    reached = {each["name"] for each in told if not each["error"]}
+    for clone, guest, before in zip(herd.clones, herd.guests, herd.power, strict=True):
+        states = {done} if clone["name"] in reached else {before, *between}
+        assert guest.state() in states, (clone["name"], guest.state(), states)
+        files = sorted(site.disks.glob(f"{clone['name']}-*"))
+        if guest.state() == "missing":
+            assert files == []
+            continue
+        assert files == sorted(guest.disks) and len(files) == 2, (files, guest.disks)
+        guest.destroy()  # the next case begins with it off
+        if machine.power == "stopped":
+            assert {offline.read_file(disk, "/word") for disk in guest.disks} == {"changed"}
 
 
 KINDS = {
@@ -187,14 +259,14 @@ KINDS = {
         Kind(
             "snapshot.take with memory",
             lambda site, m: site.client.snapshots.take(m.id, replace=True, with_memory=True),
-            memory=True,
+            where=WITH_MEMORY,
         ),
         Kind(
             "snapshot.revert with memory",
             lambda site, m: site.client.snapshots.revert(m.id),
             _with_memory,
             succeeded="before",
-            memory=True,
+            where=WITH_MEMORY,
         ),
         Kind(
             "snapshot.undo",
@@ -218,30 +290,63 @@ KINDS = {
             lambda site, m: site.client.images.delete(_newest_image(site, m)),
             _with_image,
         ),
-        Kind("clone.server", _clone),
+        Kind("clone.server", _clone, check=_made),
         Kind(
             "clone.snapshot",
             lambda site, m: _clone(site, m, "snapshot", identity="cloud-init"),
             _with_snapshot,
+            check=_made,
         ),
         Kind(
             "clone.image",
             lambda site, m: _clone(site, m, "image", start=True),
             _with_image,
-            started=True,
+            check=partial(_made, power="running"),
         ),
         Kind(
             "clone.server with memory",
             lambda site, m: _clone(site, m, start=True, with_memory=True),
-            memory=True,
-            started=True,
+            where=WITH_MEMORY,
+            check=partial(_made, power="running"),
         ),
-        Kind("clone.linked", lambda site, m: _clone(site, m, linked=True), linked=True),
+        Kind(
+            "clone.linked",
+            lambda site, m: _clone(site, m, linked=True),
+            check=_made,
+            where=LINKED,
+            linked=True,
+        ),
         Kind(
             "farm.delete",
-            lambda site, m: site.client.farms.delete(_farms[m.id]["farm"]),
+            lambda site, m: site.client.farms.delete(_herds[m.id].id),
             _with_farm,
             check=_farm_is_as_told,
+        ),
+        Kind(
+            "clone.delete",
+            lambda site, m: site.client.clones.delete(_herds[m.id].clones[0]["id"]),
+            partial(_with_farm, on=(0,)),
+            check=_farm_is_as_told,
+        ),
+        Kind(
+            "farm.retry",
+            lambda site, m: site.client.farms.retry(_herds[m.id].id),
+            partial(_with_farm, broken=True),
+            check=partial(_farm_is_as_told, done="stopped"),
+        ),
+        Kind(
+            "farm.start",
+            lambda site, m: site.client.farms.start(_herds[m.id].id),
+            _with_farm,
+            check=partial(_farm_is_as_told, done="running", between={"running"}),
+            where=POWER,
+        ),
+        Kind(
+            "farm.stop",
+            _stop_farm,
+            _with_farm_that_runs,
+            check=partial(_farm_is_as_told, done="stopped", between={"stopped"}),
+            where=POWER,
         ),
     )
 }
@@ -283,13 +388,30 @@ class Walk:
         passed = self.points.passed()
         return passed[passed.index(at) + 1 :]
 
-    def disturb(self, kind: Kind, point: str, fault: str, at: str = "committing") -> Case:
+    def disturb_at_each(
+        self, kind: Kind, points: list[str], fault: str, at: str = "committing"
+    ) -> None:
+        """A case at each of the points; the table shows those that a failure left out too."""
+        planned = [self._planned(kind, point, fault) for point in points]
+        for case in planned:
+            self._disturb(kind, case, at)
+
+    def disturb(self, kind: Kind, point: str, fault: str) -> Case:
+        case = self._planned(kind, point, fault)
+        self._disturb(kind, case)
+        return case
+
+    def _planned(self, kind: Kind, point: str, fault: str) -> Case:
+        case = Case(kind.name, self.machine.power, self.site.way, point, fault)
+        self.cases.append(case)
+        return case
+
+    def _disturb(self, kind: Kind, case: Case, at: str = "committing") -> None:
         """One case: prepared, disturbed at the point, ended, and all of it checked.
 
         `raise, kill` fails the operation `at` a point, and kills the worker at another of undoing.
         """
-        case = Case(kind.name, self.machine.power, self.site.way, point, fault)
-        self.cases.append(case)
+        point, fault = case.point, case.fault
         kind.prepare(self.site, self.machine)
         self.site.mark_logs()
         first = [(at, "raise")] if fault == "raise, kill" else []
@@ -299,16 +421,15 @@ class Walk:
         operation = kind.ask(self.site, self.machine)
         if fault in EVENTS:
             self._wait_reached(operation, point)
-            with EVENTS[fault](self.site, self.machine, self.points):
+            with EVENTS[fault](self, operation):
                 ended = self.site.ended(operation, RECOVERY_S)
         else:
             ended = self.site.ended(operation, RECOVERY_S)
         case.seconds = time.monotonic() - started
         assert self.points.reached, f"{point} was not passed again"
-        case.outcome = ended["state"]
         self._judge(case, ended)
         self.settle(kind, ended)
-        return case
+        case.outcome = ended["state"]
 
     def _wait_reached(self, operation: Any, point: str) -> None:
         wait_for(lambda: self.points.reached, f"{operation['kind']} reaches {point}")
@@ -338,20 +459,11 @@ class Walk:
         assert machine.state() == machine.power
         expected = {kind.succeeded if succeeded else kind.failed}
         assert machine.read() == expected, (machine.read(), ended)
-        for clone in (ended["result"] or {}).get("clones", []):
-            if clone["state"] != "ready":
-                continue
-            made = attach(site.hypervisor, clone["name"])
-            assert made.state() == ("running" if kind.started else "stopped")
-            made.remove()
-        assert not list(site.disks.glob("*.save")), "a clone's memory is left over"
+        kind.check(site, machine, ended)
         bases = list(site.disks.glob(f"{BASE_PREFIX}*"))
         assert len(bases) == (len(machine.disks) if kind.linked and succeeded else 0), bases
         for base in bases:
             base.unlink()
-        kind.check(site, machine, ended)
-        names = {each.name() for each in site.hypervisor_connection().listAllDomains()}
-        assert not [name for name in names if name.startswith(f"{machine.name}-c")]
 
     def watchdogs(self, worker: int) -> list[int]:
         """The pids of the helpers of a worker process."""
@@ -367,37 +479,38 @@ class Walk:
 
 
 @contextmanager
-def _without_libvirtd(site: Site, _machine: Machine, points: Points) -> Iterator[None]:
-    """libvirtd is killed, and back two seconds later."""
-    site.hypervisor.stop(kill=True)
-    points.go()
-    time.sleep(2)
-    site.hypervisor.start()
+def _without_libvirtd(walk: Walk, operation: Any) -> Iterator[None]:
+    """libvirtd is killed, and back when the operation has ended, or two seconds later."""
+    walk.site.hypervisor.stop(kill=True)
+    walk.points.go()
+    with contextlib.suppress(TimeoutError):
+        walk.site.ended(operation, 2)
+    walk.site.hypervisor.start()
     yield
 
 
 @contextmanager
-def _without_qemu(_site: Site, machine: Machine, points: Points) -> Iterator[None]:
+def _without_qemu(walk: Walk, _operation: Any) -> Iterator[None]:
     """QEMU is killed, as by the kernel when memory runs out."""
-    if machine.state() != "stopped":
-        os.kill(qemu_of(machine), signal.SIGKILL)
-    points.go()
+    if walk.machine.state() != "stopped":
+        os.kill(qemu_of(walk.machine), signal.SIGKILL)
+    walk.points.go()
     yield
 
 
 @contextmanager
-def _powered_off(_site: Site, machine: Machine, points: Points) -> Iterator[None]:
+def _powered_off(walk: Walk, _operation: Any) -> Iterator[None]:
     """The owner cuts the guest's power."""
-    machine.guest.destroy()
-    points.go()
+    walk.machine.guest.destroy()
+    walk.points.go()
     yield
 
 
 @contextmanager
-def _full(site: Site, _machine: Machine, points: Points) -> Iterator[None]:
+def _full(walk: Walk, _operation: Any) -> Iterator[None]:
     """Something else fills the file system that vault and disks are on."""
-    ballast = fill(site.folder)
-    points.go()
+    ballast = fill(walk.site.folder)
+    walk.points.go()
     try:
         yield
     finally:
@@ -405,15 +518,15 @@ def _full(site: Site, _machine: Machine, points: Points) -> Iterator[None]:
 
 
 @contextmanager
-def _hanging(site: Site, machine: Machine, points: Points) -> Iterator[None]:
+def _hanging(walk: Walk, _operation: Any) -> Iterator[None]:
     """The worker hangs there for longer than a guest may be held."""
-    if machine.power == "running":
-        wait_for(lambda: machine.state() == "running", "the watchdog resumes the guest", 40)
-    points.go()
+    if walk.machine.power == "running":
+        wait_for(lambda: walk.machine.state() == "running", "the watchdog resumes the guest", 40)
+    walk.points.go()
     yield
 
 
-EVENTS: dict[str, Callable[[Site, Machine, Points], Any]] = {
+EVENTS: dict[str, Callable[[Walk, Any], Any]] = {
     "libvirtd": _without_libvirtd,
     "qemu": _without_qemu,
     "power": _powered_off,

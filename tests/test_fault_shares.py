@@ -1,0 +1,63 @@
+"""`make faults` divides its tests into two shares that run side by side, and leaves none out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from faults.outcomes import LEAST, Outcomes, complaints
+
+ROOT = Path(__file__).resolve().parents[1]
+WELL = {"kind": "image.create", "power": "running", "way": "reflink", "fault": "kill"}
+CASES = [
+    {**WELL, "point": str(number), "outcome": "succeeded", "seconds": 1.0}
+    for number in range(LEAST)
+]
+FIRST = Outcomes(True, ["one", "two"], 2, ["one"], CASES[:100])
+SECOND = Outcomes(True, ["one", "two"], 2, ["two"], CASES[100:])
+
+
+def chosen_for(share: str, whole: str) -> list[str]:
+    wanted = {"TRIPTYCH_FAULTS_SHARE": share, "TRIPTYCH_FAULTS_ALL": whole}
+    command = [sys.executable, "-m", "pytest", "tests/faults", "--collect-only", "-q"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **wanted}, capture_output=True, text=True
+    )
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+@pytest.mark.parametrize("whole", ["0", "1"])
+def test_each_test_is_in_exactly_one_share(whole: str) -> None:
+    """Of the whole walk, and of its part."""
+    shares = [chosen_for("1", whole), chosen_for("2", whole)]
+
+    assert all(shares)
+    assert sorted(chosen_for("0", whole)) == sorted([*shares[0], *shares[1]])
+
+
+def test_shares_that_did_all_are_well() -> None:
+    assert complaints([FIRST, SECOND]) == []
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ([], "only 0 shares have ended"),
+        ([FIRST], "only 1 shares have ended"),
+        ([FIRST, replace(SECOND, wanted=["two"])], "do not agree"),
+        ([FIRST, replace(SECOND, done=[])], "not done: two"),
+        ([FIRST, replace(SECOND, done=["one", "two"])], "done 2 times: one"),
+        ([FIRST, replace(SECOND, cases=[*CASES[100:], {**CASES[0], "outcome": ""}])], "failed: "),
+        ([FIRST, replace(SECOND, cases=CASES[101:])], f"fewer than {LEAST} distinct cases"),
+    ],
+)
+def test_what_is_missing_is_told(shares: list[Outcomes], said: str) -> None:
+    """A share that ended early, a test left out or done twice, a case not ended well."""
+    found = complaints(shares)
+
+    assert len(found) == 1
+    assert said in found[0]
