@@ -1,7 +1,9 @@
 """Who claims what: beats and imagers at once, pages, and what cannot be claimed (I5)."""
 
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -25,9 +27,10 @@ from services.api import schedules as api
 from services.imager import images, ticks
 from shared.commands import CreateImage
 from shared.database import transaction
-from shared.models import Operation, Schedule, Server
+from shared.models import Operation, Schedule, ScheduleRun, Server
 from shared.operations import drain, runner
 from shared.operations.context import Context, Outcome
+from shared.operations.finish import fail_run
 
 BEAT = """
 import sys
@@ -222,6 +225,28 @@ def test_run_that_a_worker_takes_just_now_is_not_given_up(world: World, any_data
     with locked(Operation, operation.seq):
         assert ticks.give_up_missed(SLOT + DAY) == 0
     assert ticks.give_up_missed(SLOT + DAY) == 1
+
+
+@pytest.mark.parametrize("any_database", ["postgresql"], indirect=True)
+def test_two_failures_at_once_both_count(world: World, any_database: str) -> None:
+    """A run that fails while beat records that another could not be asked for."""
+    schedule = scheduled(world, world.server())
+    run = ScheduleRun(schedule_id=schedule.id, slot=SLOT, state="running")
+    world.add(run)
+
+    def fail() -> None:
+        with transaction() as session:
+            session.get_one(Schedule, schedule.id)  # as it was before
+            fail_run(session, session.get_one(ScheduleRun, run.id), "for a test")
+
+    with ThreadPoolExecutor() as pool:
+        with transaction() as session:
+            held = session.get_one(Schedule, schedule.id, with_for_update=True)
+            other = pool.submit(fail)
+            time.sleep(0.3)  # until it waits; without a lock it would have read by now
+            held.failures_in_row += 1
+        other.result(30)
+    assert now_of(schedule).failures_in_row == 2
 
 
 # What no worker begins
