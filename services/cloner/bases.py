@@ -23,7 +23,6 @@ from shared.disks.space import ensure_space_for
 from shared.manifest import Manifest
 from shared.models import Clone, Operation
 from shared.operations.context import Context
-from shared.operations.journal import Step
 from shared.settings import settings
 
 WAY = "overlay"
@@ -99,15 +98,15 @@ def _shared_names(source: Path, manifest: Manifest, files: Mapping[str, Path]) -
     return True
 
 
-def release(session: Session, gone: Sequence[Clone]) -> list[Step]:
-    """What removes the bases that no clone stands on once these are gone.
+def release(session: Session, gone: Sequence[Clone]) -> list[str]:
+    """The files of the bases that no clone stands on once these are gone.
 
-    For the transaction that marks them deleted, to be left to do (`Outcome.apply`) or journalled:
-    their disks must be gone by then, or go before.
+    For the transaction that marks them deleted, to be removed after it, and after their disks. A
+    VM that was a clone, and was forgotten, is none that is known here: it may stand on one still.
     """
     operation: Any = Operation
     row: Any = Clone
-    steps: list[Step] = []
+    released: list[str] = []
     for farm in sorted({clone.operation_id for clone in gone if clone.linked_to}):
         # Of two who remove the last two clones at once, the second sees what the first did.
         session.execute(select(operation.seq).where(operation.id == farm).with_for_update())
@@ -118,5 +117,5 @@ def release(session: Session, gone: Sequence[Clone]) -> list[Step]:
             paths = {
                 path for clone in gone if clone.operation_id == farm for path in clone.linked_to
             }
-            steps += [("remove_file", {"path": path}) for path in sorted(paths)]
-    return steps
+            released += sorted(paths)
+    return released

@@ -52,7 +52,9 @@ class Leaving(Member):
         self.told = {"left": []}
 
     def leave(self, path: Path | str, reason: str) -> None:
-        self.told["left"].append({"path": str(path), "reason": reason})
+        left = {"path": str(path), "reason": reason}
+        if left not in self.told["left"]:  # a commit may be tried twice
+            self.told["left"].append(left)
 
     def starting(self) -> Step:
         paused = self.state == "paused"
@@ -112,7 +114,7 @@ def _delete(
         moment = now()
         gone = [each for each in leaving if not each.failed]
         steps = [step for each in gone for step in _gone(session, each, context.id, moment)]
-        steps += bases.release(session, [each.clone for each in gone])
+        steps += _release(session, gone, users)
         _end(session, farm_id, only, moment, expired)
         # Those that could not be deleted are as they were.
         again = [each for each in leaving if each.failed and each.state != "stopped"]
@@ -224,6 +226,21 @@ def _gone(session: Session, each: Leaving, operation_id: str, moment: datetime) 
         events.emit(session, "snapshot.deleted", server.id, snapshot=snapshot.id)
         folder = vault().folder("snapshot", server.id, snapshot.id)
         steps.append(("remove_copy", {"folder": str(folder)}))
+    return steps
+
+
+def _release(session: Session, gone: list[Leaving], users: Users) -> list[Step]:
+    """What removes the bases that went with these, but those that another domain needs: a VM that
+    was of the farm until its server was forgotten, or one that got a copy of an overlay."""
+    own = {each.server.domain_uuid for each in gone}
+    steps: list[Step] = []
+    for path in bases.release(session, [each.clone for each in gone]):
+        needing = users.get(Path(path).resolve(), {})
+        if names := sorted(name for uuid, name in needing.items() if uuid not in own):
+            last = next(each for each in gone if path in each.clone.linked_to)
+            last.leave(path, f"domain {', '.join(names)} needs it")
+        else:
+            steps.append(("remove_file", {"path": path}))
     return steps
 
 

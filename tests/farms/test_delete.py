@@ -12,7 +12,7 @@ from operations.spine import at_once
 
 from lab.guest import make_disk
 from services.cloner import removal
-from shared import errors, lookups
+from shared import errors, forgetting, lookups
 from shared.commands import (
     CreateImage,
     DeleteClone,
@@ -22,6 +22,7 @@ from shared.commands import (
 )
 from shared.database import now, reading, transaction
 from shared.disks import setaside
+from shared.disks.overlays import create_overlay
 from shared.models import Clone, Farm, Image, Operation, Schedule, Server, Snapshot
 from shared.operations import claim, runner
 from shared.operations.tasks import forget_due
@@ -339,6 +340,32 @@ def test_forgotten_server_is_its_owner_s(farmed: Farmed) -> None:
         session.get_one(Clone, made[0].clone.id).state = "deleted"
     farmed.done(DeleteFarm(farm=farm.id))
     assert (made[0].is_whole, made[1].is_gone) == (True, True)
+
+
+def test_base_of_a_vm_that_was_kept_stays(farmed: Farmed) -> None:
+    """A linked clone whose server was forgotten is its owner's, and stands on the farm's base: that
+    is left when the rest of the farm goes, and named. Where nobody needs it, it goes."""
+    for kept in (True, False):
+        farm, made = farmed.farm(2)
+        base = make_disk(farmed.disks, "raw", "blank", 65536)
+        for each in made:
+            overlay = base.with_name(f"{each.guest.name}-vdb.qcow2")
+            create_overlay(base, "raw", overlay)
+            attach(each.guest, overlay, fmt="qcow2")
+            with transaction() as session:
+                clone = session.get_one(Clone, each.clone.id)
+                clone.linked_to, clone.files = [str(base)], [str(each.disk), str(overlay)]
+        if kept:
+            with transaction() as session:
+                forgetting.forget(session, session.get_one(Server, made[0].server.id), now())
+
+        ended = farmed.done(DeleteFarm(farm=farm.id))
+
+        assert (made[0].is_whole, made[1].is_gone) == (kept, True)
+        assert base.exists() == kept
+        left = outcomes(ended)[made[1].clone.name]["left"]
+        assert [each["path"] for each in left] == [str(base)] * kept
+        assert all(made[0].guest.name in each["reason"] for each in left)
 
 
 def test_cancel_brings_all_back(farmed: Farmed, monkeypatch: pytest.MonkeyPatch) -> None:

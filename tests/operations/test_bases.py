@@ -35,7 +35,7 @@ def released(*names: str) -> list[str]:
         gone = list(session.scalars(select(Clone).where(row.name.in_(names))))
         for each in gone:
             each.state = "deleted"
-        return [arguments["path"] for _, arguments in bases.release(session, gone)]
+        return bases.release(session, gone)
 
 
 def test_a_base_goes_with_its_last_clone(world: World, any_database: str) -> None:
