@@ -78,6 +78,8 @@ def create(context: Context, command: CreateClones) -> Outcome:
     choice = identity.choose(command, server, source)
     temporary, pause_ms, taken_at = source is None, None, None
     if source is None:
+        domain = domains.find(connect(settings().libvirt_uri), server.domain_uuid)
+        _refuse_on_devices(DomainDefinition.parse(domain.live_definition()))
         copied = copy_server(
             context,
             server,
@@ -119,11 +121,28 @@ def _template(
 ) -> Template:
     manifest = read_manifest(source)
     original = DomainDefinition.parse((source / manifest.definition).read_text())
+    _refuse_on_devices(original)
     found = Template(source, manifest, original, choice)
     if not command.linked:
         return found
     base = bases.make(context, source, manifest, found.folders, temporary=temporary)
     return replace(found, base=base)
+
+
+def _refuse_on_devices(original: DomainDefinition) -> None:
+    """Raise Unsupported where there is no directory for clones' disks: beside a block device is
+    /dev, which is in the host's memory."""
+    on_devices = [
+        f"{disk.target} ({disk.path})"
+        for disk in original.disks
+        if disk.kind == "block" and not disk.left_out_because
+    ]
+    if on_devices and not settings().clone_dir:
+        raise errors.Unsupported(
+            f"{original.name} has disks on block devices: {', '.join(on_devices)}. Its clones' "
+            "disks are files, and nothing says where they are to go. No clone was made; set "
+            "TRIPTYCH_CLONE_DIR for the host's workers."
+        )
 
 
 def _make_all(

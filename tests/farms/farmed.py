@@ -13,7 +13,7 @@ import pytest
 from operations.spine import HOST, Killed, World
 from sqlalchemy import select
 
-from lab.guest import Guest, make_disk
+from lab.guest import Guest, attach, make_disk
 from lab.libvirtd import Hypervisor
 from services.cloner import farms, removal  # noqa: F401  registers the handlers
 from shared import faults, recovery  # noqa: F401  registers the journal's actions
@@ -66,6 +66,10 @@ class Farmed:
         made = Guest.create(self.hypervisor, self.disks, name, [str(each) for each in paths])
         self.guests.append(made)
         return made
+
+    def adopt(self, name: str) -> None:
+        """Remove that VM, too, in the end."""
+        self.guests.append(attach(self.hypervisor, name))
 
     def disk(self, fmt: str = "raw") -> Path:
         return make_disk(self.disks, fmt, "blank", SIZE)
