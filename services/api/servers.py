@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from datetime import datetime
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -16,9 +17,9 @@ from services.api.paging import Page, PageQuery
 from services.api.problems import refusals
 from services.api.protection import unprotected
 from services.api.work import NameOrId, RequestBody, settled
-from shared import errors, events, forgetting, lookups
+from shared import errors, events, farms, forgetting, lookups
 from shared.database import now, reading
-from shared.models import Clone, Domain, Image, Operation, Server, Snapshot
+from shared.models import Clone, Domain, Farm, Image, Operation, Server, Snapshot
 from shared.operations.drain import refuse_new_work
 
 router = APIRouter(tags=["servers"])
@@ -254,6 +255,7 @@ def _forget(session: Session, reference: str) -> shapes.Forgotten:
         )
     moment = now()
     left = forgetting.forget(session, server, moment)
+    _end_empty_farms(session, server, moment)
     return shapes.Forgotten(
         id=server.id,
         name=server.name,
@@ -262,3 +264,12 @@ def _forget(session: Session, reference: str) -> shapes.Forgotten:
         images_kept_bytes=left.images_bytes,
         schedules_ended=left.schedules_ended,
     )
+
+
+def _end_empty_farms(session: Session, server: Server, moment: datetime) -> None:
+    """The farm that it was the last clone of ends with it."""
+    row: Any = Clone
+    query = select(row.farm_id).where(row.server_id == server.id, row.farm_id.is_not(None))
+    for farm_id in session.scalars(query.distinct()):
+        if farm := session.get(Farm, farm_id, with_for_update=True):
+            farms.end_if_empty(session, farm, moment)

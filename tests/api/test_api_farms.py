@@ -284,3 +284,26 @@ def test_server_that_a_farm_s_work_holds(
     assert problem["operation"] == work.id
     waiting = api.post("/v1/servers/qa-1/images").json()["waiting"]
     assert waiting == f"Behind operation {work.id} (farm.stop) on this server."
+
+
+def test_farm_ends_with_the_last_clone_that_is_forgotten(
+    api: TestClient, world: World, server: Server, farm: Farm
+) -> None:
+    """What was never made keeps it, since that can be tried again; else an empty farm is none."""
+    assert api.delete("/v1/servers/qa-1").status_code == 200
+    assert api.delete("/v1/servers/qa-2").status_code == 200
+    assert api.get(f"/v1/farms/{farm.id}").json()["clones"] == {"failed": 1}
+    other = world.farm(server, name="alone", expires_in_h=8.0)
+    clone = world.server("alone")
+    world.clone("alone", farm_id=other.id, state="ready", server_id=clone.id)
+
+    assert api.delete("/v1/servers/alone").status_code == 200
+
+    assert api.get(f"/v1/farms/{other.id}").status_code == 404
+    assert [each["id"] for each in api.get("/v1/farms").json()["items"]] == [farm.id]
+    (told,) = [
+        each["data"]
+        for each in api.get("/v1/events").json()["items"]
+        if each["type"] == "triptych.farm.deleted"
+    ]
+    assert (told["farm"], told["name"]) == (other.id, "alone")
