@@ -5,6 +5,7 @@ first disk, whose driver the guest has for sure: kernels made for clouds have be
 of IDE and SATA, where a CD-ROM would be. cloud-init knows a seed by its label, on any drive.
 """
 
+import re
 from pathlib import Path
 
 from lxml import etree
@@ -13,6 +14,8 @@ from shared.hypervisor.definition import parse_domain, to_text
 from shared.hypervisor.errors import DefinitionInvalid
 
 _PREFIXES = {"virtio": "vd", "ide": "hd", "scsi": "sd", "sata": "sd", "usb": "sd"}
+_SERIAL = "sysinfo/system/entry[@name='serial']"
+_TOLD = re.compile(r"(?<!\S)ds=nocloud(-net)?(;\S*)?(?!\S)")
 _LABELS = (b"cidata", b"CIDATA")
 # ECMA-119: the volume descriptor is the 16th sector, and its label begins at byte 40 of it.
 _LABEL_AT, _LABEL_LENGTH = 16 * 2048 + 40, 32
@@ -21,7 +24,7 @@ _LABEL_AT, _LABEL_LENGTH = 16 * 2048 + 40, 32
 def had_seed(definition: str) -> bool:
     """Whether a domain of that definition is told of a NoCloud seed: by a drive or by SMBIOS."""
     root = parse_domain(definition)
-    entries = [entry.text or "" for entry in root.iterfind("sysinfo/system/entry[@name='serial']")]
+    entries = [entry.text or "" for entry in root.iterfind(_SERIAL)]
     if any(entry.startswith("ds=nocloud") for entry in entries):
         return True
     sources = root.iterfind("devices/disk/source[@file]")
@@ -31,9 +34,15 @@ def had_seed(definition: str) -> bool:
 def with_seed(definition: str, seed: Path) -> str:
     """The definition with a read-only drive that holds the file `seed`.
 
+    What SMBIOS or the kernel's command line tells cloud-init goes: it comes before what a drive
+    says, the instance-id too, and a seed that it names is fetched in place of the drive's
+    (cloud-init's DataSourceNoCloud).
     Raises DefinitionInvalid where there is no disk to tell a bus by, or no place on it.
     """
     root = parse_domain(definition)
+    for path in (_SERIAL, "os/cmdline"):
+        for node in root.iterfind(path):
+            node.text = _TOLD.sub("ds=nocloud", node.text or "")
     devices = root.find("devices")
     disks = root.findall("devices/disk")
     first = next((disk for disk in disks if disk.get("device", "disk") == "disk"), None)

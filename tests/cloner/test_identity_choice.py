@@ -125,6 +125,28 @@ def test_a_seed_goes_on_the_bus_of_the_first_disk(
     assert source.get("file") == "/clones/c-seed.iso"
 
 
+@pytest.mark.parametrize(
+    ("told", "left"),
+    [
+        ("ds=nocloud;i=iid-web;h=web", "ds=nocloud"),
+        ("ds=nocloud-net;s=http://198.18.0.1/", "ds=nocloud"),
+        ("console=ttyS0 ds=nocloud;i=iid-web;h=web ro", "console=ttyS0 ds=nocloud ro"),
+        ("C0FFEE-ds=nocloudy", "C0FFEE-ds=nocloudy"),
+    ],
+)
+def test_only_the_seed_tells_who_the_clone_is(told: str, left: str) -> None:
+    """What SMBIOS and the command line say of an instance-id, a hostname or another seed counts
+    more than the drive, so a clone would be its source's instance again."""
+    source = definition(disk("vda", "virtio")).replace(
+        "<devices>",
+        f"<os><cmdline>{told}</cmdline></os><sysinfo type='smbios'><system>"
+        f"<entry name='serial'>{told}</entry></system></sysinfo><devices>",
+    )
+    root = etree.fromstring(with_seed(source, Path("/clones/c-seed.iso")))
+    assert left == root.findtext("os/cmdline")
+    assert left == root.findtext("sysinfo/system/entry[@name='serial']")
+
+
 def test_a_seed_is_known_by_its_label(tmp_path: Path) -> None:
     """A definition had one if a drive holds it, or SMBIOS tells of one; other drives are none."""
     seed = tmp_path / "seed.iso"
