@@ -30,11 +30,10 @@ from shared.operations.context import Context, Outcome
 from shared.operations.patience import patiently
 from shared.operations.runner import describe, handles
 from shared.settings import settings
+from shared.turns import MOST_CALLS
 
 log = structlog.get_logger()
 
-AT_ONCE = 8
-"""Guests that are started, or forced off, at the same time; libvirt waits seconds for each."""
 LOOK_S = 0.25
 ASK_AGAIN_S = 10.0
 
@@ -110,8 +109,8 @@ def hold(context: Context, all_of: list[Member]) -> None:
 
 
 def at_once(all_of: Iterable[Member], do: Callable[[Member], None]) -> list[Member]:
-    """Do it to each that has not failed, some at the same time; one that fails then has. Returns
-    those that it was done to."""
+    """Do it to each that has not failed, as many at a time as libvirt takes; one that fails then
+    has. Returns those that it was done to."""
 
     def one(each: Member) -> None:
         try:
@@ -120,7 +119,7 @@ def at_once(all_of: Iterable[Member], do: Callable[[Member], None]) -> list[Memb
             each.fail(error)
 
     chosen = [each for each in all_of if not each.failed]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(MOST_CALLS) as pool:
         list(pool.map(one, chosen))
     return chosen
 
