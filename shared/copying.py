@@ -17,8 +17,9 @@ from shared.database import by_database_clock
 from shared.disks import engine
 from shared.disks.copied import CopiedDisk
 from shared.disks.engine import Capture
-from shared.disks.materialise import materialise
+from shared.disks.materialise import materialise, needed_bytes
 from shared.disks.nvram import copy_nvram
+from shared.disks.space import ensure_space_for
 from shared.hypervisor import domains
 from shared.hypervisor.agent import Policy
 from shared.hypervisor.connection import connect
@@ -262,18 +263,8 @@ def write_out(
 
     `destinations` are by target; `formats` asks for another format than the stored one.
     """
-    files = [
-        CopiedDisk(
-            target=disk.target,
-            path=folder / disk.file,
-            format=disk.format,
-            virtual_bytes=disk.virtual_bytes,
-            bytes=disk.bytes,
-        )
-        for disk in manifest.disks
-    ]
     way = materialise(
-        files,
+        _stored_disks(folder, manifest),
         destinations,
         formats=formats,
         progress=context.progress,
@@ -283,3 +274,25 @@ def write_out(
     if manifest.nvram and NVRAM in destinations:
         copy_nvram(folder / manifest.nvram, destinations[NVRAM])
     return way
+
+
+def ensure_room_for(count: int, folder: Path, manifest: Manifest, to: Mapping[str, Path]) -> None:
+    """Raise InsufficientSpace unless the stored disks can be written out so many times to these
+    directories, which are by target."""
+    needs = needed_bytes(_stored_disks(folder, manifest), to)
+    ensure_space_for(
+        ((to[target], count * needed) for target, needed in needs.items()), settings().free_floor
+    )
+
+
+def _stored_disks(folder: Path, manifest: Manifest) -> list[CopiedDisk]:
+    return [
+        CopiedDisk(
+            target=disk.target,
+            path=folder / disk.file,
+            format=disk.format,
+            virtual_bytes=disk.virtual_bytes,
+            bytes=disk.bytes,
+        )
+        for disk in manifest.disks
+    ]

@@ -20,7 +20,7 @@ from sqlmodel import Session
 from services.cloner import bases, identity, memory
 from shared import errors, events, faults, lookups
 from shared.commands import CreateClones
-from shared.copying import NVRAM, copy_server, vault, write_out
+from shared.copying import NVRAM, copy_server, ensure_room_for, vault, write_out
 from shared.database import reading
 from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
@@ -91,6 +91,8 @@ def create(context: Context, command: CreateClones) -> Outcome:
         pause_ms, taken_at = copied.manifest.pause_ms, copied.taken_at.isoformat()
         source = vault().folder("farm", server.id, context.id)
     template = _template(context, command, source, choice, temporary)
+    if template.base is None:  # all of them, or none: not as many as there happens to be room for
+        ensure_room_for(len(planned), source, template.manifest, template.folders)
     made = _make_all(context, command, template, planned, server.host)
 
     def apply(session: Session) -> list[Step]:

@@ -41,16 +41,11 @@ def materialise(
     a stream has less than `free_floor` of the file system left), FileExistsError,
     Cancelled, CopyFailed, ImageDamaged; no new file is left then.
     """
+    folders = {target: path.parent for target, path in destinations.items()}
     wanted = {file.target: (formats or {}).get(file.target, file.format) for file in files}
-    shares = {file.target: _shares(file, destinations, wanted) for file in files}
-    needs = {
-        file.target: _REFLINK_BYTES
-        if shares[file.target]
-        else images.measure(file.path, file.format, wanted[file.target])
-        for file in files
-    }
-    rooms = ((destinations[t].parent, needed) for t, needed in needs.items())
-    ensure_space_for(rooms, free_floor)
+    shares = {file.target: _shares(file, folders, wanted) for file in files}
+    needs = needed_bytes(files, folders, formats)
+    ensure_space_for(((folders[t], needed) for t, needed in needs.items()), free_floor)
     total, done = sum(needs.values()), 0
 
     def check() -> None:
@@ -93,9 +88,24 @@ def materialise(
     return "reflink" if all(shares.values()) else "stream"
 
 
-def _shares(file: CopiedDisk, destinations: Mapping[str, Path], wanted: Mapping[str, str]) -> bool:
-    folder = destinations[file.target].parent
-    return wanted[file.target] == file.format and can_reflink(file.path.parent, folder)
+def needed_bytes(
+    files: Sequence[CopiedDisk],
+    folders: Mapping[str, Path],
+    formats: Mapping[str, str] | None = None,
+) -> dict[str, int]:
+    """What writing each disk once into its folder takes, by target."""
+    wanted = {file.target: (formats or {}).get(file.target, file.format) for file in files}
+    return {
+        file.target: _REFLINK_BYTES
+        if _shares(file, folders, wanted)
+        else images.measure(file.path, file.format, wanted[file.target])
+        for file in files
+    }
+
+
+def _shares(file: CopiedDisk, folders: Mapping[str, Path], wanted: Mapping[str, str]) -> bool:
+    same = wanted[file.target] == file.format
+    return same and can_reflink(file.path.parent, folders[file.target])
 
 
 def _verify(file: CopiedDisk, path: Path, image_format: str) -> None:
