@@ -182,7 +182,8 @@ def stop(context: Context, command: StopFarm) -> Outcome:
                 )
             )
     for each in all_of:
-        each.told["power"] = "stopped"
+        if not each.failed:
+            each.told["power"] = "stopped"
     return refuse_if_none(all_of, _powered(farm, all_of, "farm.stopped"))
 
 
