@@ -279,7 +279,7 @@ def test_a_link_that_its_owner_took_out_stays_out() -> None:
 def test_the_report_names_parts_with_reasons_and_what_to_do() -> None:
     """The host's side is renewed in any case; each kept part has its reason and its remedy."""
     definition = CloneDefinition("", "web", "", {OLD_MAC: NEW_MAC}, ())
-    kept = Way("web", Path(), False, lambda: None, inside.nothing("it was to be kept"))
+    kept = Way("web", Path(), False, lambda: None, inside.nothing("it was to be kept."))
 
     told = report(definition, True, kept.renewal)
 

@@ -37,10 +37,13 @@ def report(definition: CloneDefinition, has_nvram: bool, renewal: Renewal) -> di
         "renewed": on_host + renewal.renewed,
         "pending": [{"part": part, "reason": reason} for part, reason in renewal.pending],
         "kept": [
-            {"part": part, "reason": "; ".join(filter(None, [reason, _ADVICE.get(part)]))}
-            for part, reason in renewal.kept
+            {"part": part, "reason": _with_advice(part, reason)} for part, reason in renewal.kept
         ],
         "left_out": [
             {"target": each.target, "reason": each.reason} for each in definition.left_out
         ],
     }
+
+
+def _with_advice(part: str, reason: str) -> str:
+    return "; ".join(filter(None, [reason.rstrip("."), _ADVICE.get(part)]))
