@@ -125,6 +125,13 @@ def _template(
     original = DomainDefinition.parse((source / manifest.definition).read_text())
     _refuse_on_devices(original)
     found = Template(source, manifest, original, choice)
+    for folder in sorted(set(found.folders.values())):
+        if not folder.is_dir():
+            raise errors.Unsupported(
+                f"{folder}, where the clones' files would go, is no directory of this host. No "
+                "clone was made; make it, or set TRIPTYCH_CLONE_DIR to another for the host's "
+                "workers."
+            )
     if not command.linked:
         return found
     base = bases.make(context, source, manifest, found.folders, temporary=temporary)

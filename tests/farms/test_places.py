@@ -1,4 +1,4 @@
-"""Clones of a server whose disks are no files."""
+"""Where clones' disks go, and where they cannot."""
 
 from __future__ import annotations
 
@@ -63,3 +63,22 @@ def test_disks_do_not_go_beside_a_device(
         f"{guest.name}-clone-vdb.raw",
     ]
     farmed.adopt(f"{guest.name}-clone")
+
+
+def test_directory_that_is_gone_is_named(farmed: Farmed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the one of a server that was deleted with it, and whose image is cloned: nothing is
+    written, and the error says what to do."""
+    guest = farmed.guest()
+    source = Server(name=guest.name, host="kvm-1", domain_uuid=guest.domain.UUIDString())
+    farmed.world.add(source)
+    gone = farmed.disks / "gone"
+    monkeypatch.setenv("TRIPTYCH_CLONE_DIR", str(gone))
+    settings.cache_clear()
+    refused = farmed.done(
+        CreateClones(
+            source=CloneSource(kind="server", id=source.id), name="c", start=False, identity="keep"
+        )
+    )
+    assert (refused.state, (refused.error or {})["code"]) == ("failed", "unsupported")
+    assert str(gone) in (refused.error or {})["message"]
+    assert not gone.exists()
