@@ -198,13 +198,14 @@ class Clones(Noun):
         linked: bool = False,
         start: bool | None = None,
         identity: str | None = None,
+        quiesce: Quiesce | None = None,
         expires_in_h: float | None = None,
     ) -> Operation:
         """Makes `count` clones, named by a pattern such as `qa-{n:03}`: a farm.
 
         `source` is a server (also for its snapshot) or an image. `linked` ones share one copy of
-        its disks where these cannot share extents. With `expires_in_h` the farm is deleted so
-        many hours after it was made.
+        its disks where these cannot share extents. `quiesce` is for a server that runs. With
+        `expires_in_h` the farm is deleted so many hours after it was made.
         """
         segments = {
             "server": ("servers", source),
@@ -220,6 +221,7 @@ class Clones(Noun):
             linked=linked or None,
             start=start,
             identity=identity,
+            quiesce=quiesce,
             expires_in_h=expires_in_h,
         )
         return self._start(*segments, "clones", body=body)

@@ -26,6 +26,7 @@ _DROPPED = (
     ("devices/input[@type='evdev']", "a host input device belongs to one guest"),
     ("devices/input[@type='passthrough']", "a host input device belongs to one guest"),
     ("devices/interface[@type='vhostuser']", "its switch port belongs to one guest"),
+    ("devices/interface/portForward", "the host's ports are forwarded to one guest"),
 )
 _DROPPED_SILENTLY = (
     "seclabel",
@@ -121,10 +122,21 @@ def _drop(root: etree._Element) -> list[LeftOut]:
         for node in root.findall(path):
             left_out.append(LeftOut(_label(node), reason))
             _remove(node)
+    for node in root.findall("devices/filesystem"):
+        if node.get("type") != "ram" and node.find("readonly") is None:
+            left_out.append(LeftOut(_directory(node), "the directory is the source's or shared"))
+            _remove(node)
     for path in _DROPPED_SILENTLY:
         for node in root.findall(path):
             _remove(node)
     return left_out
+
+
+def _directory(node: etree._Element) -> str:
+    """A shared directory by the name that the guest mounts it by."""
+    target = node.find("target")
+    name = target.get("dir", "") if target is not None else ""
+    return f"{_label(node)} {name}".strip()
 
 
 def _keep_or_drop_disks(

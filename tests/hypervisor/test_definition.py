@@ -193,6 +193,23 @@ class TestClone:
             assert not root.findall(f"devices/{path}")
         assert not root.findall("seclabel")
 
+    def test_directories_of_the_host_that_can_be_written_to_go(self) -> None:
+        """A clone writes into nothing that its source has (C2); what it only reads stays."""
+        devices = """<devices>
+          <filesystem type='mount'><source dir='/srv/data'/><target dir='data'/></filesystem>
+          <filesystem type='mount'><source dir='/srv/iso'/><target dir='iso'/><readonly/>
+          </filesystem>
+          <interface type='user'><backend type='passt'/>
+            <portForward proto='tcp'><range start='2022' to='22'/></portForward></interface>"""
+        source = WINDOWS.replace("<devices>", devices, 1)
+        made = clone_definition(source, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
+        root = etree.fromstring(made.xml)
+        stays = root.findall("devices/filesystem/target")
+        assert [each.get("dir") for each in stays] == ["iso"]
+        assert not root.findall("devices/interface/portForward")
+        named = [each.target for each in made.left_out]
+        assert "filesystem mount data" in named and "portForward" in named
+
     def test_ports_and_sockets(self) -> None:
         """Displays get automatic ports, sockets and logs paths of the clone's own."""
         root = clone()

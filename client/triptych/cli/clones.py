@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from triptych.cli.grammar import Limit, Ttl, Yes, command, group
+from triptych.cli.grammar import Limit, Quiesce, Ttl, Yes, command, group
 from triptych.cli.render import moment, plain, record, table
 from triptych.cli.session import Session, session_of
 from triptych.cli.wait import finish
@@ -57,7 +57,7 @@ def create(
     ] = None,
     memory_mib: Annotated[
         int | None,
-        typer.Option(min=1, metavar="MIB", help="RAM in MiB.", show_default="as the source"),
+        typer.Option(min=64, metavar="MIB", help="RAM in MiB.", show_default="as the source"),
     ] = None,
     with_memory: Annotated[
         bool,
@@ -84,6 +84,14 @@ def create(
             show_default="auto",
         ),
     ] = None,
+    quiesce: Annotated[
+        Quiesce | None,
+        typer.Option(
+            help="Freeze the file systems of a server that runs for the copy: where its agent can "
+            "(auto), or fail (require), or not at all (never).",
+            show_default="auto",
+        ),
+    ] = None,
     ttl: Ttl = None,
 ) -> None:
     """Make one or more clones, each isolated from its source and the others."""
@@ -99,6 +107,7 @@ def create(
         linked=linked,
         start=start,
         identity=identity,
+        quiesce=quiesce.value if quiesce else None,
         expires_in_h=ttl,
     )
     finish(session, operation, source)
