@@ -46,8 +46,7 @@ def test_worker_killed_at_every_point_of_an_undo(walk: Walk, kind: str) -> None:
 def test_error_at_every_point(walk: Walk, kind: str) -> None:
     """An error: everything is put back, and the operation says why."""
     points = before_commit(walk.passed_by(KINDS[kind]))
-    points.remove("claimed")
-    walk.disturb_at_each(KINDS[kind], points, "raise")
+    walk.disturb_at_each(KINDS[kind], points[1:], "raise")  # "claimed" is before all
 
 
 @pytest.mark.parametrize("fault", ["libvirtd", "qemu", "power"])

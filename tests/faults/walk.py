@@ -361,6 +361,8 @@ class Case:
     way: str
     point: str
     fault: str
+    at: str
+    """Where `raise, kill` fails the operation; the worker is killed at the point, while undoing."""
     outcome: str = ""
     seconds: float = 0.0
 
@@ -373,14 +375,18 @@ class Walk:
     machine: Machine
     points: Points
     cases: list[Case] = field(default_factory=list)
+    found: dict[str, list[str]] = field(default_factory=dict)
+    """The points of each kind, once it was carried out."""
 
     def passed_by(self, kind: Kind) -> list[str]:
         """The points of an operation that nothing happens to."""
-        kind.prepare(self.site, self.machine)
-        self.points.clear()
-        operation = kind.ask(self.site, self.machine)
-        self.settle(kind, self.site.done(operation))
-        return self.points.passed()
+        if kind.name not in self.found:
+            kind.prepare(self.site, self.machine)
+            self.points.clear()
+            operation = kind.ask(self.site, self.machine)
+            self.settle(kind, self.site.done(operation))
+            self.found[kind.name] = self.points.passed()
+        return self.found[kind.name]
 
     def undone_by(self, kind: Kind, at: str) -> list[str]:
         """The points of undoing it, when it fails there."""
@@ -391,30 +397,29 @@ class Walk:
     def disturb_at_each(
         self, kind: Kind, points: list[str], fault: str, at: str = "committing"
     ) -> None:
-        """A case at each of the points; the table shows those that a failure left out too."""
-        planned = [self._planned(kind, point, fault) for point in points]
-        for case in planned:
-            self._disturb(kind, case, at)
+        """A case at each of the points where it was not tried yet; the table shows those that a
+        failure left out too."""
+        tried = {(case.kind, case.point, case.fault, case.at) for case in self.cases}
+        new = [point for point in points if (kind.name, point, fault, at) not in tried]
+        for case in [self._planned(kind, point, fault, at) for point in new]:
+            self._disturb(kind, case)
 
     def disturb(self, kind: Kind, point: str, fault: str) -> Case:
         case = self._planned(kind, point, fault)
         self._disturb(kind, case)
         return case
 
-    def _planned(self, kind: Kind, point: str, fault: str) -> Case:
-        case = Case(kind.name, self.machine.power, self.site.way, point, fault)
+    def _planned(self, kind: Kind, point: str, fault: str, at: str = "committing") -> Case:
+        case = Case(kind.name, self.machine.power, self.site.way, point, fault, at)
         self.cases.append(case)
         return case
 
-    def _disturb(self, kind: Kind, case: Case, at: str = "committing") -> None:
-        """One case: prepared, disturbed at the point, ended, and all of it checked.
-
-        `raise, kill` fails the operation `at` a point, and kills the worker at another of undoing.
-        """
+    def _disturb(self, kind: Kind, case: Case) -> None:
+        """One case: prepared, disturbed at the point, ended, and all of it checked."""
         point, fault = case.point, case.fault
         kind.prepare(self.site, self.machine)
         self.site.mark_logs()
-        first = [(at, "raise")] if fault == "raise, kill" else []
+        first = [(case.at, "raise")] if fault == "raise, kill" else []
         plain = "kill" if first else "wait" if fault in EVENTS else fault
         self.points.arm(*first, (point, plain))
         started = time.monotonic()
