@@ -106,6 +106,8 @@ class Client:
         first = True
         while True:
             asked = time.monotonic()
+            if deadline is not None:
+                hold = min(hold, max(0.0, deadline - asked))
             # The first look is without delay: something is on the screen at once.
             operation = self._look(operation_id, None if first else hold)
             if on_progress:

@@ -151,6 +151,15 @@ def test_wait_has_a_timeout(api: Fake) -> None:
         Client().wait("op_1", poll=0.01, timeout=0.03)
 
 
+def test_wait_keeps_its_timeout_while_the_api_holds_its_answer(api: Fake) -> None:
+    """The API is asked to hold it for no longer than is left."""
+    api.says("GET /v1/operations/op_1", operation(state="running"))
+    with pytest.raises(TimeoutError):
+        Client().wait("op_1", timeout=0.2)
+    held = [float(each.query.get("wait", 0)) for each in api.calls("GET /v1/operations/op_1")]
+    assert 0 < max(held) <= 0.2
+
+
 def test_wait_with_check_raises_what_went_wrong(api: Fake) -> None:
     """`check=True` turns a failed operation into an exception with its code."""
     error = {"code": "no_space", "message": "Too little room."}
