@@ -204,7 +204,7 @@ def _with_farm_that_runs(site: Site, machine: Machine) -> None:
 
 def _stop_farm(site: Site, machine: Machine) -> Any:
     alone = machine.power == "running"
-    wishes: dict[str, Any] = {"timeout_s": 30} if alone else {"timeout_s": 1, "force": True}
+    wishes: dict[str, Any] = {"timeout_s": 45} if alone else {"timeout_s": 1, "force": True}
     return site.client.farms.stop(_herds[machine.id].id, **wishes)
 
 
@@ -238,6 +238,7 @@ def _farm_is_as_told(
         assert guest.state() in states, (clone["name"], guest.state(), states)
         files = sorted(site.disks.glob(f"{clone['name']}-*"))
         if guest.state() == "missing":
+            files += site.disks.glob(f"{clone['name']}.*")  # its log
             assert files == []
             continue
         assert files == sorted(guest.disks) and len(files) == 2, (files, guest.disks)
@@ -488,9 +489,11 @@ def _without_libvirtd(walk: Walk, operation: Any) -> Iterator[None]:
     """libvirtd is killed, and back when the operation has ended, or two seconds later."""
     walk.site.hypervisor.stop(kill=True)
     walk.points.go()
-    with contextlib.suppress(TimeoutError):
-        walk.site.ended(operation, 2)
-    walk.site.hypervisor.start()
+    try:
+        with contextlib.suppress(TimeoutError):
+            walk.site.ended(operation, 2)
+    finally:
+        walk.site.hypervisor.start()
     yield
 
 
