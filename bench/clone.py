@@ -221,6 +221,12 @@ def virt_clone(site: Site, book: Book) -> None:
     peers.needed("virt-clone")
     with site.stopped():
         result = _beside(site, site.guest, peers.VIRT_CLONE, "virt-clone + start", SLOW_RUNS)
+        unsynced = [
+            _by_commands(site, site.guest, peers.VIRT_CLONE_UNSYNCED)
+            for _ in range(runs(SLOW_RUNS))
+        ]
+    result.also["peer_unsynced_s"] = statistics.median(unsynced)
+    result.note = "peer_unsynced_s: started while its copy is in the host's memory only"
     book.record("clone_vs_virt_clone", result)
 
 

@@ -86,6 +86,7 @@ _VIRT_CLONE = (
 _SYNC = "sync {copy}"
 _START = "virsh -c {uri} start {name}"
 VIRT_CLONE = Bare(f"{_VIRT_CLONE} && {_SYNC} && {_START}")
+VIRT_CLONE_UNSYNCED = Bare(f"{_VIRT_CLONE} && {_START}")
 VIRT_CLONE_REFLINK = Bare(f"{_VIRT_CLONE} --reflink && {_SYNC} && {_START}")
 RESTORE = Bare("virsh -c {uri} restore {saved} --running")
 LINKED = Bare(
