@@ -28,8 +28,8 @@ test:            ## Run the tests (real libvirt, QEMU, Redis, PostgreSQL); ARGS=
 test-deployment: ## Run the tests of the deployment by docker compose, faults of minutes included
 	@scripts/setup tests
 	@$(if $(ARGS),$(PYTHON) -m pytest tests/compose $(ARGS),scripts/side-by-side \
-		"$(PYTHON) -m pytest tests/compose/test_faults.py" \
-		"$(PYTHON) -m pytest tests/compose --ignore=tests/compose/test_faults.py")
+		"$(PYTHON) -m pytest tests/compose/test_deployment_faults.py" \
+		"$(PYTHON) -m pytest tests/compose --ignore=tests/compose/test_deployment_faults.py")
 
 test-guests:     ## Run the tests on real Debian guests; many minutes without KVM
 	@scripts/setup tests
