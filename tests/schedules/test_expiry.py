@@ -213,6 +213,14 @@ def test_deletion_that_failed_is_asked_for_again(world: World) -> None:
     assert expiry.submit_due() == 1
 
 
+def test_deletion_that_failed_in_the_future_puts_nothing_off(world: World) -> None:
+    """A clock was ahead by days, and is right again."""
+    snapshot(world, world.server(), -HOUR)
+    expiry.submit_due()
+    world.change(deletions()[0].id, state="failed", finished_at=now() + 72 * HOUR)
+    assert expiry.submit_due() == 1
+
+
 def test_late_deletion_spares_the_replacement(world: World) -> None:
     """Expired and queued behind a take with `replace`: the new snapshot is not deleted, and
     nothing is told of it."""
