@@ -4,7 +4,7 @@ Nothing happens at them unless `TRIPTYCH_FAULTS` names a directory, which nobody
 sets. Then each point that is passed is written to its file `passed`, and its file `armed` lists
 what is to be done, one after the other, each once its point is passed: `kill` (SIGKILL to this
 process), `raise`, or `wait` until a file `go` is there, while the test does something to the
-world. After the last one the file is called `reached`.
+world. After the last one that file is gone.
 """
 
 import json
@@ -38,9 +38,11 @@ def _pass(directory: Path, name: str) -> None:
             return
         if at != name:
             return
-        (directory / "armed").rename(directory / "reached")
         if rest:
-            (directory / "armed").write_text(json.dumps(rest))
+            (directory / "rest").write_text(json.dumps(rest))
+            (directory / "rest").rename(directory / "armed")
+        else:
+            (directory / "armed").unlink()
     match fault:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)

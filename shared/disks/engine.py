@@ -374,6 +374,7 @@ def _stream_stopped(job: _Job) -> _Shot:
     with job.order.frozen("stopped") as consistency:
         shot = _Shot(datetime.now(UTC), consistency)
     job.nvram.take()
+    faults.point("stream:begun")
     done = 0
     for source in job.plan.sources:
 

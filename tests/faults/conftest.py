@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from faults.outcomes import Outcomes, table
-from faults.walk import KINDS, Case, Points, Walk
+from faults.walk import KINDS, Case, Walk
 from system.live_site import Site, open_site, wait_for
 
 from lab import filesystems
@@ -119,12 +119,8 @@ def hypervisor() -> Iterator[Hypervisor]:
 
 
 @pytest.fixture(scope="session", params=["xfs", "ext4"])
-def site(
-    request: pytest.FixtureRequest, hypervisor: Hypervisor, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Site]:
-    directory: Path = tmp_path_factory.mktemp("faults")
+def site(request: pytest.FixtureRequest, hypervisor: Hypervisor) -> Iterator[Site]:
     settings = {
-        "TRIPTYCH_FAULTS": str(directory),
         "TRIPTYCH_CONCURRENCY": "2",
         "TRIPTYCH_IDENTITY_TIMEOUT": "1",  # clones of a stopped server have nothing that answers
     }
@@ -135,7 +131,6 @@ def site(
         host=f"faults-{request.param}",
         **settings,
     ) as made:
-        made.points = Points(directory)
         yield made
 
 

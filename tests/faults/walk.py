@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import signal
 import time
@@ -20,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from system.live_site import Machine, Site, wait_for
+from system.live_site import Machine, Points, Site, wait_for
 
 from lab import offline
 from lab.filesystems import fill
@@ -29,36 +28,6 @@ from shared.disks.overlays import BASE_PREFIX
 
 RECOVERY_S = 60.0
 """How long an operation may take to end after a fault."""
-
-
-@dataclass
-class Points:
-    """The test's end of `shared.faults`: a directory that the workers look into."""
-
-    directory: Path
-
-    def clear(self) -> None:
-        for name in ("passed", "armed", "reached", "go"):
-            (self.directory / name).unlink(missing_ok=True)
-
-    def passed(self) -> list[str]:
-        file = self.directory / "passed"
-        return list(dict.fromkeys(file.read_text().split("\n")[:-1])) if file.exists() else []
-
-    def arm(self, *faults: tuple[str, str]) -> None:
-        """Faults by their points, one after the other."""
-        self.clear()
-        fresh = self.directory / "armed.new"
-        fresh.write_text(json.dumps(faults))
-        fresh.rename(self.directory / "armed")
-
-    @property
-    def reached(self) -> bool:
-        """Whether all that was armed has happened."""
-        return not (self.directory / "armed").exists()
-
-    def go(self) -> None:
-        (self.directory / "go").touch()
 
 
 HELD = ("stream:begun", "memory:saved", "reflink:shared")

@@ -32,8 +32,8 @@ SIZE = 16 * GIB
 FOLDERS = {"snapshot": "snapshots", "image": "images"}
 MANIFEST = "manifest.json"
 SMALL = 16 * MIB
-SLOW = 640 * MIB
-"""Enough to copy that something can be done meanwhile."""
+BUSY = 640 * MIB
+"""Enough that what QEMU copies is not over as soon as it has begun."""
 TICK = "1"
 
 
@@ -44,6 +44,48 @@ def wait_for(condition: Callable[[], Any], what: str, timeout: float = 30) -> An
         assert time.monotonic() < deadline, f"{what}: not within {timeout:.0f} s"
         time.sleep(0.02)
     return found
+
+
+@dataclass
+class Points:
+    """The test's end of `shared.faults`: a directory that the workers look into."""
+
+    directory: Path
+
+    def clear(self) -> None:
+        for name in ("passed", "armed", "go"):
+            (self.directory / name).unlink(missing_ok=True)
+
+    def passed(self) -> list[str]:
+        file = self.directory / "passed"
+        return list(dict.fromkeys(file.read_text().split("\n")[:-1])) if file.exists() else []
+
+    def arm(self, *faults: tuple[str, str]) -> None:
+        """Faults by their points, one after the other."""
+        self.clear()
+        fresh = self.directory / "armed.new"
+        fresh.write_text(json.dumps(faults))
+        fresh.rename(self.directory / "armed")
+
+    @property
+    def reached(self) -> bool:
+        """Whether all that was armed has happened."""
+        return not (self.directory / "armed").exists()
+
+    def go(self) -> None:
+        (self.directory / "go").touch()
+
+    @contextlib.contextmanager
+    def held(self, ask: Callable[[], Any], *points: str) -> Iterator[Any]:
+        """The operation that `ask` gives: meanwhile it waits at these points, each passed in turn
+        by the next of its threads. How fast the machine is decides nothing so."""
+        self.arm(*((each, "wait") for each in points))
+        try:
+            operation = ask()
+            wait_for(lambda: self.reached, f"{operation['kind']} reaches {points}")
+            yield operation
+        finally:
+            self.go()
 
 
 @dataclass
@@ -63,6 +105,8 @@ class Site:
     def start(self) -> None:
         self.disks = self.folder / "disks"
         self.disks.mkdir(mode=0o755)
+        self.points = Points(self.state / "faults")
+        self.points.directory.mkdir(parents=True)
         self.stack = Stack(
             self.state,
             port=free_port(),
@@ -71,6 +115,7 @@ class Site:
                 "TRIPTYCH_LIBVIRT_URI": self.hypervisor.uri,
                 "TRIPTYCH_VAULT": str(self.vault),
                 "TRIPTYCH_TICK": TICK,
+                "TRIPTYCH_FAULTS": str(self.points.directory),
                 # Fewer processes to start; on ext4, where workers die, it is as shipped.
                 **({} if self.way == "stream" else {"TRIPTYCH_CONCURRENCY": "1"}),
                 **self.settings,
@@ -113,16 +158,6 @@ class Site:
         ended = self.ended(operation, timeout)
         assert ended["state"] == "failed", ended
         return str(ended["error"]["code"])
-
-    def wait_phase(self, operation: Any, phase: str, timeout: float = 30) -> None:
-        """Return as soon as the operation's row shows a phase that begins with `phase`."""
-
-        def reached() -> bool:
-            (row,) = self.rows("SELECT state, phase FROM operation WHERE id = ?", operation["id"])
-            assert row["state"] in ("queued", "running"), f"ended before {phase!r}: {dict(row)}"
-            return str(row["phase"]).startswith(phase)
-
-        wait_for(reached, f"phase {phase!r} of {operation['id']}", timeout)
 
     def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
         """What the database says, past the API."""
@@ -176,7 +211,7 @@ class Site:
         All of them have one disk under many names: only one may be in use at a time.
         """
         if self.shared_noise is None:
-            self.shared_noise = self.noise(SLOW)
+            self.shared_noise = self.noise(BUSY)
         disk = self.disks / f"busy-{secrets.token_hex(4)}.raw"
         disk.hardlink_to(self.shared_noise)
         guest = Guest.create(self.hypervisor, self.disks, disks=[str(disk)])

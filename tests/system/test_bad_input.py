@@ -128,9 +128,10 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_copy(site: Site, power: str) ->
     """When others take the room during a copy it ends itself while there is some left (E6): it
     fails as insufficient_space, says how much there is, and leaves nothing."""
     machine = site.busy(power)
-    operation = site.client.images.create(machine.id)
-    site.wait_phase(operation, "copying")
-    ballast = fill(site.folder, leave=site_floor(site) * 9 // 10)
+    with site.points.held(
+        lambda: site.client.images.create(machine.id), "stream:begun"
+    ) as operation:
+        ballast = fill(site.folder, leave=site_floor(site) * 9 // 10)
     try:
         assert site.refused(operation) == "insufficient_space"
         message = site.client.operations.get(operation["id"])["error"]["message"]

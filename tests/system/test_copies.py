@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from live_site import SLOW, Machine, Site, digests, wait_for
+from live_site import Machine, Site, digests, wait_for
 from triptych import Problem
 
 from lab.filesystems import MIB
@@ -44,16 +44,17 @@ def test_a_second_snapshot_needs_replace(site: Site, stopped: Machine) -> None:
 @pytest.mark.parametrize("site", ["ext4"], indirect=True)
 def test_the_old_snapshot_stays_until_the_new_one_is_whole(site: Site) -> None:
     """A replacement that is cancelled half-way leaves the old snapshot, whole and usable (S1)."""
-    machine = site.machine(["raw"], "stopped", noise=SLOW)
+    machine = site.machine(["raw", "raw"], "stopped")
     machine.write("first")
     first = site.done(site.client.snapshots.take(machine.id))["result"]["snapshot"]
     folder = site.copy_of("snapshot", machine)
     before = digests(folder)
 
-    operation = site.client.snapshots.take(machine.id, replace=True)
-    site.wait_phase(operation, "copying")
-    assert site.client.servers.get(machine.id)["snapshot"] == first
-    site.client.operations.cancel(operation["id"])
+    with site.points.held(
+        lambda: site.client.snapshots.take(machine.id, replace=True), "stream:disk-copied"
+    ) as operation:
+        assert site.client.servers.get(machine.id)["snapshot"] == first
+        site.client.operations.cancel(operation["id"])
 
     ended = site.ended(operation)
     assert (ended["state"], ended["error"]["code"]) == ("cancelled", "cancelled")
@@ -262,12 +263,14 @@ def test_one_clone_that_fails_leaves_the_others_alone(site: Site, stopped: Machi
 
 @pytest.mark.parametrize("site", ["ext4"], indirect=True)
 def test_a_cancelled_farm_leaves_nothing(site: Site) -> None:
-    """Neither of the clone that is being copied nor of those that wait for the disk (E5)."""
-    machine = site.busy("stopped")
-    operation = site.client.clones.create(machine.id, name="never-{n}", count=4)
-    site.wait_phase(operation, "clone 2")
-
-    site.client.operations.cancel(operation["id"])
+    """Neither of the two that are being made nor of those that wait for their turn (E5)."""
+    machine = site.machine(["raw"], "stopped")
+    with site.points.held(
+        lambda: site.client.clones.create(machine.id, name="never-{n}", count=4),
+        "materialise:written",
+        "materialise:written",
+    ) as operation:
+        site.client.operations.cancel(operation["id"])
 
     assert site.ended(operation)["state"] == "cancelled"
     names = {each.name() for each in site.hypervisor_connection().listAllDomains()}

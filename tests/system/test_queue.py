@@ -106,11 +106,11 @@ def test_numbers_in_the_outbox_are_never_given_twice(site: Site) -> None:
 def test_cancel_ends_a_copy_within_five_seconds(site: Site, power: str) -> None:
     """A cancelled stream copy is gone within 5 s, the server is as it was, nothing is left (E5)."""
     machine = site.busy(power)
-    operation = site.client.images.create(machine.id)
-    site.wait_phase(operation, "copying")
-
-    asked = time.monotonic()
-    site.client.operations.cancel(operation["id"])
+    with site.points.held(
+        lambda: site.client.images.create(machine.id), "stream:begun"
+    ) as operation:
+        asked = time.monotonic()
+        site.client.operations.cancel(operation["id"])
     ended = site.ended(operation)
 
     assert time.monotonic() - asked < 5
@@ -125,18 +125,21 @@ def test_cancel_ends_a_copy_within_five_seconds(site: Site, power: str) -> None:
 @on_ext4
 def test_one_server_is_serial_and_two_are_parallel(site: Site) -> None:
     """Work on a server runs in the order it was asked for; another server does not wait (E3)."""
-    one, two = site.busy("stopped"), site.machine(["raw"], "stopped")
-    asked = [site.client.images.create(one.id, name=f"n{n}") for n in (1, 2)]
-    asked.append(site.client.snapshots.take(one.id))
-    other = site.client.snapshots.take(two.id)
+    one, two = (site.machine(["raw"], "stopped") for _ in range(2))
+    with site.points.held(
+        lambda: site.client.images.create(one.id, name="n1"), "stream:begun"
+    ) as first:
+        asked = [first, site.client.images.create(one.id, name="n2")]
+        asked.append(site.client.snapshots.take(one.id))
+        other = site.done(site.client.snapshots.take(two.id))
+        waiting = [site.client.operations.get(each["id"])["state"] for each in asked]
 
     first, second, third = (site.done(each) for each in asked)
-    other = site.done(other)
 
+    assert waiting == ["running", "queued", "queued"]
     assert first["finished_at"] <= second["started_at"]
     assert second["finished_at"] <= third["started_at"]
-    assert other["started_at"] < first["finished_at"]
-    assert other["finished_at"] < third["finished_at"]
+    assert other["finished_at"] < first["finished_at"]
     for machine in (one, two):
         site.remove(machine)
 

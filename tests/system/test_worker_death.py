@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from live_site import SLOW, Machine, Site, wait_for
+from live_site import BUSY, Machine, Site
 
 from lab.guest import attach
 
@@ -21,19 +21,17 @@ pytestmark = [
     pytest.mark.parametrize("site", ["ext4"], indirect=True),
 ]
 RECOVERY_S = 60
-NOISE = 2 * SLOW
-"""A phase is told a quarter of a second after it began; half of this was copied in 0.4 s once."""
 
 
 def _big(site: Site, power: str) -> Machine:
-    made = site.machine(["qcow2"], power, noise=NOISE)
+    made = site.machine(["qcow2"], power, noise=BUSY)
     made.write("before")
     return made
 
 
 @pytest.fixture(scope="module")
 def running_big(site: Site) -> Iterator[Machine]:
-    """A running server with a second disk of noise, which takes a second or more to copy."""
+    """A running server with a second disk of noise: QEMU copies on while nobody looks."""
     made = _big(site, "running")
     yield made
     site.remove(made)
@@ -49,10 +47,10 @@ def stopped_big(site: Site) -> Iterator[Machine]:
 
 @dataclass
 class Work:
-    """One kind of operation: its service, the phase to kill in, how it is asked for."""
+    """One kind of operation: its service, the point to kill at, how it is asked for."""
 
     service: str
-    phase: str
+    point: str
     ask: Callable[[Site, Machine], Any]
     after: str
     """What the server's disk reads once it has succeeded."""
@@ -65,13 +63,13 @@ def _clone(site: Site, machine: Machine) -> Any:
 WORK = {
     "take": Work(
         "snapshotter",
-        "copying",
+        "stream:begun",
         lambda site, m: site.client.snapshots.take(m.id, replace=True),
         "changed",
     ),
-    "clone-making": Work("cloner", "clone 1", _clone, "changed"),
+    "clone-making": Work("cloner", "materialise:written", _clone, "changed"),
     "revert-swapping": Work(
-        "snapshotter", "swapping", lambda site, m: site.client.snapshots.revert(m.id), "before"
+        "snapshotter", "swap:replaced", lambda site, m: site.client.snapshots.revert(m.id), "before"
     ),
 }
 
@@ -106,10 +104,8 @@ def kill_worker(site: Site, machine: Machine, kind: str) -> None:
     """Ask for the work, kill the whole worker in the middle, and start another."""
     prepare(site, machine, kind)
     work = WORK[kind]
-    operation = work.ask(site, machine)
-    site.wait_phase(operation, work.phase)
-
-    site.kill_worker(work.service)
+    with site.points.held(lambda: work.ask(site, machine), work.point) as operation:
+        site.kill_worker(work.service)
     site.stack.start_worker(work.service)
 
     assert_mended(site, machine, kind, operation)
@@ -119,12 +115,10 @@ def kill_child(site: Site, machine: Machine, kind: str) -> None:
     """Ask for the work and kill the one process that does it."""
     prepare(site, machine, kind)
     work = WORK[kind]
-    operation = work.ask(site, machine)
-    site.wait_phase(operation, work.phase)
-    child = site.child_of(operation)
-    assert child != site.stack.pid(work.service)
-
-    os.kill(child, signal.SIGKILL)
+    with site.points.held(lambda: work.ask(site, machine), work.point) as operation:
+        child = site.child_of(operation)
+        assert child != site.stack.pid(work.service)
+        os.kill(child, signal.SIGKILL)
 
     assert_mended(site, machine, kind, operation)
 
@@ -148,17 +142,9 @@ def test_a_running_server_outlives_a_pool_child(site: Site, running_big: Machine
 def test_a_worker_that_always_dies_gives_up(site: Site, stopped_big: Machine) -> None:
     """After three attempts whose worker died the operation fails with worker_lost, all put back."""
     stopped_big.write("changed")
+    site.points.arm(*[("stream:disk-copied", "kill")] * 3)
+
     operation = site.client.images.create(stopped_big.id)
-    for attempt in (1, 2, 3):
-        wait_for(
-            lambda attempt=attempt: site.rows(
-                "SELECT 1 FROM operation WHERE id = ? AND attempt = ? AND phase = 'copying'",
-                operation["id"],
-                attempt,
-            ),
-            f"attempt {attempt} copies",
-        )
-        os.kill(site.child_of(operation), signal.SIGKILL)
 
     assert site.refused(operation, RECOVERY_S) == "worker_lost"
     assert stopped_big.state() == "stopped"
