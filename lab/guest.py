@@ -85,6 +85,11 @@ _CMDLINE = (
 )
 
 
+_AGENT_LOST = "agent is not available due to an error"
+"""Seen once in some 400 times that a QEMU was killed and its guest started at once: libvirt 9.0
+took the end of the old one's connection for that of the new one's, until the next boot."""
+
+
 class GuestNotReady(TimeoutError):
     """The guest's agent did not answer in time; the message ends with its console."""
 
@@ -235,13 +240,19 @@ class Guest:
         return self.wait_ready() if wait else self
 
     def wait_ready(self, timeout: float = 60) -> Guest:
-        """Return once its agent answers; raise GuestNotReady after `timeout` seconds."""
+        """Return once its agent answers; raise GuestNotReady after `timeout` seconds.
+
+        One whose agent libvirt has lost for good is booted again.
+        """
         deadline = time.monotonic() + timeout
         while True:
             try:
                 self.agent("guest-ping", timeout=2)
                 return self
             except libvirt.libvirtError as error:
+                if _AGENT_LOST in str(error):
+                    self.destroy()
+                    self.domain.create()
                 if time.monotonic() > deadline:
                     tail = self.console[-2000:]
                     raise GuestNotReady(f"{self.name} ({self.state()}): {error}\n{tail}") from None

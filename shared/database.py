@@ -12,10 +12,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import (
     URL,
     Connection,
@@ -34,6 +32,9 @@ from sqlmodel import Session
 
 from shared import postgres
 from shared.settings import settings
+
+if TYPE_CHECKING:  # a tenth of a worker's start, and no worker needs it
+    from alembic.config import Config
 
 
 class UTCDateTime(TypeDecorator[datetime]):
@@ -242,8 +243,10 @@ def _earlier_sqlite(element: earlier, compiler: Any, **options: Any) -> str:
     return f"strftime('%Y-%m-%d %H:%M:%f000', {moment}, -({seconds}) || ' seconds')"
 
 
-def migrations() -> Config:
+def migrations() -> "Config":
     """What Alembic's commands are given."""
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     return config
@@ -257,11 +260,15 @@ def unhurried(connection: Connection) -> None:
 
 def migrate() -> None:
     """Bring the schema to the newest revision."""
+    from alembic import command
+
     command.upgrade(migrations(), "head")
 
 
 def main() -> None:
     """`python -m shared.database [downgrade REVISION]`; without arguments to the newest one."""
+    from alembic import command
+
     parser = argparse.ArgumentParser(prog="shared.database", description=migrate.__doc__)
     parser.add_argument("action", nargs="?", choices=["upgrade", "downgrade"], default="upgrade")
     parser.add_argument("revision", nargs="?", help="-1 is the one before (default: the newest)")

@@ -180,9 +180,17 @@ def _thaw(
             return False
         except HypervisorError as error:
             first = False
+            if _is_off(domain):  # what boots next is not frozen
+                return False
             if time.monotonic() >= deadline:
                 if patience_s:
                     log.error("%s does not thaw: %s", domain.name, error.detail)
                     watchdog.fire(arm)
                 return False
         time.sleep(0.2)
+
+
+def _is_off(domain: Domain) -> bool:
+    with contextlib.suppress(HypervisorError):
+        return not domain.is_active
+    return False

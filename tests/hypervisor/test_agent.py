@@ -129,6 +129,20 @@ def test_thaw_is_tried_again(
     assert not is_frozen(guest)
 
 
+def test_a_guest_that_went_off_is_not_thawed(
+    guest: Guest, domain: Domain, watchdog: Watchdog
+) -> None:
+    """Its power was cut while it was frozen: nobody waits for an agent that is gone."""
+    with frozen(domain, watchdog, "require") as consistency:
+        guest.destroy()
+        began = time.monotonic()
+    took = time.monotonic() - began
+    guest.start()
+
+    assert took < 5
+    assert consistency.level == "file-system"  # what was copied before it went off was frozen
+
+
 def test_a_killed_workers_guest_is_thawed_within_two_seconds(guest: Guest) -> None:
     """SIGKILL between freeze and thaw: the helper thaws."""
     process = worker(
