@@ -7,7 +7,7 @@ of the other files' BLAKE3 is thereby sealed too.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -162,7 +162,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         with full_is_said(folder):
             fresh.unlink(missing_ok=True)
             fresh.write_bytes(_sealed(manifest))
-            seal_file(fresh)
+            seal_files([fresh])
             fresh.replace(folder / MANIFEST)
             sync(folder)
     except BaseException:
@@ -185,8 +185,13 @@ def _intact(data: bytes, manifest: Manifest) -> bool:
     return found == seal[1].decode()
 
 
-def seal_file(path: Path) -> None:
-    """Make a finished file ours, mode 0400, and synced."""
-    os.chown(path, os.geteuid(), os.getegid())  # QEMU's user may own what QEMU wrote
-    path.chmod(0o400)
-    sync(path)
+def seal_files(paths: Sequence[Path]) -> None:
+    """Make finished files ours, mode 0400, and synced.
+
+    All are changed before the first is synced, which writes what is known of the others too.
+    """
+    for path in paths:
+        os.chown(path, os.geteuid(), os.getegid())  # QEMU's user may own what QEMU wrote
+        path.chmod(0o400)
+    for path in paths:
+        sync(path)

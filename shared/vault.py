@@ -31,7 +31,7 @@ from shared.manifest import (
     Manifest,
     VaultError,
     read_manifest,
-    seal_file,
+    seal_files,
     write_manifest,
 )
 
@@ -100,12 +100,10 @@ class Partial:
     def _complete(self, manifest: Manifest, definition_xml: str) -> None:
         (self.path / DEFINITION).write_text(definition_xml)
         (self.path / NOTES).write_text(_notes(manifest))
-        for entry in self.path.iterdir():
-            seal_file(entry)
+        seal_files(list(self.path.iterdir()))
         digests = {name: digest(self.path / name) for name in manifest.small_files}
-        write_manifest(self.path, manifest.model_copy(update={"digests": digests}))
         self.path.chmod(0o700)
-        sync(self.path)
+        write_manifest(self.path, manifest.model_copy(update={"digests": digests}))
 
 
 class Vault:

@@ -28,9 +28,9 @@ UNDOES: dict[str, type[Command]] = {
     commands.RevertSnapshot.kind: commands.UndoRevert,
     commands.RestoreImage.kind: commands.UndoRestore,
 }
-FIRST_STEP, LAST_STEP = 0.005, 0.1
+FIRST_STEP, LAST_STEP = 0.005, 0.05
 """Seconds between two looks at the row while a caller waits: PART of what it has waited."""
-PART = 1 / 30
+PART = 1 / 60
 
 
 class OperationsQuery(PageQuery):
