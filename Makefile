@@ -40,8 +40,7 @@ faults:          ## Walk all points of all operations with faults (40 min); PART
 	@rm -rf .cache/faults
 	@$(if $(PART),,TRIPTYCH_FAULTS_ALL=1) $(if $(ARGS),$(PYTHON) -m pytest tests/faults $(ARGS), \
 		TRIPTYCH_FAULTS_OUTCOMES=.cache/faults scripts/side-by-side \
-		"env TRIPTYCH_FAULTS_SHARE=1 $(PYTHON) -m pytest tests/faults" \
-		"env TRIPTYCH_FAULTS_SHARE=2 $(PYTHON) -m pytest tests/faults"; \
+		$(foreach share,1 2 3,"env TRIPTYCH_FAULTS_SHARE=$(share) $(PYTHON) -m pytest tests/faults"); \
 		walked=$$?; $(PYTHON) tests/faults/outcomes.py .cache/faults && exit $$walked)
 
 year:            ## Simulate a year of 1,000 servers' schedules, with outages

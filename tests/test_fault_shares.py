@@ -1,7 +1,8 @@
-"""`make faults` divides its tests into two shares that run side by side, and leaves none out."""
+"""`make faults` divides its tests into shares that run side by side, and leaves none out."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from faults.conftest import SHARES
 from faults.outcomes import LEAST, Outcomes, complaints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,10 +35,10 @@ def chosen_for(share: str, whole: str) -> list[str]:
 @pytest.mark.parametrize("whole", ["0", "1"])
 def test_each_test_is_in_exactly_one_share(whole: str) -> None:
     """Of the whole walk, and of its part."""
-    shares = [chosen_for("1", whole), chosen_for("2", whole)]
+    shares = [chosen_for(str(share), whole) for share in range(1, SHARES + 1)]
 
     assert all(shares)
-    assert sorted(chosen_for("0", whole)) == sorted([*shares[0], *shares[1]])
+    assert sorted(chosen_for("0", whole)) == sorted(itertools.chain(*shares))
 
 
 def test_shares_that_did_all_are_well() -> None:

@@ -455,12 +455,12 @@ class Walk:
 
 @contextmanager
 def _without_libvirtd(walk: Walk, operation: Any) -> Iterator[None]:
-    """libvirtd is killed, and back when the operation has ended, or two seconds later."""
+    """libvirtd is killed, and back when the operation has ended, or a second later."""
     walk.site.hypervisor.stop(kill=True)
     walk.points.go()
     try:
         with contextlib.suppress(TimeoutError):
-            walk.site.ended(operation, 2)
+            walk.site.ended(operation, 1)
     finally:
         walk.site.hypervisor.start()
     yield
