@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lab import image as small
@@ -34,9 +35,9 @@ _NETWORK = "[Match]\nType=ether\n[Network]\nDHCP=ipv4\nLinkLocalAddressing=no\n"
 # cloud-init cannot be had by debootstrap, which does not resolve its virtual packages.
 _INSTALL = """\
 set -e
-tree=$1 mirror=$2
-shift 2
-debootstrap --variant=minbase "$SUITE" "$tree" $mirror >&2
+suite=$1 tree=$2 mirror=$3
+shift 3
+debootstrap --variant=minbase "$suite" "$tree" $mirror >&2
 printf '#!/bin/sh\\nexit 101\\n' >"$tree/usr/sbin/policy-rc.d" # no service is started
 chmod 755 "$tree/usr/sbin/policy-rc.d"
 mountpoint -q "$tree/proc" || mount -t proc proc "$tree/proc"
@@ -44,7 +45,6 @@ exec chroot "$tree" env DEBIAN_FRONTEND=noninteractive LC_ALL=C INITRD=No sh -ec
     apt-get update -q
     apt-get install -yq --no-install-recommends -o Dpkg::Options::=--force-confold "$@"
     apt-get clean
-    systemctl enable systemd-networkd
     dpkg-query --show
 ' sh "$@"
 """
@@ -56,20 +56,31 @@ def debian(cache: Path | None = None) -> Image:
 
     Needs root, debootstrap and Debian's packages. Raises LabUnavailable with what is missing.
     """
-    base = (cache or CACHE) / "debian"
-    base.mkdir(parents=True, exist_ok=True)
     recipe = [Path(each.__file__) for each in (small, rootfs, kernels)] + [Path(__file__)]
+    home = kept((cache or CACHE) / "debian", SUITE, recipe, _build)
+    versions = json.loads((home / "versions.json").read_text())
+    return Image(home / "kernel", home / "initrd", home / "root.raw", versions)
+
+
+def kept(base: Path, name: str, recipe: list[Path], build: Callable[[Path, Path], None]) -> Path:
+    """The folder in `base` for that name and recipe (the files that say how it is made).
+
+    Where it is not there yet, `build` gets a directory to work in and one to make, for which it
+    writes `versions.json` last.
+    """
+    base.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(b"".join(each.read_bytes() for each in recipe)).hexdigest()[:12]
-    home = base / f"{SUITE}-{digest}"
+    home = base / f"{name}-{digest}"
     with (base / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (home / "versions.json").exists():
             with tempfile.TemporaryDirectory(dir=base, prefix="build-") as work:
-                _build(Path(work), Path(work) / "out")
+                out = Path(work) / "out"
+                out.mkdir()
+                build(Path(work), out)
                 shutil.rmtree(home, ignore_errors=True)
-                (Path(work) / "out").rename(home)
-    versions = json.loads((home / "versions.json").read_text())
-    return Image(home / "kernel", home / "initrd", home / "root.raw", versions)
+                out.rename(home)
+    return home
 
 
 def make_root(directory: Path, name: str = "debian.qcow2") -> Path:
@@ -80,11 +91,9 @@ def make_root(directory: Path, name: str = "debian.qcow2") -> Path:
 
 
 def _build(work: Path, out: Path) -> None:
-    if os.geteuid() != 0 or not shutil.which("debootstrap"):
-        raise LabUnavailable("the Debian guest is built by root with debootstrap")
-    out.mkdir()
     tree = work / "tree"
-    versions = _install(tree)
+    versions = install(tree, SUITE, PACKAGES)
+    _run(["chroot", str(tree), "systemctl", "enable", "systemd-networkd"])
     kernel = next(tree.glob("boot/vmlinuz-*"))
     (out / "kernel").write_bytes(kernels.unpacked(kernel.read_bytes()))
     modules = tree / "usr/lib/modules" / kernel.name.removeprefix("vmlinuz-")
@@ -96,14 +105,17 @@ def _build(work: Path, out: Path) -> None:
     (out / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")
 
 
-def _install(tree: Path) -> dict[str, str]:
-    """Make Debian with PACKAGES in `tree`, with no service started; return the versions.
+def install(tree: Path, suite: str, packages: Iterable[str]) -> dict[str, str]:
+    """Make a Debian with `packages` in `tree`, with no service started; return the versions.
 
     What is mounted meanwhile is in a namespace of its own, and gone with it whatever happens.
+    Raises LabUnavailable.
     """
+    if os.geteuid() != 0 or not shutil.which("debootstrap"):
+        raise LabUnavailable("a Debian is built by root with debootstrap")
     mirror = os.environ.get("TRIPTYCH_LAB_MIRROR", "")
-    enter = ["unshare", "--mount", "--pid", "--fork", "env", f"SUITE={SUITE}"]
-    output = _run([*enter, "sh", "-c", _INSTALL, "sh", str(tree), mirror, *PACKAGES])
+    enter = ["unshare", "--mount", "--pid", "--fork"]
+    output = _run([*enter, "sh", "-c", _INSTALL, "sh", suite, str(tree), mirror, *packages])
     (tree / "usr/sbin/policy-rc.d").unlink()
     lines = (line.split("\t") for line in output.splitlines())
     return dict(each for each in lines if len(each) == 2)

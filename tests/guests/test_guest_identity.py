@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+from pathlib import Path
 
 import pytest
-from guests.debian_server import BOOT_S, Server, reboot
+from guests.debian_server import BOOT_S, Identity, Server, reboot
 from system.live_site import Site, wait_for
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
 
 PENDING = {"hostname", "machine-id", "ssh-host-keys", "dhcp"}
 RENEWED = {"name", "uuid", "hostname", "machine-id", "ssh-host-keys", "dhcp"}
+
+
+def four_machines(before: Identity, golden: Server, clones: list[Server]) -> list[Identity]:
+    """Who the source and its clones are: nobody is who another is, and the source who it was."""
+    identities = [golden.identity(), *(clone.identity() for clone in clones)]
+    for one, other in itertools.combinations(identities, 2):
+        assert one.shared_with(other) == []
+    assert before == identities[0]
+    return identities
+
+
+def digest(disk: Path) -> str:
+    with disk.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def test_three_clones_and_their_source_are_four_machines(site: Site, golden: Server) -> None:
@@ -30,11 +46,8 @@ def test_three_clones_and_their_source_are_four_machines(site: Site, golden: Ser
         assert set(told["renewed"]) >= RENEWED
         assert (told["way"], told["kept"], told["pending"]) == ("agent", [], [])
         assert told["hostname"] == f"qa-{number}"
-    identities = [golden.identity(), *(clone.identity() for clone in clones)]
-    for one, other in itertools.combinations(identities, 2):
-        assert one.shared_with(other) == []
+    identities = four_machines(before, golden, clones)
     assert [each.hostname for each in identities] == ["golden", "qa-1", "qa-2", "qa-3"]
-    assert before == identities[0]
 
     reboot(clones[0])  # and it is no identity of one boot
     assert clones[0].identity() == identities[1]
@@ -66,3 +79,34 @@ def test_a_seed_makes_a_clone_another_machine(site: Site, golden: Server) -> Non
     reboot(clone)
     assert clone.identity() == own
     clone.guest.remove()
+
+
+def test_disks_changed_offline_make_four_machines(site: Site, golden: Server) -> None:
+    """libguestfs makes clones of a server that is off other machines before they first boot, and
+    leaves no trace on them; of the source's disk no byte changes."""
+    before = golden.identity()
+    golden.guest.shutdown(BOOT_S)
+    (disk,) = golden.guest.disks
+    content = digest(disk)
+
+    operation = site.done(
+        site.client.clones.create(
+            golden.id, name="off_{n}", count=3, identity="offline", start=False
+        ),
+        timeout=6 * BOOT_S,
+    )
+
+    assert digest(disk) == content
+    clones = [golden.clone(name) for name in ("off_1", "off_2", "off_3")]
+    for number, made in enumerate(operation["result"]["clones"], start=1):
+        told = made["identity"]
+        assert set(told["renewed"]) >= RENEWED
+        assert (told["way"], told["kept"], told["pending"]) == ("offline", [], [])
+        assert told["hostname"] == f"off-{number}"
+    for server in (golden, *clones):
+        server.guest.start(wait=False)
+    identities = four_machines(before, golden, clones)
+    assert [each.hostname for each in identities] == ["golden", "off-1", "off-2", "off-3"]
+    for clone in clones:
+        assert "triptych" not in clone.guest.run("ls -A /")[1]
+        clone.guest.remove()
