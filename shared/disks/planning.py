@@ -126,6 +126,13 @@ def refuse_memory(domain: Domain, chosen: Plan) -> None:
     left_out = {each.target for each in chosen.left_out}
     disks = (disk for disk in chosen.live.disks if disk.target in left_out)
     shared = sorted(disk.target for disk in disks if disk.shareable)
+    beside = [each.told for each in chosen.live.beside if each.writable]
+    if beside:
+        raise DiskNotCopyable(
+            f"{domain.name} has a disk on QEMU's command line, {', '.join(beside)}, which is not "
+            "copied: it would be of another instant than the memory. Nothing was touched; make it "
+            "a <disk> of the domain, or do without memory."
+        )
     if shared:
         raise DiskNotCopyable(
             f"{', '.join(shared)} of {domain.name} is shared with other guests and not copied: it "
@@ -151,6 +158,7 @@ def definition_of(domain: Domain, chosen: Plan) -> tuple[str, tuple[LeftOut, ...
         for disk in inactive.disks
         if disk.target not in plugged
     )
+    later += tuple(each for each in inactive.left_beside if each not in chosen.left_out)
     return with_live_disks(inactive, chosen.live), (*chosen.left_out, *later)
 
 

@@ -12,6 +12,7 @@ from typing import Literal, cast, get_args
 from lxml import etree
 
 from shared.errors import DomainWithoutDisks
+from shared.hypervisor import commandline
 from shared.hypervisor.errors import DefinitionInvalid, DiskNotCopyable
 
 Kind = Literal["file", "block", "network", "volume", "other"]
@@ -107,6 +108,8 @@ class DomainDefinition:
     disks: tuple[DiskDefinition, ...]
     nvram_path: str | None
     has_tpm: bool
+    beside: tuple[commandline.Storage, ...] = ()
+    """The disks that QEMU has past libvirt."""
 
     @classmethod
     def parse(cls, xml: str) -> "DomainDefinition":
@@ -121,6 +124,7 @@ class DomainDefinition:
             disks=tuple(_disk(node) for node in root.iterfind("devices/disk")),
             nvram_path=_nvram_path(root),
             has_tpm=root.find("devices/tpm/backend[@type='emulator']") is not None,
+            beside=tuple(commandline.storage(root)),
         )
 
     def split_disks(self) -> tuple[tuple[DiskDefinition, ...], tuple[LeftOut, ...]]:
@@ -147,7 +151,13 @@ class DomainDefinition:
             )
         if self.has_tpm:
             left_out.append(LeftOut("tpm", "the state of the virtual TPM is not copied"))
-        return tuple(copied), tuple(left_out)
+        return tuple(copied), (*left_out, *self.left_beside)
+
+    @property
+    def left_beside(self) -> tuple[LeftOut, ...]:
+        """The disks that no copy holds since they are not in what libvirt looks at."""
+        reason = "it is on QEMU's command line; to have it copied make it a <disk>"
+        return tuple(LeftOut(each.told, reason) for each in self.beside)
 
     def with_disk_paths(
         self, paths: Mapping[str, str], formats: Mapping[str, str] | None = None

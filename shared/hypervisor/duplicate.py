@@ -13,6 +13,7 @@ from pathlib import PurePath
 
 from lxml import etree
 
+from shared.hypervisor import commandline
 from shared.hypervisor.definition import LeftOut, parse_domain, set_disk_paths, to_text
 from shared.hypervisor.errors import DefinitionInvalid
 from shared.hypervisor.sizing import set_memory, set_vcpus
@@ -44,13 +45,15 @@ _OWN_ADDRESSES = ("MAC", "IP", "IPV6")
 
 @dataclass(frozen=True)
 class CloneDefinition:
-    """A clone's XML; its MACs by the source's; what of the source it goes without."""
+    """A clone's XML; its MACs by the source's; what of the source it goes without, and which of
+    QEMU's own options are as the source's."""
 
     xml: str
     name: str
     uuid: str
     macs: Mapping[str, str]
     left_out: tuple[LeftOut, ...]
+    options: tuple[str, ...] = ()
 
 
 def clone_definition(
@@ -73,7 +76,8 @@ def clone_definition(
     other disks CD-ROM and floppy drives stay, empty; read-only and shared ones
     go, except the targets in `keep_left_out`. Without `nvram_path` libvirt makes
     fresh UEFI variables under a path of its own. `macs` are those it is to have, by
-    the source's; others are made up. Raises DefinitionInvalid.
+    the source's; others are made up. Raises DefinitionInvalid; Unsupported for what QEMU is given
+    past libvirt and two machines cannot share.
     """
     root = parse_domain(source_xml)
     old_name = root.findtext("name", "")
@@ -85,13 +89,18 @@ def clone_definition(
     _identify(root, name, uuid)
     _set_nvram(root, nvram_path)
     its_macs = _renew_interfaces(root, mac_prefix, macs or {})
+    known = dict(macs or {})
+    own = commandline.make_own(root, lambda old: known.get(old) or random_mac(mac_prefix))
+    left_out += [LeftOut(*each) for each in own.left_out]
     left_out += _own_character_devices(root, old_name, name)
     _own_ports(root)
     if memory_bytes is not None:
         set_memory(root, memory_bytes)
     if vcpus is not None:
         set_vcpus(root, vcpus)
-    return CloneDefinition(to_text(root), name, uuid, its_macs, tuple(left_out))
+    return CloneDefinition(
+        to_text(root), name, uuid, its_macs | own.macs, tuple(left_out), tuple(own.kept)
+    )
 
 
 def random_mac(prefix: str) -> str:

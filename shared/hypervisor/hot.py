@@ -6,6 +6,7 @@ loaded, so nothing that a clone goes without can be left out here.
 
 from lxml import etree
 
+from shared.hypervisor import commandline
 from shared.hypervisor.definition import DomainDefinition, parse_domain
 from shared.hypervisor.duplicate import PSEUDO_TERMINAL, clone_definition
 from shared.hypervisor.errors import MemoryNotCloneable
@@ -24,7 +25,7 @@ def refuse_hot(xml: str, *, vcpus: int | None = None, memory_bytes: int | None =
     """Raise MemoryNotCloneable, naming every reason, where the running domain `xml` cannot be
     cloned with its memory; `vcpus` and `memory_bytes` are what the clone is asked to have.
 
-    Raises DefinitionInvalid for what cannot be cloned at all.
+    Raises DefinitionInvalid and Unsupported for what cannot be cloned at all.
     """
     domain = DomainDefinition.parse(xml)
     reasons = _obstacles(domain, parse_domain(xml))
@@ -46,6 +47,7 @@ def _obstacles(domain: DomainDefinition, root: etree._Element) -> list[str]:
     clone = clone_definition(domain.xml, name="clone", uuid=_ANY_UUID, disk_paths=disks)
     return [
         *(reason for path, reason in _ONE_GUESTS if root.find(path) is not None),
+        *(["it has a network card on QEMU's command line"] * commandline.has_network_card(root)),
         *(f"{disk.target} holds a medium, which is not copied (eject it)" for disk in media),
         *(
             f"{each.target}: {each.reason}"

@@ -97,6 +97,9 @@ def files_of(domain: Domain) -> dict[str, str]:
                 found[path] = disk.format
         if definition.nvram_path:
             found[definition.nvram_path] = "raw"
+        for beside in definition.beside:
+            if beside.path:  # QEMU probes what is given no format
+                found.setdefault(beside.path, beside.format or "qcow2")
     return found
 
 

@@ -31,14 +31,14 @@ def report(definition: CloneDefinition, has_nvram: bool, renewal: Renewal) -> di
     on_host = ["name", "uuid", *(f"mac {mac}" for mac in definition.macs.values())]
     if has_nvram:
         on_host.append("nvram")
+    options = ", ".join(definition.options)
+    kept = [*renewal.kept, *([("qemu:commandline", f"{options}: its source's")] if options else [])]
     return {
         "way": renewal.way,
         "hostname": renewal.hostname,
         "renewed": on_host + renewal.renewed,
         "pending": [{"part": part, "reason": reason} for part, reason in renewal.pending],
-        "kept": [
-            {"part": part, "reason": _with_advice(part, reason)} for part, reason in renewal.kept
-        ],
+        "kept": [{"part": part, "reason": _with_advice(part, reason)} for part, reason in kept],
         "left_out": [
             {"target": each.target, "reason": each.reason} for each in definition.left_out
         ],
