@@ -17,7 +17,7 @@ import structlog
 from sqlalchemy import select
 from sqlmodel import Session
 
-from services.cloner import bases, identity, memory
+from services.cloner import addresses, bases, identity, memory
 from shared import errors, events, faults, lookups
 from shared.commands import CreateClones
 from shared.copying import NVRAM, copy_server, ensure_room_for, vault, write_out
@@ -95,7 +95,11 @@ def create(context: Context, command: CreateClones) -> Outcome:
     template = _template(context, command, source, choice, temporary)
     if template.base is None:  # all of them, or none: not as many as there happens to be room for
         ensure_room_for(len(planned), source, template.manifest, template.folders)
-    made = _make_all(context, command, template, planned, server.host)
+    definitions = [template.original.xml]
+    if command.with_memory:
+        definitions.append(memory.definition_in(template.folder))
+    with addresses.reserved(context, planned, *definitions) as macs:
+        made = _make_all(context, command, template, planned, server.host, macs)
 
     def apply(session: Session) -> list[Step]:
         for row in (*made, *planned):
@@ -158,7 +162,12 @@ def _refuse_on_devices(original: DomainDefinition) -> None:
 
 
 def _make_all(
-    context: Context, command: CreateClones, template: Template, planned: list[Clone], host: str
+    context: Context,
+    command: CreateClones,
+    template: Template,
+    planned: list[Clone],
+    host: str,
+    macs: Mapping[str, Mapping[str, str]],
 ) -> list[Server]:
     """The servers of the clones that could be made; raises what the last one failed with where
     none could."""
@@ -168,7 +177,7 @@ def _make_all(
     def work(clone: Clone) -> Server:
         with making.one(context.check):
             context.phase(f"clone {next(numbers)} of {len(planned)}: {clone.name}")
-            new = _make(context, command, template, clone)
+            new = _make(context, command, template, clone, macs[clone.id])
         # Who waits for a guest waits beside the others, not in their way.
         clone.identity = _own_identity(context, command, new)
         server = Server(name=clone.name, host=host, domain_uuid=new.definition.uuid)
@@ -231,7 +240,13 @@ class _Made:
     cards: list[Card]
 
 
-def _make(context: Context, command: CreateClones, template: Template, clone: Clone) -> _Made:
+def _make(
+    context: Context,
+    command: CreateClones,
+    template: Template,
+    clone: Clone,
+    macs: Mapping[str, str],
+) -> _Made:
     """Define the clone early, so that a bad definition costs no bytes; then its disks, and start
     it."""
     connection = connect(settings().libvirt_uri)
@@ -253,6 +268,7 @@ def _make(context: Context, command: CreateClones, template: Template, clone: Cl
         memory_bytes=command.memory_mib * 2**20 if command.memory_mib else None,
         nvram_path=str(files[NVRAM]) if NVRAM in files else None,
         mac_prefix=settings().mac_prefix,
+        macs=macs,
     )
     beside = next(iter(files.values())).parent
     way = template.choice.begin(clone.name, beside, context.check)
@@ -273,7 +289,7 @@ def _make(context: Context, command: CreateClones, template: Template, clone: Cl
     way.before_start(domain)
     if command.with_memory:
         saved = files[memory.MEMORY]
-        cards = memory.wake(context, domain, template.folder, definition, saved)
+        cards = memory.wake(context, domain, template.folder, definition, macs, saved)
     elif command.start:
         domain.start()
     if command.start:

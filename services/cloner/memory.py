@@ -5,6 +5,7 @@ extents, with its own definition at the beginning. It is brought up paused, its 
 down, it runs, and gets other network cards. What is its source's until it boots is said.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def refuse(command: CreateClones, server: Server, source: Path | None) -> None:
         refuse_without_memory(domain)
         running = domain.live_definition()
     else:
-        running = SaveFile.read(saved_in(source)).xml
+        running = definition_in(source)
     memory_bytes = command.memory_mib * 2**20 if command.memory_mib else None
     refuse_hot(running, vcpus=command.vcpus, memory_bytes=memory_bytes)
     elsewhere = settings().clone_dir
@@ -69,13 +70,24 @@ def saved_in(source: Path) -> Path:
     return source / memory
 
 
+def definition_in(source: Path) -> str:
+    """That of the guest as it ran. Raises SnapshotWithoutMemory, MemoryNotUsable."""
+    return SaveFile.read(saved_in(source)).xml
+
+
 def wake(
-    context: Context, domain: Domain, source: Path, definition: CloneDefinition, own: Path
+    context: Context,
+    domain: Domain,
+    source: Path,
+    definition: CloneDefinition,
+    macs: Mapping[str, str],
+    own: Path,
 ) -> list[Card]:
     """Have the clone, defined and with its disks, run on from the instant of the copy.
 
-    `own` is where the file of its memory is meanwhile. Its links are down then, and what is
-    returned are the network cards that its guest has of its source. Raises MemoryNotUsable.
+    `macs` are the addresses that it is to have, by its source's; `own` is where the file of its
+    memory is meanwhile. Its links are down then, and what is returned are the network cards that
+    its guest has of its source. Raises MemoryNotUsable.
     """
     saved = saved_in(source)
     stored, booting = SaveFile.read(saved), DomainDefinition.parse(definition.xml)
@@ -87,7 +99,7 @@ def wake(
         disk_formats={disk.target: disk.format for disk in booting.disks},
         nvram_path=booting.nvram_path,
         mac_prefix=settings().mac_prefix,
-        macs=definition.macs,
+        macs=macs,
     )
     reflink(saved, own)
     stored.with_definition(running.xml).write_to(own)

@@ -196,6 +196,13 @@ def log_files(xml: str) -> list[str]:
     return [log.get("file", "") for log in logs]
 
 
+def macs_of(xml: str) -> set[str]:
+    """The addresses of the domain's network cards, also of those on QEMU's command line."""
+    root = parse_domain(xml)
+    own = {node.get("address", "") for node in root.iterfind("devices/interface/mac[@address]")}
+    return own | set(commandline.macs(root))
+
+
 def volume_of(xml: str, target: str) -> tuple[str, str] | None:
     """The storage pool and the volume that a disk is given as, if it is given so."""
     for source in parse_domain(xml).iterfind("devices/disk[@type='volume']/source"):

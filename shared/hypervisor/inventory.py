@@ -16,9 +16,14 @@ import libvirt
 
 from shared.errors import TriptychError
 from shared.hypervisor.connection import connect, translated
-from shared.hypervisor.definition import DiskDefinition, DomainDefinition, volume_of
+from shared.hypervisor.definition import DiskDefinition, DomainDefinition, macs_of, volume_of
 from shared.hypervisor.domains import Domain, State
-from shared.hypervisor.errors import DefinitionInvalid, LibvirtFailed, LibvirtUnavailable
+from shared.hypervisor.errors import (
+    DefinitionInvalid,
+    DomainMissing,
+    LibvirtFailed,
+    LibvirtUnavailable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +87,8 @@ def facts_of(domain: Domain) -> DomainFacts:
 def all_domains(connection: Any) -> list[Domain]:
     """Every domain of the host. Raises what libvirt raises."""
     with translated("Listing the domains"):
-        return [Domain(connection.getURI(), each) for each in connection.listAllDomains()]
+        uri = connection.getURI()
+        return [Domain(uri, each) for each in connection.listAllDomains()]
 
 
 def files_of(domain: Domain) -> dict[str, str]:
@@ -100,6 +106,19 @@ def files_of(domain: Domain) -> dict[str, str]:
         for beside in definition.beside:
             if beside.path:  # QEMU probes what is given no format
                 found.setdefault(beside.path, beside.format or "qcow2")
+    return found
+
+
+def addresses(connection: Any) -> set[str]:
+    """The MAC addresses of all domains of the host, in lower case: those that they have now, and
+    those that they start with next. One that cannot be read is passed over."""
+    found: set[str] = set()
+    for domain in all_domains(connection):
+        try:
+            texts = [domain.definition(), *([domain.live_definition()] if domain.is_active else [])]
+            found |= {mac.lower() for xml in texts for mac in macs_of(xml)}
+        except (DomainMissing, DefinitionInvalid, LibvirtFailed) as error:
+            log.warning("a domain's addresses are not known: %s", error)
     return found
 
 
