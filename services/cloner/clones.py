@@ -74,6 +74,10 @@ def create(context: Context, command: CreateClones) -> Outcome:
         source = _source_folder(session, command)
         server = lookups.server(session, context.operation.server_id, forgotten=True)
         planned = list(session.scalars(_planned(context.id)))
+    if not planned:
+        raise errors.NothingToRetry(
+            "The clones that were to be made again have been deleted since. Nothing was made."
+        )
     if command.with_memory:
         memory.refuse(command, server, source)
     choice = identity.choose(command, server, source)
@@ -212,8 +216,10 @@ def _source_folder(session: Session, command: CreateClones) -> Path | None:
 
 
 def _planned(operation_id: str) -> Any:
+    """But for those that were deleted while the operation was queued."""
     row: Any = Clone
-    return select(Clone).where(row.operation_id == operation_id).order_by(row.name)
+    query = select(Clone).where(row.operation_id == operation_id, row.state != "deleted")
+    return query.order_by(row.name)
 
 
 def _outcome(clone: Clone) -> dict[str, Any]:

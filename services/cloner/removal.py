@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import and_, or_, select
 from sqlmodel import Session
 
 from services.cloner import bases, using
@@ -258,10 +258,21 @@ def _set_aside_before(session: Session, server: Server) -> list[str]:
 
 
 def _end(session: Session, farm_id: str, only: str | None, moment: datetime, expired: bool) -> None:
-    """What was never made goes with the rest: it is a row and no more. So does an empty farm."""
+    """What was never made goes with the rest: it is a row and no more. So does an empty farm.
+
+    That counts also for what a retry, asked for after this deletion, waits to make.
+    """
     row: Any = Clone
+    operation: Any = Operation
     farm = session.get(Farm, farm_id, with_for_update=True)
-    never = select(Clone).where(row.farm_id == farm_id, row.state.in_(farms.FAILED))
+    waiting = select(operation.id).where(operation.state == "queued")
+    never = select(Clone).where(
+        row.farm_id == farm_id,
+        or_(
+            row.state.in_(farms.FAILED),
+            and_(row.state == "queued", row.operation_id.in_(waiting)),
+        ),
+    )
     for clone in session.scalars(never):
         if only in (None, clone.id):
             clone.state = "deleted"

@@ -10,6 +10,7 @@ import pytest
 from farms.farmed import Farmed, killed_at, outcomes, passing
 from operations.spine import at_once
 
+from lab.guest import attach as attach_guest
 from lab.guest import make_disk
 from services.cloner import removal
 from shared import errors, forgetting, lookups
@@ -18,6 +19,7 @@ from shared.commands import (
     DeleteClone,
     DeleteFarm,
     ForgetRevert,
+    RetryFarm,
     TakeSnapshot,
 )
 from shared.database import now, reading, transaction
@@ -330,6 +332,41 @@ def test_what_was_never_made_is_a_row(farmed: Farmed) -> None:
     farmed.done(DeleteFarm(farm=farm.id))
     assert stranger.state() == "stopped"
     assert set(farmed.states(farm).values()) == {"deleted"}
+
+
+def test_what_was_deleted_is_not_made_again(farmed: Farmed) -> None:
+    """A retry that was asked for while the deletion waited finds what was deleted gone: it makes
+    the others, and of a farm of which nothing is left it says so."""
+    guest = farmed.guest()
+    farmed.source = Server(name=guest.name, host="kvm-1", domain_uuid=guest.domain.UUIDString())
+    farmed.world.add(farmed.source)
+    farm, _ = farmed.farm(0)
+    with transaction() as session:
+        command = {**farm.command, "count": 2, "start": False, "identity": "keep"}
+        session.get_one(Farm, farm.id).command = command
+    rows = [farmed.row(farm, farm.name.format(n=n), "failed") for n in (1, 2)]
+    submit = farmed.world.submit
+
+    deletion, retry = submit(DeleteClone(clone=rows[0].id)), submit(RetryFarm(farm=farm.id))
+    runner.run(deletion)
+    runner.run(retry)
+
+    farmed.adopt(rows[1].name)
+    made = farmed.world.row(retry)
+    assert made.state == "succeeded", made.error
+    assert list(outcomes(made)) == [rows[1].name]
+    assert farmed.states(farm) == {rows[0].name: "deleted", rows[1].name: "ready"}
+    assert attach_guest(farmed.hypervisor, rows[0].name).state() == "missing"
+
+    last = farmed.row(farm, f"{farm.name.format(n=3)}", "failed")
+    deletion, retry = submit(DeleteFarm(farm=farm.id)), submit(RetryFarm(farm=farm.id))
+    runner.run(deletion)
+    runner.run(retry)
+
+    assert (farmed.world.row(retry).error or {})["code"] == "nothing_to_retry"
+    assert farmed.states(farm)[last.name] == "deleted"
+    with reading() as session:
+        assert session.get_one(Farm, farm.id).deleted_at is not None
 
 
 def test_forgotten_server_is_its_owner_s(farmed: Farmed) -> None:
