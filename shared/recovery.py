@@ -5,11 +5,18 @@ Each tolerates that its step never happened, or that it was carried out already.
 
 from pathlib import Path
 
+import structlog
+
+from shared import using
 from shared.disks import removal, setaside
 from shared.hypervisor import undo as hypervisor
+from shared.hypervisor.connection import connect
+from shared.hypervisor.errors import HypervisorError, LibvirtBusy, LibvirtUnavailable
 from shared.operations.journal import action
 from shared.settings import settings
 from shared.vault import PARTIAL, Vault
+
+log = structlog.get_logger()
 
 
 @action
@@ -23,6 +30,26 @@ def remove_copy(folder: str) -> None:
 @action
 def remove_file(path: str) -> None:
     Path(path).unlink(missing_ok=True)
+
+
+@action
+def remove_base(path: str) -> None:
+    """The base of linked clones, unless a domain stands on it that was defined meanwhile, or it
+    cannot be told: it is left then, for the doctor to find."""
+    base = Path(path)
+    if not base.exists():
+        return
+    try:
+        needing = using.users(connect(settings().libvirt_uri)).get(base.resolve(), {})
+    except (LibvirtUnavailable, LibvirtBusy):
+        raise
+    except HypervisorError as error:
+        log.warning("base.left", path=path, reason=str(error))
+        return
+    if needing:
+        log.warning("base.left", path=path, domains=sorted(needing.values()))
+        return
+    base.unlink(missing_ok=True)
 
 
 @action

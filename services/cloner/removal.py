@@ -17,10 +17,9 @@ from typing import Any
 from sqlalchemy import and_, or_, select
 from sqlmodel import Session
 
-from services.cloner import bases, using
+from services.cloner import bases
 from services.cloner.farms import Member, at_once, hold, members, refuse_if_none
-from services.cloner.using import Users
-from shared import errors, events, farms, faults, forgetting, lookups
+from shared import errors, events, farms, faults, forgetting, lookups, using
 from shared.commands import DeleteClone, DeleteFarm
 from shared.copying import vault
 from shared.database import now, reading, transaction
@@ -36,6 +35,7 @@ from shared.operations.journal import Step
 from shared.operations.runner import handles
 from shared.restoring import ServerChanged, ServerTransient
 from shared.settings import settings
+from shared.using import Users
 
 
 class Leaving(Member):
@@ -240,7 +240,7 @@ def _release(session: Session, gone: list[Leaving], users: Users) -> list[Step]:
             last = next(each for each in gone if path in each.clone.linked_to)
             last.leave(path, f"domain {', '.join(names)} needs it")
         else:
-            steps.append(("remove_file", {"path": path}))
+            steps.append(("remove_base", {"path": path}))
     return steps
 
 

@@ -18,7 +18,8 @@ from lab.libvirtd import Hypervisor
 from services.cloner import farms, removal  # noqa: F401  registers the handlers
 from shared import faults, recovery  # noqa: F401  registers the journal's actions
 from shared.commands import Command
-from shared.database import reading
+from shared.database import reading, transaction
+from shared.disks.overlays import create_overlay
 from shared.models import Clone, Farm, JournalEntry, Operation, Server
 from shared.operations import runner
 from shared.settings import settings
@@ -45,6 +46,15 @@ class Made:
     @property
     def is_gone(self) -> bool:
         return self.guest.state() == "missing" and not self.disk.exists()
+
+
+def plug(guest: Guest, disk: Path, target: str = "vdb", fmt: str = "raw") -> None:
+    """Give the domain another disk, for its next start."""
+    guest.domain.attachDeviceFlags(
+        f"<disk type='file' device='disk'><driver name='qemu' type='{fmt}'/>"
+        f"<source file='{disk}'/><target dev='{target}' bus='virtio'/></disk>",
+        2,  # VIR_DOMAIN_AFFECT_CONFIG
+    )
 
 
 class Farmed:
@@ -93,6 +103,19 @@ class Farmed:
             farm, guest.name, "ready", server_id=server.id, files=[str(guest.disks[0])]
         )
         return Made(clone, server, guest, guest.disks[0])
+
+    def linked_farm(self, count: int) -> tuple[Farm, list[Made], Path]:
+        """A farm whose clones have a second disk each, which stands on a base."""
+        farm, made = self.farm(count)
+        base = make_disk(self.disks, "raw", "blank", SIZE)
+        for each in made:
+            overlay = base.with_name(f"{each.guest.name}-vdb.qcow2")
+            create_overlay(base, "raw", overlay)
+            plug(each.guest, overlay, fmt="qcow2")
+            with transaction() as session:
+                clone = session.get_one(Clone, each.clone.id)
+                clone.linked_to, clone.files = [str(base)], [str(each.disk), str(overlay)]
+        return farm, made, base
 
     def row(self, farm: Farm, name: str, state: str, **fields: Any) -> Clone:
         source = farm.command["source"]

@@ -7,13 +7,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from farms.farmed import Farmed, killed_at, outcomes, passing
+from farms.farmed import Farmed, killed_at, outcomes, passing, plug
 from operations.spine import at_once
 
-from lab.guest import attach as attach_guest
-from lab.guest import make_disk
+from lab.guest import Guest, attach, make_disk
 from services.cloner import removal
-from shared import errors, forgetting, lookups
+from shared import errors, faults, forgetting, lookups
 from shared.commands import (
     CreateImage,
     DeleteClone,
@@ -31,15 +30,6 @@ from shared.operations.tasks import forget_due
 from shared.settings import settings
 
 pytestmark = pytest.mark.vm
-
-
-def attach(guest: object, disk: Path, target: str = "vdb", fmt: str = "raw") -> None:
-    """Give the domain another disk, for its next start."""
-    guest.domain.attachDeviceFlags(  # type: ignore[attr-defined]
-        f"<disk type='file' device='disk'><driver name='qemu' type='{fmt}'/>"
-        f"<source file='{disk}'/><target dev='{target}' bus='virtio'/></disk>",
-        2,  # VIR_DOMAIN_AFFECT_CONFIG
-    )
 
 
 def test_farm_goes_and_nothing_else(farmed: Farmed) -> None:
@@ -100,7 +90,7 @@ def test_disk_that_was_attached_later_stays(farmed: Farmed, fmt: str) -> None:
     """It goes out of use with its VM, and the result says where it is."""
     farm, (made,) = farmed.farm(1)
     data = farmed.disk(fmt)
-    attach(made.guest, data, fmt=fmt)
+    plug(made.guest, data, fmt=fmt)
 
     ended = farmed.done(DeleteFarm(farm=farm.id))
 
@@ -113,7 +103,7 @@ def test_disk_that_another_domain_has_stays(farmed: Farmed) -> None:
     """The clone goes; its disk, which a VM of somebody else has too, does not."""
     farm, (made, whole) = farmed.farm(2)
     other = farmed.guest()
-    attach(other, made.disk)
+    plug(other, made.disk)
 
     ended = farmed.done(DeleteFarm(farm=farm.id))
 
@@ -132,7 +122,7 @@ def test_disk_that_an_overlay_needs_stays(farmed: Farmed, whose: str) -> None:
     overlay = farmed.disks / "later.qcow2"
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(made.disk)]
     subprocess.run([*command, str(overlay)], check=True)
-    attach(made.guest if whose == "its own" else farmed.guest(), overlay, fmt="qcow2")
+    plug(made.guest if whose == "its own" else farmed.guest(), overlay, fmt="qcow2")
 
     ended = farmed.done(DeleteFarm(farm=farm.id))
 
@@ -356,7 +346,7 @@ def test_what_was_deleted_is_not_made_again(farmed: Farmed) -> None:
     assert made.state == "succeeded", made.error
     assert list(outcomes(made)) == [rows[1].name]
     assert farmed.states(farm) == {rows[0].name: "deleted", rows[1].name: "ready"}
-    assert attach_guest(farmed.hypervisor, rows[0].name).state() == "missing"
+    assert attach(farmed.hypervisor, rows[0].name).state() == "missing"
 
     last = farmed.row(farm, f"{farm.name.format(n=3)}", "failed")
     deletion, retry = submit(DeleteFarm(farm=farm.id)), submit(RetryFarm(farm=farm.id))
@@ -383,15 +373,7 @@ def test_base_of_a_vm_that_was_kept_stays(farmed: Farmed) -> None:
     """A linked clone whose server was forgotten is its owner's, and stands on the farm's base: that
     is left when the rest of the farm goes, and named. Where nobody needs it, it goes."""
     for kept in (True, False):
-        farm, made = farmed.farm(2)
-        base = make_disk(farmed.disks, "raw", "blank", 65536)
-        for each in made:
-            overlay = base.with_name(f"{each.guest.name}-vdb.qcow2")
-            create_overlay(base, "raw", overlay)
-            attach(each.guest, overlay, fmt="qcow2")
-            with transaction() as session:
-                clone = session.get_one(Clone, each.clone.id)
-                clone.linked_to, clone.files = [str(base)], [str(each.disk), str(overlay)]
+        farm, made, base = farmed.linked_farm(2)
         if kept:
             with transaction() as session:
                 forgetting.forget(session, session.get_one(Server, made[0].server.id), now())
@@ -403,6 +385,29 @@ def test_base_of_a_vm_that_was_kept_stays(farmed: Farmed) -> None:
         left = outcomes(ended)[made[1].clone.name]["left"]
         assert [each["path"] for each in left] == [str(base)] * kept
         assert all(made[0].guest.name in each["reason"] for each in left)
+
+
+def test_base_that_a_domain_was_defined_on_meanwhile_stays(
+    farmed: Farmed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who uses a base is looked up before guests are stopped, and once more before it goes."""
+    farm, made, base = farmed.linked_farm(1)
+    overlay = base.with_name("late.qcow2")
+    late: list[Guest] = []
+
+    def point(name: str) -> None:
+        if name == "committed" and not late:
+            create_overlay(base, "raw", overlay)
+            late.append(farmed.guest())
+            plug(late[0], overlay, fmt="qcow2")
+
+    monkeypatch.setattr(faults, "point", point)
+
+    farmed.done(DeleteFarm(farm=farm.id))
+
+    assert len(late) == 1
+    assert made[0].is_gone
+    assert base.exists()
 
 
 def test_cancel_brings_all_back(farmed: Farmed, monkeypatch: pytest.MonkeyPatch) -> None:
