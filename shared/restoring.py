@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from sqlmodel import Session
 
-from shared import errors, events, faults, lookups
+from shared import errors, events, faults, linked, lookups
 from shared.copying import NVRAM, write_out
 from shared.database import now, reading
 from shared.disks import setaside
@@ -63,16 +63,30 @@ class Replaced:
     """Targets that had no file, so that nothing of theirs is set aside."""
     way: str
     state: State
+    links: linked.Links | None
+    """Of a linked clone: what it stood on, and what it does now."""
 
     def outcome(self, made: dict[str, Any], apply: Callable[[Session], None]) -> Outcome:
         """Undoable (E1), unless nothing was there that could be put back."""
         result = {**made, "way": self.way, "state": self.state}
+
+        def apply_all(session: Session) -> None:
+            apply(session)
+            if self.links:
+                self.links.write(session)
+
         if self.set_aside:
-            record = {"live": self.live, "previous": self.previous, "missing": self.missing}
-            return Outcome(result, apply, record, now() + settings().undo_retention)
+            record: dict[str, Any] = {
+                "live": self.live,
+                "previous": self.previous,
+                "missing": self.missing,
+            }
+            if self.links:
+                record[linked.STOOD_ON] = self.links.was
+            return Outcome(result, apply_all, record, now() + settings().undo_retention)
 
         def apply_and_clear(session: Session) -> list[Step]:
-            apply(session)
+            apply_all(session)
             return [("discard_set_aside", {"live": self.live, "operation_id": self.operation_id})]
 
         return Outcome(result, apply_and_clear)
@@ -98,6 +112,7 @@ def put_back(
     connection = connect(settings().libvirt_uri)
     domain = _find(connection, server)
     previous = domain.definition() if domain else None
+    clone = linked.clone_of(server.id)
     wanted = (folder / manifest.definition).read_text()
     if definition == "current" and previous and _has_the_same_disks(previous, manifest, wanted):
         wanted = previous
@@ -127,7 +142,8 @@ def put_back(
     else:
         _start(context, domain, state)
     set_aside = setaside.is_swapped(live, context.id)
-    return Replaced(context.id, journalled, previous, set_aside, missing, way, state)
+    links = linked.links_of(clone, wanted)
+    return Replaced(context.id, journalled, previous, set_aside, missing, way, state, links)
 
 
 def _find(connection: Any, server: Server) -> Domain | None:
@@ -268,6 +284,7 @@ def undo(context: Context, operation_id: str) -> Outcome:
     current = domain.definition()
     kept = {target: path for target, path in live.items() if target not in record["missing"]}
     setaside.refuse_lost(kept, operation_id)
+    clone = linked.clone_of(server.id)
 
     context.phase("swapping")
     state = _stop(context, server, domain, current, live)
@@ -277,9 +294,12 @@ def undo(context: Context, operation_id: str) -> Outcome:
     before = renamed(record["previous"] or current, domain.name)
     domain = _define(context, connection, server, current, before)
     _start(context, domain, state)
+    links = linked.links_of(clone, before, record.get(linked.STOOD_ON, ()))
 
     def apply(session: Session) -> list[Step]:
         events.emit(session, "operation.undone", server.id, operation=operation_id)
+        if links:
+            links.write(session)
         return [discarded(session, operation_id)]
 
     return Outcome({"undone": operation_id, "state": state}, apply)
@@ -290,10 +310,18 @@ def forget(context: Context, operation_id: str) -> Outcome:
 
     def apply(session: Session) -> list[Step]:
         operation = lookups.operation(session, operation_id)
-        return [discarded(session, operation_id)] if operation.undo else []
+        return withdrawn(session, operation) if operation.undo else []
 
     context.phase("deleting")
     return Outcome({"forgotten": operation_id}, apply)
+
+
+def withdrawn(session: Session, operation: Operation) -> list[Step]:
+    """Take back that the operation can be undone; the steps that are returned remove the files,
+    and the base that was kept for them alone."""
+    stood_on = (operation.undo or {}).get(linked.STOOD_ON, ())
+    step = discarded(session, operation.id)
+    return [step, *linked.release_dropped(session, operation.server_id, stood_on)]
 
 
 def discarded(session: Session, operation_id: str) -> Step:

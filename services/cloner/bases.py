@@ -1,18 +1,14 @@
 """What linked clones stand on: one full copy of their source's disks, the base of their farm.
 
 Where disks cannot share extents, a clone that is linked is an overlay on that copy instead of one
-of its own. Owns: making the base and what is on it, and when a base may go. It lies beside the
-clones' disks, belongs to them and not to their source, and goes with the last of them.
+of its own. Owns: making the base and what is on it. It lies beside the clones' disks, belongs to
+them and not to their source, and goes with the last of them (`shared.linked`).
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from sqlalchemy import select
-from sqlmodel import Session
 
 from shared import faults
 from shared.copying import write_out
@@ -21,7 +17,6 @@ from shared.disks.overlays import OVERLAY_BYTES, base_path, create_overlay
 from shared.disks.reflink import can_reflink
 from shared.disks.space import ensure_space_for
 from shared.manifest import Manifest
-from shared.models import Clone, Operation
 from shared.operations.context import Context
 from shared.settings import settings
 
@@ -96,26 +91,3 @@ def _shared_names(source: Path, manifest: Manifest, files: Mapping[str, Path]) -
             path.unlink(missing_ok=True)
         return False
     return True
-
-
-def release(session: Session, gone: Sequence[Clone]) -> list[str]:
-    """The files of the bases that no clone stands on once these are gone.
-
-    For the transaction that marks them deleted, to be removed after it, and after their disks. A
-    VM that was a clone, and was forgotten, is none that is known here: it may stand on one still.
-    """
-    operation: Any = Operation
-    row: Any = Clone
-    released: list[str] = []
-    for farm in sorted({clone.operation_id for clone in gone if clone.linked_to}):
-        # Of two who remove the last two clones at once, the second sees what the first did.
-        session.execute(select(operation.seq).where(operation.id == farm).with_for_update())
-        query = select(Clone).where(row.operation_id == farm, row.state == "ready")
-        ids = {clone.id for clone in gone}
-        left = [clone for clone in session.scalars(query) if clone.id not in ids]
-        if not any(clone.linked_to for clone in left):
-            paths = {
-                path for clone in gone if clone.operation_id == farm for path in clone.linked_to
-            }
-            released += sorted(paths)
-    return released

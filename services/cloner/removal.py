@@ -17,9 +17,8 @@ from typing import Any
 from sqlalchemy import and_, or_, select
 from sqlmodel import Session
 
-from services.cloner import bases
 from services.cloner.farms import Member, at_once, hold, members, refuse_if_none
-from shared import errors, events, farms, faults, forgetting, lookups, using
+from shared import errors, events, farms, faults, forgetting, linked, lookups, using
 from shared.commands import DeleteClone, DeleteFarm
 from shared.copying import vault
 from shared.database import now, reading, transaction
@@ -49,6 +48,8 @@ class Leaving(Member):
         """The files that its domain had when it was looked at."""
         self.files: list[Path] = []
         """What goes."""
+        self.stood_on: set[str] = set(clone.linked_to)
+        """The bases that its disks stand on, or those that its reverts set aside."""
         self.told = {"left": []}
 
     def leave(self, path: Path | str, reason: str) -> None:
@@ -217,7 +218,7 @@ def _gone(session: Session, each: Leaving, operation_id: str, moment: datetime) 
             {
                 "files": [*map(str, each.files)],
                 "operation_id": operation_id,
-                "kept": _set_aside_before(session, server),
+                "kept": _set_aside_before(session, each),
             },
         ),
     ]
@@ -234,25 +235,27 @@ def _release(session: Session, gone: list[Leaving], users: Users) -> list[Step]:
     was of the farm until its server was forgotten, or one that got a copy of an overlay."""
     own = {each.server.domain_uuid for each in gone}
     steps: list[Step] = []
-    for path in bases.release(session, [each.clone for each in gone]):
+    stood_on = {path for each in gone for path in each.stood_on}
+    for path in linked.release(session, [each.clone for each in gone], stood_on):
         needing = users.get(Path(path).resolve(), {})
         if names := sorted(name for uuid, name in needing.items() if uuid not in own):
-            last = next(each for each in gone if path in each.clone.linked_to)
+            last = next(each for each in gone if path in each.stood_on)
             last.leave(path, f"domain {', '.join(names)} needs it")
         else:
             steps.append(("remove_base", {"path": path}))
     return steps
 
 
-def _set_aside_before(session: Session, server: Server) -> list[str]:
+def _set_aside_before(session: Session, each: Leaving) -> list[str]:
     """What reverts and restores of the server keep, which nobody can ask for any more."""
     row: Any = Operation
-    query = select(Operation).where(row.server_id == server.id, row.undo_until.is_not(None))
+    query = select(Operation).where(row.server_id == each.server.id, row.undo_until.is_not(None))
     kept: list[str] = []
     for operation in session.scalars(query):
         for path in map(Path, (operation.undo or {}).get("live", {}).values()):
             kept.append(str(setaside.old_path(path, operation.id)))
             kept.append(str(setaside.new_path(path, operation.id)))
+        each.stood_on.update((operation.undo or {}).get(linked.STOOD_ON, ()))
         operation.undo = operation.undo_until = None
     return kept
 

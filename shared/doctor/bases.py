@@ -14,6 +14,7 @@ from shared.database import reading
 from shared.disks.overlays import BASE_PREFIX
 from shared.doctor.findings import Finding
 from shared.doctor.site import Site, spoken_for
+from shared.linked import set_aside_on
 from shared.models import Clone
 from shared.settings import settings
 
@@ -36,7 +37,7 @@ def differences(site: Site) -> Iterator[Finding]:
             )
     known = {path for clone in clones for path in clone.linked_to}
     with reading() as session:
-        known |= spoken_for(session, "path")
+        known |= spoken_for(session, "path") | set_aside_on(session)
     for path in sorted(there - known):
         yield Finding(
             CHECK,

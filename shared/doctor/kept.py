@@ -105,8 +105,9 @@ def _withdrawn(site: Site, operation: Operation) -> bool:
             return True
         if not _is_late(current) or _is_worked_on(session, current):
             return False
-        _, arguments = restoring.discarded(session, current.id)
-    recovery.discard_set_aside(**arguments)
+        steps = restoring.withdrawn(session, current)
+    for action, arguments in steps:
+        getattr(recovery, action)(**arguments)
     return True
 
 

@@ -1,10 +1,14 @@
 """What the doctor finds of the bases that linked clones stand on."""
 
+from datetime import timedelta
 from typing import Any
 
 from doctor.patient import Patient
 
+from shared.commands import TakeSnapshot
+from shared.database import now
 from shared.disks.overlays import base_path
+from shared.linked import STOOD_ON
 from shared.models import Clone
 from shared.settings import settings
 
@@ -42,6 +46,19 @@ def test_a_base_that_clones_stand_on_is_as_it_should_be(patient: Patient) -> Non
 
     base.unlink()
     patient.finds("base", f"{clone.name} ({clone.id})", str(base), "gone")
+
+
+def test_a_base_that_is_kept_for_an_undo_is_as_it_should_be(patient: Patient) -> None:
+    """What a revert set aside stands on it."""
+    base = base_path(patient.disks, "op_1", "vda", "raw")
+    base.write_text("base")
+    clone = linked(patient)
+    assert clone.server_id
+    revert = patient.world.submit(TakeSnapshot(server=clone.server_id))
+    kept = {"live": {}, "previous": None, "missing": [], STOOD_ON: [str(base)]}
+    until = now() + timedelta(hours=1)
+    patient.world.change(revert, state="succeeded", undo=kept, undo_until=until)
+    patient.is_healthy()
 
 
 def test_a_base_that_nobody_stands_on_is_told(patient: Patient) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 from operations.spine import World, at_once
 from sqlalchemy import select
 
-from services.cloner import bases
-from shared.database import transaction
+from shared import linked
+from shared.database import now, transaction
 from shared.models import Clone
 
 BASE = "/srv/vms/triptych-base-op_1-vda.raw"
@@ -35,7 +35,7 @@ def released(*names: str) -> list[str]:
         gone = list(session.scalars(select(Clone).where(row.name.in_(names))))
         for each in gone:
             each.state = "deleted"
-        return bases.release(session, gone)
+        return linked.release(session, gone, {path for each in gone for path in each.linked_to})
 
 
 def test_a_base_goes_with_its_last_clone(world: World, any_database: str) -> None:
@@ -49,6 +49,24 @@ def test_a_base_goes_with_its_last_clone(world: World, any_database: str) -> Non
     assert released("a") == []
     assert released("alone") == []
     assert released("b", "c", "other") == [BASE, OTHER]
+
+
+def test_a_base_is_kept_for_an_undo(world: World, any_database: str) -> None:
+    """A clone that was reverted stands on it no more; what that set aside does, whatever becomes
+    of the server, until it cannot be put back any more."""
+    server = world.server()
+    clone(world, "a", "op_1", server_id=server.id)
+    clone(world, "b", "op_1", BASE)
+    revert = world.snapshot_of(server)
+    world.change(revert, undo={linked.STOOD_ON: [BASE]}, undo_until=now())
+
+    assert released("b") == []
+    with transaction() as session:
+        assert linked.release_dropped(session, server.id, [BASE]) == []
+    world.change(revert, undo=None, undo_until=None)
+    with transaction() as session:
+        steps = linked.release_dropped(session, server.id, [BASE])
+    assert steps == [("remove_base", {"path": BASE})]
 
 
 def test_the_last_two_clones_removed_at_once(world: World, any_database: str) -> None:

@@ -132,6 +132,8 @@ def test_linked_clones_stand_on_a_base_of_their_own(site: Site) -> None:
     site.done(site.client.snapshots.revert(clones[1].id))
     for disk in (stored, alone.disks[0], clones[1].disks[0]):
         assert "backing-filename" not in offline.info(disk)
+    linked = [site.client.clones.get(each.name)["linked_to"] for each in clones]
+    assert linked == [[str(base)], []]
     assert digest(base) == whole
     site.remove(alone)
     for each in clones:
