@@ -129,6 +129,8 @@ class CreateClones(Command):
     source: CloneSource
     name: NamePattern
     count: int = Field(1, ge=1, le=100)
+    first: int = Field(1, ge=0, le=99999)
+    """The number of the first; more of a farm there is are made from where that ends."""
     vcpus: int | None = Field(None, ge=1, le=512)
     memory_mib: int | None = Field(None, ge=64, le=16 * 1024 * 1024)
     with_memory: bool = False
@@ -144,13 +146,15 @@ class CreateClones(Command):
     def _each_has_its_own_name(self) -> "CreateClones":
         if self.count > 1 and "{n" not in self.name:
             raise ValueError("more than one clone needs {n} in the name, e.g. qa-{n:03}")
+        if self.first != 1 and "{n" not in self.name:
+            raise ValueError("`first` is the number that goes into {n}, which the name has not")
         for name in self.names:
             _name(name)
         return self
 
     @property
     def names(self) -> list[str]:
-        return [self.name.format(n=n) for n in range(1, self.count + 1)]
+        return [self.name.format(n=n) for n in range(self.first, self.first + self.count)]
 
 
 class DeleteClone(Command):

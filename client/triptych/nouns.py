@@ -192,6 +192,7 @@ class Clones(Noun):
         name: str,
         source_kind: SourceKind = "server",
         count: int = 1,
+        first: int | None = None,
         vcpus: int | None = None,
         memory_mib: int | None = None,
         with_memory: bool = False,
@@ -203,6 +204,7 @@ class Clones(Noun):
     ) -> Operation:
         """Makes `count` clones, named by a pattern such as `qa-{n:03}`: a farm.
 
+        They are numbered from `first` on, or from 1.
         `source` is a server (also for its snapshot) or an image. `linked` ones share one copy of
         its disks where these cannot share extents. `quiesce` is for a server that runs. With
         `expires_in_h` the farm is deleted so many hours after it was made.
@@ -215,6 +217,7 @@ class Clones(Noun):
         body = _given(
             name=name,
             count=count,
+            first=first,
             vcpus=vcpus,
             memory_mib=memory_mib,
             with_memory=with_memory,

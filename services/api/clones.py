@@ -32,6 +32,7 @@ class Cloning(RequestBody):
 
     name: commands.NamePattern = Field(description="a name, or a pattern such as `qa-{n:03}`")
     count: int = Field(1, ge=1, le=100)
+    first: int = Field(1, ge=0, le=99999, description="the number of the first, for `{n}`")
     vcpus: int | None = Field(None, ge=1, le=512, description="left out: as the source has")
     memory_mib: int | None = Field(None, ge=64, le=16 * 1024 * 1024)
     with_memory: bool = Field(

@@ -193,7 +193,8 @@ def _(command: CreateClones, session: Session) -> Admitted:
     server, source = _source(session, command.source, command.with_memory)
     domain: Any = Domain
     names = select(domain.name).where(domain.host == server.host, domain.name.in_(command.names))
-    _refuse_taken_clone_names(session, server.host, command.names, set(session.scalars(names)))
+    domains = set(session.scalars(names))
+    _refuse_taken_clone_names(session, server.host, command, command.names, domains)
     return Admitted(server, command.model_copy(update={"source": source}))
 
 
@@ -213,7 +214,7 @@ def _source(session: Session, source: CloneSource, with_memory: bool) -> tuple[S
 
 
 def _refuse_taken_clone_names(
-    session: Session, host: str, names: list[str], domains: set[str]
+    session: Session, host: str, command: CreateClones, names: list[str], domains: set[str]
 ) -> None:
     clones = select(Clone.name).where(  # type: ignore[call-overload]
         Clone.host == host,
@@ -224,9 +225,25 @@ def _refuse_taken_clone_names(
     if taken:
         raise errors.CloneNameTaken(
             f"{', '.join(map(repr, taken))}: taken by a domain or a clone in the making on host "
-            f"{host!r}. Nothing was started; choose another name or pattern.",
+            f"{host!r}. Nothing was started; choose another name or pattern"
+            f"{_other_numbers(session, host, command)}.",
             conflict=taken[0],
         )
+
+
+def _other_numbers(session: Session, host: str, command: CreateClones) -> str:
+    """How to have as many clones of that pattern beside those there are."""
+    if "{n" not in command.name:
+        return ""
+    domain: Any = Domain
+    clone: Any = Clone
+    there = select(domain.name).where(domain.host == host)
+    coming = select(clone.name).where(clone.host == host, clone.state.in_(("queued", "making")))
+    taken = {*session.scalars(there), *session.scalars(coming)}
+    for first in range(command.first + 1, command.first + len(taken) * command.count + 1):
+        if taken.isdisjoint(command.model_copy(update={"first": first}).names):
+            return f", or number from {first} on (`first: {first}`, `--first {first}`)"
+    return ""
 
 
 @admit.register(StartFarm)
@@ -260,7 +277,7 @@ def _(command: RetryFarm, session: Session) -> Admitted:
             conflict=source.id,
         ) from error
     # A domain of one's name is for that clone to say: the others are made.
-    _refuse_taken_clone_names(session, server.host, names, set())
+    _refuse_taken_clone_names(session, server.host, first, names, set())
     return Admitted(server, command.model_copy(update={"farm": farm.id}))
 
 

@@ -391,6 +391,27 @@ def test_clone_name_taken(api: TestClient, world: World, server: Server, refused
     refused(response, 409, "clone_name_taken")
 
 
+def test_more_clones_of_a_pattern(
+    api: TestClient, world: World, server: Server, refused: Refused
+) -> None:
+    """The refusal says from which number on there is room, past domains and clones in the making;
+    asked so, they are made."""
+    asked = {"name": "qa-{n:02}", "count": 3}
+    stored(api.post("/v1/servers/web-1/clones", json=asked))
+    world.domain("qa-05")
+
+    response = api.post("/v1/servers/web-1/clones", json=asked)
+
+    problem = refused(response, 409, "clone_name_taken")
+    assert "`first: 6`" in problem["detail"]
+    more = stored(api.post("/v1/servers/web-1/clones", json={**asked, "first": 6}))
+    with reading() as session:
+        query = select(Clone.name).where(Clone.operation_id == more.id)
+        assert sorted(session.scalars(query)) == ["qa-06", "qa-07", "qa-08"]
+    api_says = api.post("/v1/servers/web-1/clones", json={"name": "qa", "first": 2})
+    refused(api_says, 422, "invalid_request")
+
+
 def test_clone_name_of_a_clone_whose_domain_is_gone(
     api: TestClient, world: World, server: Server
 ) -> None:

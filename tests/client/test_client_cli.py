@@ -288,10 +288,11 @@ def test_linked_clones_name_what_must_stay(api: Fake, triptych: Triptych) -> Non
     ]
     done = operation(kind="clone.create", result={"clones": clones})
     api.starts("POST /v1/servers/web1/clones", done)
-    words = "clone create web1 --count 2 --name qa-{n} --linked --quiesce never"
+    words = "clone create web1 --count 2 --name qa-{n} --first 4 --linked --quiesce never"
     run = triptych(*words.split())
     asked = api.requests[0].body
     assert (run.code, asked["linked"], asked["quiesce"]) == (0, True, "never")
+    assert asked["first"] == 4
     assert run.out.count(base) == 1
 
     for each in clones:

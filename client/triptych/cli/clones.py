@@ -27,6 +27,7 @@ class Source(StrEnum):
     "create",
     "triptych clone create web1 --name staging",
     "triptych clone create web1 --count 10 --name 'qa-{n:03}'",
+    "triptych clone create web1 --count 5 --name 'qa-{n:03}' --first 11",
     "triptych clone create web1 --count 10 --name 'qa-{n:03}' --with-memory",
     "triptych clone create golden --from image --count 20 --name 'ci-{n}' --ttl 8h",
     "triptych clone create golden --from image --name web2 --vcpus 4 --memory-mib 8192",
@@ -51,6 +52,10 @@ def create(
     count: Annotated[
         int, typer.Option(min=1, max=100, metavar="N", help="How many, 1 to 100.")
     ] = 1,
+    first: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="The number of the first.", show_default="1"),
+    ] = None,
     vcpus: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Virtual CPUs.", show_default="as the source"),
@@ -101,6 +106,7 @@ def create(
         name=name,
         source_kind=origin.value,
         count=count,
+        first=first,
         vcpus=vcpus,
         memory_mib=memory_mib,
         with_memory=with_memory,
