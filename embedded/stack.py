@@ -38,11 +38,21 @@ class AlreadyRunning(StackError):
     """There is nothing to start."""
 
 
+_kept_ports: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody is given a second time while this process lives.
+
+    Who is to listen there comes seconds later. So it stays bound here, which is no hindrance to
+    servers: they bind with SO_REUSEADDR, and nobody listens here.
+    """
+    probe = socket.socket()
+    probe.bind(("127.0.0.1", 0))
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _kept_ports.append(probe)
+    port: int = probe.getsockname()[1]
+    return port
 
 
 @dataclass

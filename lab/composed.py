@@ -130,19 +130,16 @@ class Deployment:
 
     @cached_property
     def hypervisor(self) -> Hypervisor:
-        return Hypervisor(self.state, f"qemu+unix:///system?socket={self._run()}/libvirt-sock")
+        socket = self.volume("demo-run") / "libvirt-sock"
+        return Hypervisor(self.state, f"qemu+unix:///system?socket={socket}")
 
     def guest(self, name: str = "demo") -> Guest:
         return attach(self.hypervisor, name)
 
-    def _run(self) -> str:
-        volume = f"{self.project}_demo-run"
-        return str(_first(self.engine.docker("volume", "inspect", volume))["Mountpoint"])
-
-
-def _first(inspected: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(inspected)[0]
-    return found
+    def volume(self, name: str) -> Path:
+        """Where one of the project's volumes is on this machine."""
+        inspected = self.engine.docker("volume", "inspect", f"{self.project}_{name}")
+        return Path(json.loads(inspected)[0]["Mountpoint"])
 
 
 @contextmanager

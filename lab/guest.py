@@ -225,9 +225,16 @@ class Guest:
         return path.read_text(errors="replace") if path and path.exists() else ""
 
     def state(self) -> str:
-        """`running`, `paused` or `stopped` (or libvirt's number); `missing` if not defined."""
+        """`running`, `paused` or `stopped` (or libvirt's number); `missing` if not defined.
+
+        One that has just powered off is `stopped` once QEMU is gone, which is waited for.
+        """
+        deadline = time.monotonic() + 30
         try:
-            number = self.domain.state()[0]
+            while (number := self.domain.state()[0]) == libvirt.VIR_DOMAIN_SHUTDOWN:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.02)
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 return "missing"
@@ -239,7 +246,7 @@ class Guest:
         self.domain.create()
         return self.wait_ready() if wait else self
 
-    def wait_ready(self, timeout: float = 60) -> Guest:
+    def wait_ready(self, timeout: float = 120) -> Guest:
         """Return once its agent answers; raise GuestNotReady after `timeout` seconds.
 
         One whose agent libvirt has lost for good is booted again.
@@ -258,7 +265,7 @@ class Guest:
                     raise GuestNotReady(f"{self.name} ({self.state()}): {error}\n{tail}") from None
             time.sleep(0.05)
 
-    def wait_state(self, state: str, timeout: float = 30) -> None:
+    def wait_state(self, state: str, timeout: float = 60) -> None:
         """Return once it is in `state`; raise TimeoutError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while (now := self.state()) != state:
@@ -311,7 +318,7 @@ class Guest:
         if status:
             raise OSError(f"{self.name}: {output.strip()}")
 
-    def shutdown(self, timeout: float = 30) -> None:
+    def shutdown(self, timeout: float = 60) -> None:
         """Ask its agent to power it off, and wait until it is."""
         with contextlib.suppress(libvirt.libvirtError):  # some agents are gone before they answer
             self.domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)

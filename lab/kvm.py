@@ -69,9 +69,15 @@ def opened_for(user: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _registry_locked() -> Iterator[None]:
-    REGISTRY.mkdir(exist_ok=True)
-    with (REGISTRY / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as opened:
+        path = REGISTRY / ".lock"
+        while True:
+            REGISTRY.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # who was the last has removed it since
+                lock = opened.enter_context(path.open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+                    break
         yield
 
 

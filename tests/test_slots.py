@@ -5,7 +5,7 @@ from itertools import pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.slots import WEEKDAYS, next_slot, upcoming
@@ -110,6 +110,7 @@ def test_nonsense_is_refused(kind: str, weekday: str | None) -> None:
         next_slot(kind, "03:00", weekday, "UTC", utc("2026-01-01 00:00"))
 
 
+@settings(deadline=None)
 @given(
     after=st.datetimes(datetime(2000, 1, 1), datetime(2037, 1, 1), timezones=st.just(UTC)),
     zone=st.sampled_from(

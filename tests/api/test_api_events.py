@@ -13,6 +13,7 @@ import uvicorn
 from api_world import TOKEN
 from fastapi import FastAPI
 
+from services.api import events as stream
 from shared import events
 from shared.database import transaction
 
@@ -28,11 +29,11 @@ def live(app: FastAPI) -> Iterator[httpx.Client]:
     yield httpx.Client(
         base_url=f"http://127.0.0.1:{listener.getsockname()[1]}/v1",
         headers={"Authorization": f"Bearer {TOKEN}"},
-        timeout=10,
+        timeout=60,
     )
     app.state.stopping.set()
     server.should_exit = True
-    thread.join(10)
+    thread.join(60)
     app.state.stopping.clear()  # the application is shared by all tests
     assert not thread.is_alive(), "the stream kept the API from stopping"
 
@@ -67,12 +68,28 @@ def test_the_list_shows_the_newest_first(live: httpx.Client) -> None:
     assert [item["data"]["number"] for item in items] == [2, 1, 0]
 
 
-def test_a_stream_tells_what_happens_from_now_on(live: httpx.Client) -> None:
+def test_a_stream_tells_what_happens_from_now_on(
+    live: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What happened before the connection is not told; what happens after is, in order."""
+    begun = threading.Event()
+    look = stream._position
+
+    def position(last_event_id: str | None) -> int:
+        found = look(last_event_id)
+        begun.set()
+        return found
+
+    def happen() -> None:
+        assert begun.wait(60)
+        _happen(1)
+        _happen(2)
+
+    monkeypatch.setattr(stream, "_position", position)
     _happen(0)
+    later = threading.Thread(target=happen)
     with live.stream("GET", "/events/stream") as response:
         assert response.headers["content-type"].startswith("text/event-stream")
-        later = threading.Timer(0.3, lambda: [_happen(1), _happen(2)])
         later.start()
         told = _read(response.iter_lines(), 2)
     later.join()

@@ -38,7 +38,7 @@ class Terminal:
         )
         os.close(slave)
 
-    def read_until(self, text: str, seconds: float = 20.0) -> None:
+    def read_until(self, text: str, seconds: float = 60.0) -> None:
         end = time.monotonic() + seconds
         while text not in self.seen:
             assert time.monotonic() < end, f"{text!r} did not show up in {self.seen!r}"
@@ -59,7 +59,7 @@ class Terminal:
                 break
             self.seen += chunk.decode(errors="replace")
         os.close(self._master)
-        return self.process.wait(20)
+        return self.process.wait(60)
 
 
 @pytest.fixture

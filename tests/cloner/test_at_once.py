@@ -13,7 +13,7 @@ from shared.turns import MOST_CALLS
 def test_no_more_calls_than_libvirt_takes() -> None:
     """A sixth call of one client is not read, nor the keepalive behind it: libvirtd would be
     taken for dead while it starts or stops guests. All members get their turn."""
-    lock = threading.Lock()
+    lock, together = threading.Lock(), threading.Barrier(MOST_CALLS)
     now, most, done = 0, 0, []
 
     def call(each: Member) -> None:
@@ -21,6 +21,7 @@ def test_no_more_calls_than_libvirt_takes() -> None:
         with lock:
             now += 1
             most = max(most, now)
+        together.wait(60)
         time.sleep(0.02)
         with lock:
             now -= 1

@@ -127,7 +127,7 @@ def test_arguments_are_never_read_by_a_shell(running: Guest, domain: Domain) -> 
         "/bin/sh",
         ["-s", "--", *wicked],
         standard_input='printf "%s|" "$@"; exit 3',
-        timeout_s=5,
+        timeout_s=60,
     )
 
     assert ran == guest_exec.Ran(3, "".join(f"{each}|" for each in wicked))
@@ -144,7 +144,7 @@ def test_links_are_down_until_they_are_put_up(running: Guest, domain: Domain) ->
 
     identity.connect(domain, [mac.attrib["address"] for mac in running.xml.iterfind(".//mac")])
 
-    assert running.read("/sys/class/net/eth0/carrier") == "1\n"
+    wait_for(lambda: running.read("/sys/class/net/eth0/carrier") == "1\n")
     states = [link.attrib["state"] for link in running.xml.iterfind(".//interface/link")]
     assert states == ["up"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wait_for(condition: Callable[[], Any], what: str, timeout: float = 60) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, timeout: float = 120) -> Any:
     """What `condition` gives once that is true; AssertionError after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (found := condition()):

@@ -32,6 +32,8 @@ def state() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def deployment(engine: Engine, state: Path) -> Iterator[Deployment]:
     """The centre and the demo's host, up and healthy, with its VM registered."""
-    with deployed(Deployment(engine, state, "triptych-test"), *DEMO) as made:
+    files = ("docker-compose.yml", "tests/compose/points.yml")
+    with deployed(Deployment(engine, state, "triptych-test", files=files), *DEMO) as made:
+        (made.volume("demo-data") / "points").mkdir()
         made.client.servers.add("demo", "demo")
         yield made

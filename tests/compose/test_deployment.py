@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import httpx
 import pytest
+from compose_tools import wait_for
 
 from lab.composed import TAG, Deployment
 
@@ -65,8 +64,8 @@ def test_no_token_no_access(deployment: Deployment) -> None:
     """From outside the API answers health to all, and the rest to those with the token."""
     url = deployment.client.url
 
-    assert httpx.get(f"{url}/healthz").status_code == 200
-    assert httpx.get(f"{url}/v1/servers").status_code == 401
+    assert httpx.get(f"{url}/healthz", timeout=30).status_code == 200
+    assert httpx.get(f"{url}/v1/servers", timeout=30).status_code == 401
 
 
 def test_database_and_broker_are_not_to_be_reached_from_outside(deployment: Deployment) -> None:
@@ -80,10 +79,13 @@ def test_database_and_broker_are_not_to_be_reached_from_outside(deployment: Depl
 @pytest.mark.parametrize("service", ["beat", *WORKERS])
 def test_health_names_what_a_worker_depends_on(deployment: Deployment, service: str) -> None:
     """`docker inspect` shows each dependency with how it is."""
-    said = deployment.inspect(service)["State"]["Health"]["Log"][-1]["Output"].splitlines()
     expected = ["ok", "database: ok", "broker: ok", "consumer: ok"]
+    expected += ["ticks: ok"] if service == "beat" else []
 
-    assert expected + (["ticks: ok"] if service == "beat" else []) == said
+    def said() -> list[str]:
+        return deployment.inspect(service)["State"]["Health"]["Log"][-1]["Output"].splitlines()
+
+    wait_for(lambda: said() == expected, f"{service} says {expected}")
 
 
 def test_a_host_without_libvirt_is_healthy_and_says_so(deployment: Deployment) -> None:
@@ -91,10 +93,10 @@ def test_a_host_without_libvirt_is_healthy_and_says_so(deployment: Deployment) -
     own = ("snapshotter", "imager", "cloner")
     try:
         deployment.up(*own)
-        deadline = time.monotonic() + 30
-        while not (rows := [h for h in deployment.cli("host", "list")["items"] if h["problem"]]):
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
+        rows = wait_for(
+            lambda: [each for each in deployment.cli("host", "list")["items"] if each["problem"]],
+            "a host has a problem",
+        )
     finally:
         deployment.compose("rm", "--stop", "--force", *own)
 

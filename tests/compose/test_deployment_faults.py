@@ -53,9 +53,7 @@ class Site:
     def work(self, server: str = "demo", vault: str = "vault") -> Work:
         guest = self.deployment.guest(server).wait_ready()
         guest.write(PLACE, WORD)
-        volume = f"{self.deployment.project}_demo-data"
-        inspected = self.deployment.engine.docker("volume", "inspect", volume)
-        return Work(self.deployment, server, Path(json.loads(inspected)[0]["Mountpoint"]) / vault)
+        return Work(self.deployment, server, self.deployment.volume("demo-data") / vault)
 
     def busy(self) -> Work:
         """Copies of the demo's server, one at work and others in the line behind it."""

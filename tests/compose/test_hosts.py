@@ -31,7 +31,7 @@ def second(engine: Engine, deployment: Deployment, address: str) -> Iterator[Dep
     """Host kvm-2, added as docs/how-to/add-a-host.md says."""
     opened = replace(
         deployment,
-        files=("docker-compose.yml", "docker-compose.centre.yml"),
+        files=(*deployment.files, "docker-compose.centre.yml"),
         settings={**deployment.settings, "TRIPTYCH_CENTRE_BIND": address},
     )
     opened.up("postgres", "redis")
@@ -64,7 +64,7 @@ def server(deployment: Deployment, second: Deployment) -> Iterator[str]:
     wait_for(lambda: _domains(deployment, "kvm-2"), "the second host's domains are reported")
     added = str(client.servers.add("kvm-2", "demo")["id"])
     yield added
-    client.wait(client.snapshots.delete(added)["id"], timeout=60)
+    client.wait(client.snapshots.delete(added)["id"], timeout=180)
     client.servers.forget(added)
 
 
@@ -93,7 +93,7 @@ def test_work_reaches_its_own_host_only(
     """Each host copies its own server into its own vault, also where names are the same."""
     first = _first(deployment)
     taken = [deployment.client.snapshots.take(each, replace=True) for each in (first, server)]
-    ended = [deployment.client.wait(each["id"], check=True, timeout=60) for each in taken]
+    ended = [deployment.client.wait(each["id"], check=True, timeout=180) for each in taken]
 
     assert [each["host"] for each in ended] == ["demo", "kvm-2"]
     assert _snapshots(second, "snapshotter") == {server}
@@ -106,13 +106,13 @@ def test_draining_is_one_command(deployment: Deployment, second: Deployment, ser
     with pytest.raises(Problem) as refused:
         deployment.client.snapshots.take(server, replace=True)
     elsewhere = deployment.client.snapshots.take(_first(deployment), replace=True)
-    deployment.client.wait(elsewhere["id"], check=True, timeout=60)
+    deployment.client.wait(elsewhere["id"], check=True, timeout=180)
     deployment.cli("host", "resume", "kvm-2")
     again = deployment.client.snapshots.take(server, replace=True)
 
     assert drained["draining"]
     assert refused.value.code == "host_draining"
-    assert deployment.client.wait(again["id"], timeout=60)["state"] == "succeeded"
+    assert deployment.client.wait(again["id"], timeout=180)["state"] == "succeeded"
 
 
 def test_work_for_a_dead_host_waits_and_says_why(
@@ -125,10 +125,10 @@ def test_work_for_a_dead_host_waits_and_says_why(
     def row() -> dict[str, Any]:
         return dict(deployment.client.operations.get(waiting["id"]))
 
-    reason = wait_for(lambda: row()["waiting"], "the reason is shown", timeout=150)
+    reason = wait_for(lambda: row()["waiting"], "the reason is shown", timeout=300)
     silent = row()
     second.up()
-    ended = deployment.client.wait(waiting["id"], timeout=90)
+    ended = deployment.client.wait(waiting["id"], timeout=300)
 
     assert "kvm-2" in reason
     assert silent["state"] == "queued"

@@ -36,9 +36,6 @@ def test_a_snapshot_brings_the_server_back(deployment: Deployment, demo: Guest) 
 def test_an_image_brings_the_server_back(deployment: Deployment, demo: Guest) -> None:
     """Also after the disk was destroyed under it; the schedule makes the next one by itself."""
     demo.write(PLACE, "in the image\n")
-    minute = datetime.now(UTC) + timedelta(minutes=1, seconds=5)
-    at = f"{minute:%H:%M}"
-    deployment.cli("schedule", "set", "demo", "daily", "--at", at, "--timezone", "UTC")
     deployment.cli("image", "create", "demo", "--name", "golden")
     demo.destroy()
     disk = "/srv/triptych-demo/vms/demo-vda.qcow2"
@@ -48,6 +45,9 @@ def test_an_image_brings_the_server_back(deployment: Deployment, demo: Guest) ->
     demo.start()
 
     assert demo.read(PLACE) == "in the image\n"
+    minute = datetime.now(UTC) + timedelta(minutes=1, seconds=30)  # until it is set some pass
+    at = f"{minute:%H:%M}"
+    deployment.cli("schedule", "set", "demo", "daily", "--at", at, "--timezone", "UTC")
 
 
 def test_clones_live_on_their_own(deployment: Deployment, demo: Guest) -> None:
@@ -76,6 +76,6 @@ def test_a_schedule_runs_by_itself(deployment: Deployment, demo: Guest) -> None:
         runs = deployment.client.schedules.runs("demo", "daily")["items"]
         return [str(run["image"]) for run in runs if run["state"] == "succeeded"]
 
-    (image,) = wait_for(made, "the schedule's image is made", timeout=150)
+    (image,) = wait_for(made, "the schedule's image is made", timeout=300)
 
     assert deployment.client.images.get(image)["origin"] == "daily"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 from compose_tools import wait_for
 
@@ -14,6 +16,15 @@ def port(deployment: Deployment, service: str) -> int:
     return int(bound[0]["HostPort"])
 
 
+def told(url: str, **asked: Any) -> Any:
+    """The JSON that is answered there; None while it is coming up."""
+    try:
+        answer = httpx.get(url, timeout=30, **asked)
+    except httpx.TransportError:
+        return None
+    return answer.json() if answer.status_code == 200 else None
+
+
 def test_prometheus_scrapes_the_api_and_evaluates_the_rules(
     engine: Engine, deployment: Deployment
 ) -> None:
@@ -24,11 +35,15 @@ def test_prometheus_scrapes_the_api_and_evaluates_the_rules(
     url = f"http://127.0.0.1:{port(observed, 'prometheus')}/api/v1"
 
     def health() -> list[str]:
-        targets = httpx.get(f"{url}/targets").json()["data"]["activeTargets"]
-        return [each["health"] for each in targets]
+        found = told(f"{url}/targets")
+        return [each["health"] for each in found["data"]["activeTargets"]] if found else []
+
+    def up() -> list[str]:
+        found = told(f"{url}/query", params={"query": 'triptych_host_up{host="demo"}'})
+        return [each["value"][1] for each in found["data"]["result"]] if found else []
 
     wait_for(lambda: health() == ["up"], "the target is up")
-    found = httpx.get(f"{url}/query", params={"query": 'triptych_host_up{host="demo"}'}).json()
+    values = wait_for(up, "what it has is stored")
     folder = "/etc/prometheus"
     checked = observed.execute("prometheus", "promtool", "check", "rules", f"{folder}/alerts.yml")
     tested = observed.execute(
@@ -36,7 +51,7 @@ def test_prometheus_scrapes_the_api_and_evaluates_the_rules(
     )
     observed.compose("rm", "--stop", "--force", "prometheus")
 
-    assert [each["value"][1] for each in found["data"]["result"]] == ["1"]
+    assert values == ["1"]
     assert "SUCCESS" in checked
     assert "SUCCESS" in tested
 
@@ -50,14 +65,10 @@ def test_flower_shows_the_workers_to_those_with_the_password(deployment: Deploym
     password = (deployment.secrets / "consoles-password").read_text()
 
     def workers() -> int:
-        try:
-            answer = httpx.get(url, params={"refresh": 1}, auth=("triptych", password), timeout=20)
-        except httpx.TransportError:
-            return 0
-        return len(answer.json()) if answer.status_code == 200 else 0
+        return len(told(url, params={"refresh": 1}, auth=("triptych", password)) or ())
 
     wait_for(lambda: workers() >= 4, "three workers and beat")
-    refused = httpx.get(url).status_code
+    refused = httpx.get(url, timeout=30).status_code
     debugged.compose("rm", "--stop", "--force", "flower")
 
     assert refused == 401

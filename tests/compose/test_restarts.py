@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from compose_tools import wait_for
+from system.live_site import Points
 
 from lab.composed import Deployment
 
@@ -26,7 +27,7 @@ Guest.create(hypervisor, vms, "busy", disks=[str(vms / "noise.raw")])
 
 @pytest.fixture(scope="module")
 def busy(deployment: Deployment) -> Iterator[str]:
-    """A server that is off and takes its time to copy."""
+    """A server that is off and takes its time to copy: its imager is restarted meanwhile."""
     deployment.execute("hypervisor", "python3", "-c", BUSY)
     wait_for(lambda: _known(deployment, "busy"), "libvirt's new domain is reported")
     deployment.client.servers.add("demo", "busy")
@@ -43,10 +44,14 @@ def _underway(deployment: Deployment) -> list[dict[str, Any]]:
     return [each for each in deployment.client.operations.list() if each["state"] not in ENDED]
 
 
-def _copying(deployment: Deployment, operation: Any) -> bool:
-    row = deployment.client.operations.get(operation["id"])
-    assert row["state"] in ("queued", "running"), row
-    return row["phase"] == "copying"
+@pytest.fixture
+def points(deployment: Deployment) -> Points:
+    return Points(deployment.volume("demo-data") / "points")
+
+
+def _restart(deployment: Deployment, service: str) -> None:
+    deployment.compose("restart", service)
+    deployment.up(service)
 
 
 def _folders(deployment: Deployment, server: str) -> set[str]:
@@ -64,19 +69,22 @@ def _folders(deployment: Deployment, server: str) -> set[str]:
     ["redis", "postgres", "api", "beat", "demo-snapshotter", "demo-imager", "demo-cloner"],
 )
 def test_a_container_restarted_in_the_middle(
-    deployment: Deployment, busy: str, service: str
+    deployment: Deployment, busy: str, points: Points, service: str
 ) -> None:
     """What runs and what waits is done once, whichever container is restarted meanwhile."""
     server = deployment.client.servers.get(busy)["id"]
     before = _folders(deployment, server)
-    running = deployment.client.images.create(busy, quiesce="never")
-    waiting = deployment.client.images.create(busy, quiesce="never")
-    other = deployment.client.snapshots.take("demo", replace=True)
-    wait_for(lambda: _copying(deployment, running), "the copy has begun")
-
-    deployment.compose("restart", service)
-    deployment.up(service)
-    ended = [deployment.client.wait(each["id"], timeout=120) for each in (running, waiting, other)]
+    ends_what_it_does = service == "demo-imager"
+    with points.held(
+        lambda: deployment.client.images.create(busy, quiesce="never"), "stream:begun"
+    ) as running:
+        waiting = deployment.client.images.create(busy, quiesce="never")
+        other = deployment.client.snapshots.take("demo", replace=True)
+        if not ends_what_it_does:
+            _restart(deployment, service)
+    if ends_what_it_does:
+        _restart(deployment, service)
+    ended = [deployment.client.wait(each["id"], timeout=300) for each in (running, waiting, other)]
 
     assert [each["state"] for each in ended] == ["succeeded"] * 3
     made = {each["result"]["image"] for each in ended[:2]}
@@ -85,28 +93,29 @@ def test_a_container_restarted_in_the_middle(
         deployment.cli("image", "delete", image, "--yes")
 
 
-def test_the_hypervisor_restarted_in_the_middle(deployment: Deployment, busy: str) -> None:
+def test_the_hypervisor_restarted_in_the_middle(
+    deployment: Deployment, busy: str, points: Points
+) -> None:
     """Its guests lose their power; the copy ends as it is told, and the next one works."""
     server = deployment.client.servers.get(busy)["id"]
     before = _folders(deployment, server)
-    running = deployment.client.images.create(busy, quiesce="never")
-    wait_for(lambda: _copying(deployment, running), "the copy has begun")
-
-    deployment.compose("restart", "hypervisor")
-    deployment.up("hypervisor")
-    ended = deployment.client.wait(running["id"], timeout=120)
+    with points.held(
+        lambda: deployment.client.images.create(busy, quiesce="never"), "stream:begun"
+    ) as running:
+        _restart(deployment, "hypervisor")
+    ended = deployment.client.wait(running["id"], timeout=300)
 
     made = {ended["result"]["image"]} if ended["state"] == "succeeded" else set()
     assert _folders(deployment, server) - before == made
     assert deployment.guest().wait_ready().state() == "running"
     taken = deployment.client.snapshots.take("demo", replace=True)
-    assert deployment.client.wait(taken["id"], timeout=60)["state"] == "succeeded"
+    assert deployment.client.wait(taken["id"], timeout=180)["state"] == "succeeded"
 
 
 def test_schema_and_containers_are_replaced_with_data_in_them(deployment: Deployment) -> None:
     """`down`, back to the schema before, `up`: what was there is there, and works."""
     taken = deployment.client.snapshots.take("demo", replace=True)
-    deployment.client.wait(taken["id"], check=True, timeout=60)
+    deployment.client.wait(taken["id"], check=True, timeout=180)
     deployment.guest().shutdown()
     before = _all_there_is(deployment)
     deployment.down(volumes=False)
@@ -120,7 +129,7 @@ def test_schema_and_containers_are_replaced_with_data_in_them(deployment: Deploy
     assert _revision(deployment) > older
     assert _all_there_is(deployment) == before
     reverted = deployment.client.snapshots.revert("demo")
-    assert deployment.client.wait(reverted["id"], timeout=60)["state"] == "succeeded"
+    assert deployment.client.wait(reverted["id"], timeout=180)["state"] == "succeeded"
 
 
 def _all_there_is(deployment: Deployment) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from operations.waiting import wait_for
 
 from shared.disks import extents as maps
 from shared.disks.catching_up import MOST_ROUNDS, CatchingUp, catch_up, finish, follow
@@ -101,30 +102,35 @@ def test_whatever_is_done_in_between_the_copy_is_equal(place: Path, seed: int) -
 
 
 def test_a_writer_at_work_is_caught_up_with(place: Path) -> None:
-    """While another thread writes past the page cache, as QEMU does; equal once it rests."""
+    """While another thread writes past the page cache, as QEMU does, before each round; equal
+    once it rests."""
     source = scattered(place / "disk", 2000)
     enough = threading.Event()
-    rounds = 0
+    writes = 0
 
     def write() -> None:
-        nonlocal rounds
+        nonlocal writes
         dice = random.Random(1)
         page = mmap.mmap(-1, BLOCK)
         guest = os.open(source, os.O_RDWR | os.O_DIRECT)
         while not enough.is_set():
             page[:8] = dice.randbytes(8)
             os.pwrite(guest, page, dice.randrange(4000) * BLOCK)
-            rounds += 1
+            writes += 1
         os.close(guest)
+
+    def more_writes() -> None:
+        seen = writes
+        wait_for(lambda: writes > seen + 5)
 
     writer = threading.Thread(target=write)
     writer.start()
     with both(source) as copy:
-        catch_up([copy], BUDGET_MS, lambda: None)
+        catch_up([copy], BUDGET_MS, more_writes)
         enough.set()
         writer.join()
         copy.finish()
-    assert rounds > 10
+    assert writes > 10
     assert_equal(source)
 
 

@@ -48,7 +48,7 @@ def test_preallocated_room_counts(xfs: Path) -> None:
 def test_where_nothing_is_shared(place: str, request: pytest.FixtureRequest) -> None:
     """It is all that the file takes up, also where no extents are told."""
     folder = Path("/dev/shm") if place == "tmpfs" else request.getfixturevalue("ext4")  # noqa: S108
-    path = folder / "triptych-test-unique.raw"
+    path = folder / f"triptych-test-{os.urandom(4).hex()}.raw"
     try:
         with path.open("wb") as file:
             file.write(os.urandom(MIB))

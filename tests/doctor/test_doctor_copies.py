@@ -261,7 +261,7 @@ def test_worker_that_was_killed_is_cleared_up_after(patient: Patient) -> None:
     operation = patient.world.snapshot_of(server)
     folder = patient.vault.folder("snapshot", server.id, "snp_1")
     with python(DIES, operation, str(folder)) as process:
-        assert process.wait(30) == -signal.SIGKILL, process.stderr and process.stderr.read()
+        assert process.wait(120) == -signal.SIGKILL, process.stderr and process.stderr.read()
     patient.world.clear_outbox()
     assert folder.with_name("snp_1.partial").is_dir()
 

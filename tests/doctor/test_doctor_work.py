@@ -75,6 +75,7 @@ def test_operation_that_is_at_work_is_left_alone(patient: Patient) -> None:
     made.touch()
     server = patient.server()
     with patient.at_work(server, ("remove_file", {"path": str(made)})) as operation:
+        patient.world.expire(operation, seconds=-600)  # nobody renews its lease here
         patient.is_healthy()
         owner = patient.world.row(operation).owner
         patient.world.change(operation, owner="kvm-1/snapshotter/another")

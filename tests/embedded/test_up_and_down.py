@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 from triptych import Client
 
@@ -18,7 +19,7 @@ from embedded.stack import ROOT, SERVICES, Stack, free_port
 from lab.guest import Guest
 from lab.libvirtd import Hypervisor, scratch
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 PROCESSES = ("redis", "api", *SERVICES, "beat")
 
 
@@ -56,12 +57,13 @@ class Seen:
     @classmethod
     def of(cls, state: Path) -> Seen:
         stack = Stack(state)
+        readiness = httpx.get(f"{stack.url}/readyz", timeout=60).json()
         with Client(stack.url, stack.token) as client:
             return cls(
                 {name: stack.pid(name) for name in PROCESSES if stack._alive(name)},
                 stack.environment,
                 set((state / "filled-in").read_text().split()),
-                stack._ask("/readyz").get("status") == "ok",
+                readiness["status"] == "ok",
                 [server["name"] for server in client.servers.list()],
             )
 

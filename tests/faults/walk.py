@@ -426,7 +426,7 @@ class Walk:
         """The server is as the operation says it is, nothing is left over, and it can go on."""
         site, machine = self.site, self.machine
         with contextlib.suppress(AssertionError):  # a moment after the end it may not be yet
-            wait_for(self._tidy, "nothing is left over", 20)
+            wait_for(self._tidy, "nothing is left over")
         site.assert_tidy()
         succeeded = ended["state"] == "succeeded"
         if machine.power == "running" and machine.state() == "stopped":

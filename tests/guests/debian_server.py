@@ -91,8 +91,7 @@ def debian_on(site: Site, network: Network) -> Iterator[Server]:
     )
     with guest:
         guest.start(wait=False)
-        server = site.client.servers.add(site.host, guest.name)
-        yield Server(site, network, guest, server["id"])
+        yield Server(site, network, guest, site.register(guest))
 
 
 def reboot(server: Server) -> None:

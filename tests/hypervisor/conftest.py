@@ -43,7 +43,7 @@ def hypervisor(request: pytest.FixtureRequest, hypervisor: Hypervisor) -> Iterat
                 str(filesystems.mount_root()), str(filesystems.mount_root()), "rw,rslave"
             )
             .with_kwargs(init=True)
-            .waiting_for(LogMessageWaitStrategy("ready").with_startup_timeout(60))
+            .waiting_for(LogMessageWaitStrategy("ready").with_startup_timeout(120))
         )
         with container:
             yield Hypervisor(state, f"qemu+unix:///system?socket={run}/libvirt-sock")

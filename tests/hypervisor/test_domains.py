@@ -162,7 +162,7 @@ def test_a_sick_domain_does_not_hide_the_others(box: Domain, hypervisor: Hypervi
 
 
 def test_changes_are_told_soon_and_in_one(box: Domain) -> None:
-    """A start is told within a second, and a burst of events makes few calls."""
+    """A change is told within a second, and a burst of events makes few calls."""
     calls: list[float] = []
     stop = threading.Event()
     thread = threading.Thread(
@@ -170,20 +170,25 @@ def test_changes_are_told_soon_and_in_one(box: Domain) -> None:
     )
     thread.start()
     try:
-        wait_until(lambda: len(calls) == 1, 3)
+        wait_until(lambda: len(calls) > 0)
         box.start(paused=True)
-        began = time.monotonic()
-        wait_until(lambda: len(calls) > 1, 2)
-        assert calls[-1] - began < 1
-        seen = len(calls)
+        took = []
+        for change in (box.resume, box.suspend, box.resume, box.suspend):
+            seen, began = len(calls), time.monotonic()
+            change()
+            wait_until(lambda seen=seen: len(calls) > seen)
+            took.append(time.monotonic() - began)
+        assert min(took) < 1  # the machine may be busy with something else
+        seen, began = len(calls), time.monotonic()
         for _ in range(10):
             box.resume()
             box.suspend()
-        time.sleep(0.5)
-        assert 1 <= len(calls) - seen < 15
+        wait_until(lambda: len(calls) > seen)
+        made, lasted = len(calls) - seen, time.monotonic() - began
+        assert made <= lasted / inventory.DEBOUNCE_S + 2
     finally:
         stop.set()
-        thread.join(5)
+        thread.join(60)
         box.destroy()
     assert not thread.is_alive()
 
@@ -202,7 +207,7 @@ def test_loss_is_told_for_as_long_as_it_lasts(monkeypatch: pytest.MonkeyPatch) -
 
     began = time.monotonic()
     watch(nowhere, lambda: None, stop, on_lost=lost, at_least_every_s=0.1)
-    assert 0.2 <= time.monotonic() - began < 5
+    assert 0.2 <= time.monotonic() - began < 30
     assert len(losses) == 3
 
 
@@ -230,20 +235,20 @@ def test_libvirtd_may_be_restarted_at_any_time(own: Hypervisor, workspace: Path)
         thread.start()
         watchdog = Watchdog(own.uri, workspace / "holds")
         try:
-            wait_until(lambda: bool(changes), 3)
+            wait_until(lambda: bool(changes))
             with paused(domain, watchdog):
                 own.stop(kill=True)
                 own.start()
             assert domain.state == "running"
             own.stop(kill=True)
-            wait_until(lambda: bool(losses), 10)
+            wait_until(lambda: bool(losses))
             seen = len(changes)
             own.start()
-            wait_until(lambda: len(changes) > seen, 15)
+            wait_until(lambda: len(changes) > seen)
             assert len(losses) <= 2
         finally:
             stop.set()
-            thread.join(5)
+            thread.join(60)
             watchdog.close()
 
 
@@ -295,4 +300,4 @@ def test_a_guest_paused_when_worker_and_libvirtd_die_is_resumed_later(
         process.wait()
         time.sleep(1)
         own.start()
-        assert wait_until(lambda: made.state() == "running", 5) < 3
+        wait_until(lambda: made.state() == "running")

@@ -6,8 +6,10 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from operations.waiting import wait_for
 
 from lab import offline
 from lab.guest import Guest
@@ -17,6 +19,7 @@ from shared.disks.copied import CopiedDisk
 from shared.disks.copy import stream_copy
 from shared.disks.engine import capture
 from shared.disks.errors import CopyFailed, InsufficientSpace, PauseTooLong
+from shared.disks.extents import extent_count
 from shared.disks.materialise import materialise
 from shared.disks.planning import plan
 from shared.errors import Cancelled
@@ -29,6 +32,9 @@ from shared.manifest import Manifest, ManifestDisk, ManifestServer, read_manifes
 from shared.vault import Vault
 
 pytestmark = pytest.mark.vm
+MOMENT_MS = 5000
+"""More than a guest is ever held, on a machine that is busy with something else too. How long it
+is where nothing else goes on, `bench/` measures."""
 
 
 @pytest.fixture
@@ -49,10 +55,11 @@ def stopped(hypervisor: Hypervisor, xfs: Path) -> Iterator[Domain]:
 
 @contextlib.contextmanager
 def busy(guest: Guest, command: str) -> Iterator[None]:
-    """Have the guest repeat `command` until the block is left."""
-    loop = f"rm -f /tmp/stop; while [ ! -e /tmp/stop ]; do {command}; done"
+    """Have the guest repeat `command` until the block is left; it has done it once before."""
+    guest.run("rm -f /tmp/stop /tmp/begun")
+    loop = f"while [ ! -e /tmp/stop ]; do {command}; : >/tmp/begun; done"
     started = guest.agent("guest-exec", path="/bin/sh", arg=["-c", loop])
-    time.sleep(0.5)
+    wait_for(lambda: guest.run("test -e /tmp/begun")[0] == 0)
     try:
         yield
     finally:
@@ -76,7 +83,7 @@ def test_reflink_under_a_writer(
     with busy(guest, "dd if=/dev/urandom of=/data/w bs=64k count=64 conv=fsync 2>/dev/null"):
         taken = capture(domain, folder, watchdog=watchdog, quiesce="never", before=steps.append)
     assert (taken.way, taken.consistency) == ("reflink", "crash")
-    assert 0 < taken.pause_ms < 1000
+    assert 0 < taken.pause_ms < MOMENT_MS
     print(f"paused {taken.pause_ms:.1f} ms")
     assert steps == ["pause", "released"]
     assert [(f.target, f.format, f.path.name) for f in taken.files] == [
@@ -120,7 +127,8 @@ def test_both_disks_are_one_instant(
             )
             assert 0 <= first - second <= 1
             seen.append(first)
-    assert seen == sorted(set(seen))
+    assert seen == sorted(seen)
+    assert seen[0] < seen[-1]
 
 
 def test_stream_copies_a_running_guest(
@@ -272,17 +280,28 @@ def fragmented(hypervisor: Hypervisor, xfs: Path) -> Iterator[Guest]:
 
 
 def test_fragmented_disks_are_shared_ahead_of_the_pause(
-    fragmented: Guest, watchdog: Watchdog, folder: Path
+    fragmented: Guest, watchdog: Watchdog, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under a writer, thousands of pieces do not show in the pause, and both disks are one
+    """Under a writer, few of thousands of pieces are left for the pause, and both disks are one
     instant: a number is written to the root disk before it is written to the other."""
     domain = find_by_name(connect(fragmented.hypervisor.uri), fragmented.name)
     assert plan(domain, folder).catching_up
+    pieces = {"running": 0, "paused": 0}
+    real = catching_up.clone_ranges
+
+    def counted(source: int, target: int, ranges: Any) -> None:
+        pieces[fragmented.state()] += len(ranges)
+        real(source, target, ranges)
+
+    monkeypatch.setattr(catching_up, "clone_ranges", counted)
     count = "n=$((n+1)); echo $n > /root/n; sync /root/n; echo $n > /data/n; sync /data/n"
     with busy(fragmented, count):
-        taken = capture(domain, folder, watchdog=watchdog, quiesce="never")
+        taken = capture(
+            domain, folder, watchdog=watchdog, quiesce="never", pause_budget_ms=MOMENT_MS
+        )
     assert taken.way == "reflink"
-    assert taken.pause_ms < 100
+    assert pieces["paused"] < 500
+    assert extent_count(folder / "vdb.raw") > 5000
     print(f"paused {taken.pause_ms:.1f} ms")
     ahead = int(offline.read_file(folder / "vda.qcow2", "/root/n"))
     behind = int(offline.read_file(folder / "vdb.raw", "/n"))
@@ -292,9 +311,11 @@ def test_fragmented_disks_are_shared_ahead_of_the_pause(
 
 
 def test_a_pause_over_the_budget_is_not_made(
-    fragmented: Guest, watchdog: Watchdog, folder: Path
+    fragmented: Guest, watchdog: Watchdog, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What cannot be found and shared within the budget is streamed, and the result says why."""
+    # Else a guest that just does not write needs no look (`CatchingUp._untouched`).
+    monkeypatch.setattr(catching_up, "TICK_NS", 10**12)
     domain = find_by_name(connect(fragmented.hypervisor.uri), fragmented.name)
     another = folder / "another"
     another.mkdir(mode=0o711)
@@ -383,4 +404,4 @@ def test_many_copies_under_load_all_pass(
             pauses.append(taken.pause_ms)
             assert complaints(place / "vdb.raw") == ""
     print("pauses", [round(pause, 1) for pause in pauses])
-    assert max(pauses) < 1000
+    assert max(pauses) < MOMENT_MS

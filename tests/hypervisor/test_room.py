@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from operations.waiting import wait_for
 
 from lab import filesystems
 from lab.guest import Guest
@@ -57,7 +58,8 @@ def test_a_stream_leaves_the_floor_free(
     def growing() -> bool:
         """Nobody cancels; but as soon as there is something of the copy, others write."""
         copies = list(vault.root.glob("**/vda.raw"))
-        if not ballast and copies and copies[0].stat().st_blocks:
+        if not ballast and copies:
+            wait_for(lambda: copies[0].stat().st_blocks)
             size = filesystems.size(vault.root)
             ballast.append(filesystems.fill(vault.root, leave=int(size * FLOOR * 0.9)))
         return False

@@ -95,7 +95,7 @@ def test_a_clone_wakes_without_a_link_and_gets_another_card(
     assert set_clock(domain) is None
     kept = exchange(domain, cards)
 
-    assert abs(int(guest.run("date +%s")[1]) - time.time()) < 10
+    assert abs(int(guest.run("date +%s")[1]) - time.time()) < 60
     assert list(kept) == [definition.macs[FIXED]]
     assert "cannot be unplugged" in kept[definition.macs[FIXED]]
 
@@ -103,7 +103,7 @@ def test_a_clone_wakes_without_a_link_and_gets_another_card(
         guest.run("ip link set eth1 up 2>/dev/null")
         return _carriers(guest) == {FIXED: "0", definition.macs[PLUGGED]: "1"}
 
-    wait_for(other_card, 20)
+    wait_for(other_card)
 
 
 def test_a_guest_that_does_not_let_go_of_its_cards(

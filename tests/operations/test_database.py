@@ -222,6 +222,8 @@ def test_connections_that_ended_are_replaced(
     world: World, any_database: str, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unnoticed where they were idle; else one transaction fails, and the next one does not."""
+    for bound in ("_FRESH", "_LATELY"):
+        monkeypatch.setattr(database, bound, 3600)
     with reading() as one, reading() as two:
         assert one.scalar(select(1)) == two.scalar(select(1)), "two connections"
     _end_all_connections(postgres)

@@ -89,7 +89,7 @@ def ask(world: World, name: str, what: str = "work") -> str:
 
 def ended(world: World, operation: str) -> Operation:
     """The row, once the operation has ended."""
-    wait_for(lambda: world.row(operation).state in ENDED, 30)
+    wait_for(lambda: world.row(operation).state in ENDED, 90)
     return world.row(operation)
 
 
@@ -137,7 +137,7 @@ def test_killed_child_is_succeeded(worker: Worker, world: World) -> None:
 def test_killed_worker_is_succeeded(worker: Worker, world: World, redis_broker: Broker) -> None:
     """The whole worker killed, its messages gone, and started again at once."""
     operation = ask(world, "one", "slow")
-    wait_for(worker.did, 30)
+    wait_for(worker.did)
     worker.kill()
     redis_broker.client.flushall()
     (worker.vault / "go").touch()
@@ -155,7 +155,7 @@ def test_broker_that_restarts_without_its_memory(
 ) -> None:
     """Work under way ends, the worker reads its queue again, and what waited is sent anew."""
     under_way = ask(world, "one", "slow")
-    wait_for(worker.did, 30)
+    wait_for(worker.did)
     redis_broker.stop()
     waiting = world.snapshot_of(world.server("two"))
     (worker.vault / "go").touch()
@@ -194,7 +194,7 @@ def test_message_for_another_host_does_nothing(
     command = {"server": world.server("elsewhere", host="kvm-2").id}
     for arguments in ({"operation_id": foreign}, command):
         publisher().send_task("snapshotter.take", [], arguments, queue=QUEUE)
-    wait_for(lambda: worker.log.read_text().count("operation.misdirected") == 2, 30)
+    wait_for(lambda: worker.log.read_text().count("operation.misdirected") == 2)
 
     assert ended(world, ask(world, "own")).state == "succeeded"
 
@@ -209,7 +209,7 @@ def test_raw_junk_in_the_queue(worker: Worker, world: World, redis_broker: Broke
     """Celery ends a worker that reads what is no message at all: it still does the work it has
     begun, and the one that its supervisor then starts goes on with the rest."""
     under_way = ask(world, "before", "slow")
-    wait_for(worker.did, 30)
+    wait_for(worker.did)
     redis_broker.client.lpush(f"triptych:{QUEUE}", b"junk")
     (worker.vault / "go").touch()
     worker.process.wait(90)
@@ -220,6 +220,7 @@ def test_raw_junk_in_the_queue(worker: Worker, world: World, redis_broker: Broke
     assert (row.state, row.attempt) == ("succeeded", 1)
 
 
+@pytest.mark.timeout(300)
 def test_three_workers_do_each_operation_once_and_in_order(
     redis_broker: Broker, world: World, any_database: str
 ) -> None:
@@ -238,7 +239,7 @@ def test_three_workers_do_each_operation_once_and_in_order(
             operation = world.submit(asked[n % len(asked)])
             outbox.flush()
             expected[server] += [f"began {server} {operation}", f"ended {server} {operation}"]
-        wait_for(lambda: _all_ended(60), 60)
+        wait_for(lambda: _all_ended(60), 150)
 
     done = (settings().vault / "executions").read_text().splitlines()
     assert expected == {server: [line for line in done if server in line] for server in servers}

@@ -52,11 +52,15 @@ def test_a_statement_without_an_answer_is_an_error(
     world: World, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is given up in time with its connection, and the next one has another."""
-    monkeypatch.setattr(BoundedConnection, "patience", 0.5)
     with transaction() as session:
         pid = int(session.connection().execute(text("SELECT pg_backend_pid()")).scalar_one())
         backend = postgres.process(pid)
-        with stopped(backend), pytest.raises(OperationalError, match=r"no answer within 0\.5 s"):
+        with (
+            stopped(backend),
+            monkeypatch.context() as patch,
+            pytest.raises(OperationalError, match=r"no answer within 0\.5 s"),
+        ):
+            patch.setattr(BoundedConnection, "patience", 0.5)
             session.execute(text("SELECT 1"))
         session.rollback()
 

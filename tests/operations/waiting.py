@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 15) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
     """The first true value of `condition`; fails after that time."""
     end = time.monotonic() + seconds
     while not (found := condition()):

@@ -14,7 +14,7 @@ WHOLE = os.environ.get("TRIPTYCH_YEAR_WHOLE") == "1"
 SHARES, SERVERS, DAYS = (2, 1000, 365) if WHOLE else (1, 8, 45)
 
 
-@pytest.mark.timeout(12 * 3600 if WHOLE else 180)
+@pytest.mark.timeout(12 * 3600 if WHOLE else 900)
 def test_year_of_outages(sqlite_template: Path, tmp_path: Path) -> None:
     """Whatever is away and whoever changes what: each slot has one image, or says why not."""
     shares = [

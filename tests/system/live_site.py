@@ -14,17 +14,19 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import libvirt
-from triptych import Client
+from triptych import Client, Problem
 
 from embedded.stack import SERVICES, Stack, free_port
 from lab import filesystems, offline
 from lab.filesystems import GIB, MIB
 from lab.guest import Guest, attach, make_disk
 from lab.libvirtd import Hypervisor, scratch
+from lab.processes import holder_of
 
 FILE_SYSTEMS = {"xfs": "reflink", "btrfs": "reflink", "ext4": "stream"}
 """Each kind of file system with the way that copies go on it."""
@@ -35,9 +37,11 @@ SMALL = 16 * MIB
 BUSY = 640 * MIB
 """Enough that what QEMU copies is not over as soon as it has begun."""
 TICK = "1"
+PATIENCE_S = 120
+"""For what takes seconds on an idle machine."""
 
 
-def wait_for(condition: Callable[[], Any], what: str, timeout: float = 30) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, timeout: float = PATIENCE_S / 2) -> Any:
     """What `condition` gives once that is true; AssertionError after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (found := condition()):
@@ -145,15 +149,15 @@ class Site:
 
     # Asking
 
-    def done(self, operation: Any, timeout: float = 60) -> dict[str, Any]:
+    def done(self, operation: Any, timeout: float = PATIENCE_S) -> dict[str, Any]:
         """Wait for the operation and demand that it succeeded."""
         return dict(self.client.wait(operation["id"], check=True, timeout=timeout))
 
-    def ended(self, operation: Any, timeout: float = 60) -> dict[str, Any]:
+    def ended(self, operation: Any, timeout: float = PATIENCE_S) -> dict[str, Any]:
         """Wait for the operation, however it ends."""
         return dict(self.client.wait(operation["id"], timeout=timeout))
 
-    def refused(self, operation: Any, timeout: float = 60) -> str:
+    def refused(self, operation: Any, timeout: float = PATIENCE_S) -> str:
         """Wait for the operation, demand that it failed, and give the code of its error."""
         ended = self.ended(operation, timeout)
         assert ended["state"] == "failed", ended
@@ -200,8 +204,7 @@ class Site:
         guest = Guest.create(self.hypervisor, self.disks, disks=disks, nic=True)
         if power == "running":
             guest.start(wait=False)
-        server = self.client.servers.add(self.host, guest.name)
-        made = Machine(self, guest, power, server["id"], words=len(formats))
+        made = Machine(self, guest, power, self.register(guest), words=len(formats))
         self.machines.append(made)
         return made
 
@@ -217,8 +220,17 @@ class Site:
         guest = Guest.create(self.hypervisor, self.disks, disks=[str(disk)])
         if power == "running":
             guest.start(wait=False)
-        server = self.client.servers.add(self.host, guest.name)
-        return Machine(self, guest, power, server["id"], words=0)
+        return Machine(self, guest, power, self.register(guest), words=0)
+
+    def register(self, guest: Guest) -> str:
+        """The id of a new server; asked for again where its host is slow to report the domain."""
+        deadline = time.monotonic() + PATIENCE_S / 2
+        while True:
+            try:
+                return str(self.client.servers.add(self.host, guest.name)["id"])
+            except Problem as refusal:
+                if refusal.code != "domain_not_found" or time.monotonic() > deadline:
+                    raise
 
     def noise(self, size: int) -> Path:
         path = self.disks / f"noise-{secrets.token_hex(4)}.raw"
@@ -289,14 +301,10 @@ class Site:
     def child_of(self, operation: Any) -> int:
         """The pid of the pool child that works on the operation: it holds its owner's file."""
         (row,) = self.rows("SELECT owner FROM operation WHERE id = ?", operation["id"])
-        lock = str(self.vault / ".workers" / row["owner"].replace("/", "~"))
-        for entry in Path("/proc").glob("[0-9]*/fd/*"):
-            try:
-                if str(entry.readlink()) == lock:
-                    return int(entry.parts[2])
-            except OSError:
-                continue
-        raise AssertionError(f"nobody holds {lock}")
+        lock = self.vault / ".workers" / row["owner"].replace("/", "~")
+        holder = holder_of(lock)
+        assert holder, f"nobody holds {lock}"
+        return holder
 
     def mark_logs(self) -> None:
         self.log_marks = {
@@ -359,6 +367,11 @@ class Machine:
 
     def state(self) -> str:
         return self.guest.state()
+
+
+def moment(told: str) -> datetime:
+    """What the API tells, to be compared: as a text a full second is later than its parts."""
+    return datetime.fromisoformat(told)
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from triptych import Problem
 from lab import filesystems
 from lab.filesystems import MIB, fill
 from lab.guest import Guest, make_disk
-from lab.libvirtd import Hypervisor, libvirtd
+from lab.libvirtd import libvirtd
 
 pytestmark = pytest.mark.vm
 on_xfs = pytest.mark.parametrize("site", ["xfs"], indirect=True)
@@ -73,9 +73,9 @@ def test_a_domain_without_a_disk_cannot_be_registered(site: Site) -> None:
 def test_a_disk_that_cannot_be_copied_is_never_left_out(site: Site, disk: str) -> None:
     """A copy without a writable disk would look whole: disk_not_copyable, and nothing is kept."""
     with defined(site, disk) as guest:
-        server = site.client.servers.add(site.host, guest.name)
+        server = site.register(guest)
         for ask in (site.client.snapshots.take, site.client.images.create):
-            operation = site.ended(ask(server["id"]))
+            operation = site.ended(ask(server))
             assert operation["state"] == "failed"
             assert operation["error"]["code"] == "disk_not_copyable"
             assert "vdb" in operation["error"]["message"]
@@ -86,8 +86,8 @@ def test_read_only_disks_are_left_out_by_name(site: Site) -> None:
     """CD-ROMs and read-only disks are not copied, and the result says which and why (I1)."""
     shared = make_disk(site.disks, "raw", "blank", MIB)
     with defined(site, READ_ONLY_DISK.format(path=shared) + CD_ROM) as guest:
-        server = site.client.servers.add(site.host, guest.name)
-        operation = site.done(site.client.images.create(server["id"]))
+        server = site.register(guest)
+        operation = site.done(site.client.images.create(server))
 
         left_out = {each["target"]: each["reason"] for each in operation["result"]["left_out"]}
         assert set(left_out) == {"vdb", "sda"}
@@ -164,13 +164,15 @@ def test_a_lone_clone_whose_file_exists_fails(site: Site, stopped: Machine) -> N
 
 
 @pytest.fixture(scope="module")
-def own_site(hypervisor: Hypervisor) -> Iterator[Site]:
-    """A stack on a libvirtd that may be stopped."""
+def own_site() -> Iterator[Site]:
+    """A stack on a libvirtd that may be stopped: no other stack loses it too."""
     if not filesystems.can_mount():
         pytest.skip("needs the right to mount loop devices")
-    with contextlib.ExitStack() as opened:
-        own = hypervisor if hypervisor.ours else opened.enter_context(libvirtd(own=True))
-        yield opened.enter_context(open_site(own, "xfs", size=filesystems.GIB, host="restarts"))
+    with (
+        libvirtd(own=True) as own,
+        open_site(own, "xfs", size=filesystems.GIB, host="restarts") as made,
+    ):
+        yield made
 
 
 def test_libvirtd_may_go_and_come_back(own_site: Site) -> None:

@@ -41,7 +41,7 @@ class Server(RuleBasedStateMachine):
     def register(self) -> None:
         blank = make_disk(self.site.disks, "raw", "blank", MIB)
         self.guest = Guest.create(self.site.hypervisor, self.site.disks, disks=[str(blank)])
-        self.id = self.client.servers.add(self.site.host, self.guest.name)["id"]
+        self.id = self.site.register(self.guest)
         self.path = blank
         self.disk = ""
         self.snapshot: str | None = None

@@ -116,7 +116,7 @@ def test_both_at_once(world: World, copies: Copies, monkeypatch: pytest.MonkeyPa
         wait_for(lambda: read_manifest(folder).digest_of("vda.raw"))
     finally:
         thread.stop()
-        thread.join(10)
+        thread.join(60)
     assert verified(world)["faults"] == []
 
 
