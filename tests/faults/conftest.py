@@ -34,10 +34,9 @@ OF_THE_GUEST = (
 OF_FARMS = ("farm.delete", "clone.delete", "farm.retry", "farm.start", "farm.stop")
 """Those about its clones, in which libvirtd does the work."""
 
-KILLED, UNDONE, FAILED, HELD, OWNERS = (
+KILLED, UNDONE, HELD, OWNERS = (
     "test_worker_killed_at_every_point",
     "test_worker_killed_at_every_point_of_an_undo",
-    "test_error_at_every_point",
     "test_worker_and_watchdog_die_while_the_guest_is_held",
     "test_a_pause_that_its_owner_asks_for_later_stays",
 )
@@ -73,8 +72,8 @@ PART = {
 """What `PART=1` runs, in this order; a point that was touched is not touched again."""
 
 
-SHARES = 3
-"""One more than cores: much of a walk is waiting for a tick, or for libvirtd to be back."""
+SHARES = 2
+"""As many as cores. Three took no less: each has a stack and a libvirtd that cost something."""
 SHARE = int(os.environ.get("TRIPTYCH_FAULTS_SHARE", "0"))
 """Which of them to do, from 1 on; 0 is all."""
 OUTCOMES = Outcomes(WHOLE, [], SHARES)
@@ -96,11 +95,8 @@ def _where(item: Any) -> tuple[str, str]:
 
 
 def _share(item: Any) -> int:
-    """Of about equal time; what a running guest on XFS is walked for is as much as all else."""
-    where = _where(item)
-    if where == ("xfs", "running"):
-        return 1 if item.originalname in (KILLED, UNDONE, FAILED) else 2
-    return 2 if where == ("ext4", "stopped") else 3
+    """Of about equal time; each server is in one of them, for it is walked from case to case."""
+    return 1 if _where(item) == ("xfs", "running") else 2
 
 
 def _is_wanted(item: Any) -> bool:
@@ -131,7 +127,6 @@ def hypervisor() -> Iterator[Hypervisor]:
 def site(request: pytest.FixtureRequest, hypervisor: Hypervisor) -> Iterator[Site]:
     settings = {
         "TRIPTYCH_CONCURRENCY": "2",
-        "TRIPTYCH_TICK": "0.5",
         "TRIPTYCH_IDENTITY_TIMEOUT": "1",  # clones of a stopped server have nothing that answers
     }
     with open_site(
