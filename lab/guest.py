@@ -86,7 +86,7 @@ _CMDLINE = (
 
 
 _AGENT_LOST = "agent is not available due to an error"
-"""Seen once in some 400 times that a QEMU was killed and its guest started at once: libvirt 9.0
+"""Seen once in some 150 times that a QEMU was killed and its guest started at once: libvirt 9.0
 took the end of the old one's connection for that of the new one's, until the next boot."""
 
 
