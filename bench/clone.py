@@ -110,6 +110,7 @@ def with_memory(site: Site, book: Book) -> None:
         result.also = {
             "first_runs_after_s": statistics.median(firsts),
             "pause_ms": statistics.median(held),
+            "guests_own_clock_ms": site.clock_ms(),
         }
         book.record(f"clone_memory_{size}", result)
 

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from shared.hypervisor.domains import Domain, find_by_name
 from shared.hypervisor.watchdog import Watchdog
 
 TOO_LONG_S = 600
-FREEZES, APART_S = 5, 0.5
+ASKED, APART_S = 5, 0.5
 """A second freeze soon after one is cheaper."""
 
 
@@ -175,12 +175,23 @@ class Site:
 
     def freeze_ms(self) -> float:
         """What the guest itself takes to freeze and thaw, as `virsh domfsfreeze` has it do."""
+
+        def both(handle: Any) -> None:
+            handle.fsFreeze()
+            handle.fsThaw()
+
+        return self._guests_own_ms(both)
+
+    def clock_ms(self) -> float:
+        """What the guest itself takes to set its clock, as `virsh domtime --now` has it do."""
+        return self._guests_own_ms(lambda handle: handle.setTime({"seconds": int(time.time())}))
+
+    def _guests_own_ms(self, ask: Callable[[Any], object]) -> float:
         took = []
-        for _ in range(FREEZES):
+        for _ in range(ASKED):
             time.sleep(APART_S)
             began = time.perf_counter()
-            self.domain.call("Freezing", lambda handle: handle.fsFreeze())
-            self.domain.call("Thawing", lambda handle: handle.fsThaw())
+            self.domain.call("Asking", ask)
             took.append((time.perf_counter() - began) * 1000)
         return statistics.median(took)
 

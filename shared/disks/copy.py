@@ -13,14 +13,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.disks import images
 from shared.disks.durable import sync
-from shared.disks.errors import CopyFailed, InsufficientSpace, ReflinkRefused
-from shared.disks.reflink import reflink
+from shared.disks.errors import CopyFailed, InsufficientSpace
 from shared.disks.space import FLOOR, FloorWatch, full_is_said, says_full
 from shared.errors import Cancelled
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[float], None]
 
 # Measured best for a 20 GiB disk with 2 GiB in it: 2.5 s against 7-16 s plain.
 _PARALLEL = ["-W", "-m", "16"]
@@ -37,35 +35,19 @@ def stream_copy(
     progress: Progress,
     cancelled: Callable[[], bool],
     *,
-    reflink_ok: bool = False,
     free_floor: float = FLOOR,
     compress: bool = False,
 ) -> None:
     """Copy `src` with its whole chain into `dst`, a new file of mode 0600; synced.
 
-    `reflink_ok` shares extents instead where that gives the same file. `progress`
-    gets bytes done and bytes in all. `src` may be a block device. `compress` a qcow2
-    `dst` with zstd (QEMU 5.1 or newer reads it). Raises
+    `progress` gets the part that is done, from 0 to 1. `src` may be a block device. `compress` a
+    qcow2 `dst` with zstd (QEMU 5.1 or newer reads it). Raises
     FileExistsError, Cancelled (within a second of `cancelled()` turning true),
     InsufficientSpace (also as soon as less than `free_floor` of the file system is
     left) or CopyFailed; nothing of `dst` is left then.
     """
     if dst.exists():
         raise FileExistsError(dst)
-    about = images.info(src, src_format)
-    if reflink_ok and src_format == dst_format and about.depends_on is None and src.is_file():
-        try:
-            reflink(src, dst)
-        except ReflinkRefused:
-            pass
-        else:
-            progress(about.allocated_bytes, about.allocated_bytes)
-            return
-    total = min(images.measure(src, src_format, dst_format), about.virtual_bytes)
-
-    def tell(part: float) -> None:
-        progress(int(part * total), total)
-
     room = FloorWatch(dst.parent, free_floor)
 
     def check() -> None:
@@ -74,7 +56,7 @@ def stream_copy(
         room.check()
 
     try:
-        _convert(src, dst, (src_format, dst_format), _ZSTD if compress else [], tell, check)
+        _convert(src, dst, (src_format, dst_format), _ZSTD if compress else [], progress, check)
         with full_is_said(dst.parent):
             dst.chmod(0o600)
             sync(dst)
@@ -88,7 +70,7 @@ def _convert(
     dst: Path,
     formats: tuple[str, str],
     options: list[str],
-    progress: Callable[[float], None],
+    progress: Progress,
     check: Callable[[], None],
 ) -> None:
     """Run qemu-img; what `check` raises ends it."""
@@ -124,7 +106,7 @@ def _convert(
 
 def _follow(
     process: subprocess.Popen[bytes],
-    progress: Callable[[float], None],
+    progress: Progress,
     check: Callable[[], None],
 ) -> str:
     """Read qemu-img's progress until it ends; returns what it complained about."""

@@ -360,7 +360,7 @@ def _compressed(target: Path, order: _Order) -> None:
         fresh,
         "qcow2",
         "qcow2",
-        lambda _done, _total: None,
+        lambda _part: None,
         order.cancelled,
         free_floor=order.free_floor,
         compress=True,
@@ -378,8 +378,8 @@ def _stream_stopped(job: _Job) -> _Shot:
     done = 0
     for source in job.plan.sources:
 
-        def tell(part: int, _total: int, base: int = done) -> None:
-            job.order.progress(base + part, job.plan.needed_bytes)
+        def tell(part: float, base: int = done, needed: int = source.needed_bytes) -> None:
+            job.order.progress(base + int(part * needed), job.plan.needed_bytes)
 
         target, image_format = job.targets[source.disk.target], source.disk.format
         stream_copy(
@@ -392,6 +392,6 @@ def _stream_stopped(job: _Job) -> _Shot:
             free_floor=job.order.free_floor,
             compress=job.order.compress,
         )
-        done += target.stat().st_blocks * 512
+        done += source.needed_bytes
         faults.point("stream:disk-copied")
     return shot

@@ -60,8 +60,8 @@ def materialise(
                 raise FileExistsError(path)
             made.append(path)
 
-            def tell(part: int, _total: int, base: int = done) -> None:
-                progress(base + part, total)
+            def tell(part: float, base: int = done, needed: int = needs[file.target]) -> None:
+                progress(base + int(part * needed), total)
 
             if shares[file.target]:
                 reflink(file.path, path)

@@ -37,7 +37,8 @@ _TARGET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 
 @dataclass(frozen=True)
 class SourceDisk:
-    """One disk to copy; `copy_format` is what its copy will be."""
+    """One disk to copy; `copy_format` is what its copy will be, `needed_bytes` what it takes at
+    most where it shares nothing."""
 
     disk: DiskDefinition
     path: Path
@@ -45,6 +46,7 @@ class SourceDisk:
     allocated_bytes: int
     depends_on: str | None
     copy_format: str
+    needed_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,11 @@ def plan(
             )
     if compress:
         sources = tuple(replace(s, copy_format="qcow2") for s in sources)
-    needed = sum(images.measure(s.path, s.disk.format, s.copy_format) for s in sources)
+    sources = tuple(
+        replace(s, needed_bytes=images.measure(s.path, s.disk.format, s.copy_format))
+        for s in sources
+    )
+    needed = sum(s.needed_bytes for s in sources)
     needed *= 2 if compress and state != "stopped" else 1
     return Plan("stream", obstacle or reason, state, live, sources, left_out, needed)
 

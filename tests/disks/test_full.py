@@ -192,7 +192,7 @@ def test_a_stream_ends_at_the_floor(tmp_path: Path, room: Path) -> None:
     floor = 0.25
     ballast: list[Path] = []
 
-    def take_room(_done: int, _total: int) -> None:
+    def take_room(_part: float) -> None:
         if not ballast:
             leave = int(filesystems.size(room) * floor * 0.9)
             ballast.append(filesystems.fill(room, leave=leave))

@@ -473,6 +473,7 @@ def _without_qemu(walk: Walk, _operation: Any) -> Iterator[None]:
         os.kill(qemu_of(walk.machine), signal.SIGKILL)
     walk.points.go()
     yield
+    wait_for(lambda: walk.machine.state() == "stopped" or _runs(walk.machine), "libvirt sees it")
 
 
 @contextmanager
@@ -510,6 +511,12 @@ EVENTS: dict[str, Callable[[Walk, Any], Any]] = {
     "full": _full,
     "hang": _hanging,
 }
+
+
+def _runs(machine: Machine) -> bool:
+    with contextlib.suppress(AssertionError):
+        return bool(qemu_of(machine))
+    return False
 
 
 def qemu_of(machine: Machine) -> int:
