@@ -36,6 +36,7 @@ from shared.manifest import (
 )
 from shared.models import Image, Server, Snapshot
 from shared.operations.context import Context
+from shared.operations.journal import Step as JournalStep
 from shared.settings import settings
 from shared.vault import Vault
 
@@ -143,7 +144,7 @@ def copy_server(
             quiesce=quiesce,
             progress=context.progress,
             cancelled=context.stopping,
-            before=lambda step: _journal(context, domain, step),
+            before=lambda step: _journal(context, domain, partial.path, step),
             free_floor=settings().free_floor,
             pause_budget_ms=settings().pause_budget.total_seconds() * 1000,
             memory=memory,
@@ -156,7 +157,7 @@ def copy_server(
     return Stored(manifest)
 
 
-def _journal(context: Context, domain: Domain, step: engine.Step) -> None:
+def _journal(context: Context, domain: Domain, folder: Path, step: engine.Step) -> None:
     """What undoes a step upon the guest, should this worker and its watchdog both die."""
     if step == "backup":  # a pause may have been given up; one that comes now is the owner's
         context.strike("resume_domain")
@@ -166,8 +167,11 @@ def _journal(context: Context, domain: Domain, step: engine.Step) -> None:
     if step == "memory":
         context.undo("release_memory", uuid=domain.uuid)
         return
-    holds = "resume_domain" if step == "pause" else "abort_backup"
-    context.undo_all(("thaw_domain", {"uuid": domain.uuid}), (holds, {"uuid": domain.uuid}))
+    uuid = {"uuid": domain.uuid}
+    held: JournalStep = ("resume_domain", uuid)
+    if step == "backup":
+        held = ("abort_backup", {**uuid, "folder": str(folder)})
+    context.undo_all(("thaw_domain", uuid), held)
 
 
 @cache

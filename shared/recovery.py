@@ -68,8 +68,9 @@ def thaw_domain(uuid: str) -> None:
 
 
 @action
-def abort_backup(uuid: str) -> None:
-    hypervisor.abort_backup(settings().libvirt_uri, uuid)
+def abort_backup(uuid: str, folder: str | None = None) -> None:
+    """The job that copies into the folder. Entries of an earlier version name none."""
+    hypervisor.abort_backup(settings().libvirt_uri, uuid, folder)
 
 
 @action

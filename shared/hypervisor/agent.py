@@ -18,7 +18,12 @@ import libvirt
 from lxml import etree
 
 from shared.hypervisor.domains import Domain, State
-from shared.hypervisor.errors import DomainMissing, HypervisorError, QuiesceFailed
+from shared.hypervisor.errors import (
+    DomainMissing,
+    HypervisorError,
+    LibvirtUnavailable,
+    QuiesceFailed,
+)
 from shared.hypervisor.watchdog import Arm, Watchdog
 
 log = logging.getLogger(__name__)
@@ -32,6 +37,10 @@ FREEZE_TIMEOUT_S = 10
 _GRACE_S = 6.0
 _HOLD_S = 30.0
 _THAW_PATIENCE_S = 15.0
+_UNANSWERED = (
+    libvirt.VIR_ERR_AGENT_UNRESPONSIVE,
+    getattr(libvirt, "VIR_ERR_AGENT_COMMAND_TIMEOUT", None),  # since libvirt 11.2
+)
 
 
 @dataclass
@@ -49,6 +58,13 @@ def agent_ready(domain: Domain) -> bool:
     root = etree.fromstring(domain.live_definition())
     targets = root.iterfind(f"devices/channel/target[@name='{CHANNEL}']")
     return any(target.get("state") == "connected" for target in targets)
+
+
+def unanswered(error: HypervisorError) -> bool:
+    """Whether what the agent was asked for may come true yet: it reads its channel when it is
+    done with what it is at."""
+    code = error.extra.get("libvirt_code")
+    return isinstance(error, LibvirtUnavailable) or (code is not None and code in _UNANSWERED)
 
 
 @contextlib.contextmanager
@@ -138,7 +154,11 @@ def _level(domain: Domain, timeout_s: int) -> Level:
 
 
 def _freeze(domain: Domain, watchdog: Watchdog, arm: Arm, timeout_s: int) -> None:
-    """Freeze within `timeout_s` seconds. On any failure the guest is thawed, `arm` spent."""
+    """Freeze within `timeout_s` seconds. On any failure the guest is thawed, `arm` spent.
+
+    Where the agent did not answer in time, the guest may freeze long after: the watchdog goes on
+    trying to thaw it then, and is not waited for.
+    """
     outcome: list[HypervisorError | None] = []
     over = threading.Event()
     late = threading.Event()
@@ -161,9 +181,13 @@ def _freeze(domain: Domain, watchdog: Watchdog, arm: Arm, timeout_s: int) -> Non
         if not over.is_set():
             raise QuiesceFailed(f"the agent did not answer within {timeout_s} s.")
     if outcome[0] is not None or late.is_set():
-        _thaw(domain, watchdog, arm, patience_s=0)
-        watchdog.disarm(arm)
-        raise outcome[0] or QuiesceFailed(f"the agent did not answer within {timeout_s} s.")
+        failure = outcome[0] or QuiesceFailed(f"the agent did not answer within {timeout_s} s.")
+        if unanswered(failure):
+            watchdog.fire(arm)
+        else:
+            _thaw(domain, watchdog, arm, patience_s=0)
+            watchdog.disarm(arm)
+        raise failure
 
 
 def _thaw(

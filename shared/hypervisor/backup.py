@@ -63,11 +63,18 @@ def push_backup(
     BackupFailed, LibvirtBusy (another job runs), Cancelled or what `check` raises;
     then the job is ended and the files are removed.
     """
+
+    def check_all() -> None:
+        if cancelled():
+            raise Cancelled(f"The copy of {domain.name} was cancelled. Nothing of it was kept.")
+        check()
+
+    domain.refuse_other_job(check_all)  # libvirt would wait for it, with the guest frozen
     job = _Job(domain)
     try:
         with instant or nullcontext():
             job.begin(_job_xml(domain, targets))
-        job.wait(progress, cancelled, check)
+        job.wait(progress, check_all)
         job.wait_released(targets)
         for path, _ in targets.values():
             settle(path)
@@ -123,15 +130,9 @@ class _Job:
                 self.begun = False  # refused: a job that runs is somebody else's
             raise
 
-    def wait(
-        self, progress: Progress, cancelled: Callable[[], bool], check: Callable[[], None]
-    ) -> None:
+    def wait(self, progress: Progress, check: Callable[[], None]) -> None:
         lost_at, empty_at, next_poll = 0.0, 0.0, time.monotonic() + POLL_S
         while True:
-            if cancelled():
-                raise Cancelled(
-                    f"The copy of {self.domain.name} was cancelled. Nothing of it was kept."
-                )
             check()
             if self._done.wait(_CANCEL_POLL_S):
                 break

@@ -40,6 +40,9 @@ DESTROY_TIMEOUT_S = 60.0
 _TPM_FLAGS_SINCE = 8_009_000  # libvirt 8.9.0; before, the TPM's state always went
 
 
+OTHERS_JOB_S = 30.0
+
+
 class Domain:
     """One libvirt domain, held by its UUID."""
 
@@ -135,6 +138,21 @@ class Domain:
         """The XML of the running guest (its disks as they are now); else the inactive one."""
         flags = libvirt.VIR_DOMAIN_XML_SECURE
         return str(self.call("Reading the definition of", lambda handle: handle.XMLDesc(flags)))
+
+    def refuse_other_job(self, check: Callable[[], None] = lambda: None) -> None:
+        """Raise LibvirtBusy where somebody's backup, save or migration of it goes on for longer
+        than libvirt would wait for it. `check` is called meanwhile, and its error ends it."""
+        deadline = time.monotonic() + OTHERS_JOB_S
+        none = libvirt.VIR_DOMAIN_JOB_NONE
+        while self.call("Looking for jobs of", lambda h: h.jobStats()).get("type", none) != none:
+            if time.monotonic() > deadline:
+                raise LibvirtBusy(
+                    f"A job of {self.name} is under way that somebody else began (`virsh "
+                    f"domjobinfo {self.name}` shows it). It was left alone and nothing was copied; "
+                    "try again when it is done."
+                )
+            check()
+            time.sleep(0.5)
 
     def start(self, paused: bool = False, *, discard_saved_state: bool = False) -> None:
         """Start it (nothing happens when it is on already).

@@ -62,10 +62,11 @@ def memory_saved(
     the pause until resume had returned. A pause that its owner asks for meanwhile stays. After
     `deadline_s` seconds of it the watchdog resumes the guest although we live.
 
-    Raises ServerNotRunning, MemoryNotSaved, WatchdogUnavailable, PauseFailed,
+    Raises ServerNotRunning, LibvirtBusy, MemoryNotSaved, WatchdogUnavailable, PauseFailed,
     and what `meanwhile`, `check` or the block raises; then the guest runs, and `target` is no use.
     """
     refuse_without_memory(domain)
+    domain.refuse_other_job(check)  # what undoes the save cannot tell it from another's
     before("memory")
     save = _Save(domain, watchdog, target, _description(domain, target, disks), before, deadline_s)
     pause = Pause(was_running=True)

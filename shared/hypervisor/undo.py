@@ -7,19 +7,25 @@ that the caller tries again later.
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import libvirt
 
-from shared.hypervisor.agent import FREEZE_TIMEOUT_S
+from shared.hypervisor.agent import FREEZE_TIMEOUT_S, agent_ready, unanswered
+from shared.hypervisor.backup import job_files
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, define, find
 from shared.hypervisor.errors import DomainMissing, LibvirtBusy, LibvirtFailed
 from shared.hypervisor.watchdog_helper import saving
 
+log = logging.getLogger(__name__)
+
 _ABORT_PATIENCE_S = 60.0
+_THAW_PATIENCE_S = 60.0
 
 
 def resume_domain(uri: str, uuid: str) -> bool:
@@ -52,7 +58,10 @@ def release_memory(uri: str, uuid: str) -> bool:
 
 
 def thaw_domain(uri: str, uuid: str) -> bool:
-    """Thaw a running domain's file systems. Thawing what is not frozen does nothing."""
+    """Thaw a running domain's file systems. Thawing what is not frozen does nothing.
+
+    An agent that does not answer may be about to freeze them: it is asked again for a minute.
+    """
     domain = _find(uri, uuid)
     if domain is None or domain.state != "running":
         return False
@@ -61,18 +70,39 @@ def thaw_domain(uri: str, uuid: str) -> bool:
         handle.agentSetResponseTimeout(FREEZE_TIMEOUT_S)
         return int(handle.fsThaw())
 
-    with contextlib.suppress(LibvirtFailed):  # no agent: it was never frozen
-        return domain.call("Thawing", thaw) > 0
-    return False
+    deadline = time.monotonic() + _THAW_PATIENCE_S
+    while True:
+        try:
+            return domain.call("Thawing", thaw) > 0
+        except LibvirtFailed as error:
+            if not (unanswered(error) and agent_ready(domain)):
+                return False  # no agent: it was never frozen
+            if time.monotonic() > deadline:
+                log.error(
+                    "%s may be frozen, and its agent does not answer: %s; `virsh domfsthaw %s` "
+                    "thaws it once that does",
+                    *(domain.name, error.detail, domain.name),
+                )
+                return False
+        time.sleep(1)
 
 
-def abort_backup(uri: str, uuid: str) -> bool:
+def abort_backup(uri: str, uuid: str, folder: str | None = None) -> bool:
     """End a backup job that still runs, and wait until QEMU has let go of its files.
 
-    Jobs of other kinds are left alone. Raises LibvirtBusy if it does not end.
+    One that writes elsewhere than into `folder`, if that is given, is somebody else's; that and
+    jobs of other kinds are left alone. Raises LibvirtBusy if it does not end.
     """
     domain = _find(uri, uuid)
-    return domain is not None and _end_job(domain, _copying)
+    if domain is None:
+        return False
+
+    def ours(stats: dict[str, Any]) -> bool:
+        if not _copying(stats):
+            return False
+        return folder is None or Path(folder) in {path.parent for path in job_files(domain)}
+
+    return _end_job(domain, ours)
 
 
 def _end_job(domain: Domain, ours: Callable[[dict[str, Any]], bool]) -> bool:

@@ -85,7 +85,9 @@ class _Helper:
                     return "fired"
                 return "ok"
             case ["fire", token]:
-                self.fire(token)
+                # A later freeze of this guest, by somebody alive, is not to be thawed.
+                late_thaw = token in self.armed and self.armed[token][1] == "thaw"
+                self.fire(token, self.holds if late_thaw else None)
                 return "ok"
         return "what?"
 
@@ -149,7 +151,9 @@ def give_back(
             _say(f"{action} {uuid}: nothing to do")
             return False
         time.sleep(pause_s)
-        pause_s = min(pause_s * 2, 1.0)
+        # Once a minute has passed it is an agent that does not answer.
+        patient = action == "thaw" and time.monotonic() - begun > 60
+        pause_s = min(pause_s * 2, 10.0 if patient else 1.0)
     return False
 
 

@@ -15,6 +15,7 @@ from shared.hypervisor.watchdog import Watchdog
 from tests.hypervisor.test_pause import wait_until, worker
 
 pytestmark = pytest.mark.vm
+SILENT_FOR_A_WHILE = "sleep 2; kill -STOP $(pidof qemu-ga); sleep 12; kill -CONT $(pidof qemu-ga)"
 
 
 def is_frozen(guest: Guest) -> bool:
@@ -164,6 +165,15 @@ def test_a_killed_workers_guest_is_thawed_within_two_seconds(guest: Guest) -> No
     process.kill()
     process.wait()
     assert wait_until(lambda: not is_frozen(guest), 2) < 2
+
+
+def test_undo_waits_for_an_agent_that_does_not_answer(guest: Guest, domain: Domain) -> None:
+    """It may be busy freezing: it is asked again."""
+    guest.agent("guest-exec", path="/bin/sh", arg=["-c", SILENT_FOR_A_WHILE])
+    guest.agent("guest-fsfreeze-freeze")
+    time.sleep(4)
+    assert undo.thaw_domain(domain.uri, domain.uuid)
+    assert not is_frozen(guest)
 
 
 def test_undo_thaws_and_may_be_called_for_nothing(guest: Guest, domain: Domain) -> None:

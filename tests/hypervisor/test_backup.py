@@ -17,11 +17,11 @@ from lab.guest import Guest
 from lab.libvirtd import Hypervisor
 from shared.disks import images
 from shared.errors import Cancelled
-from shared.hypervisor import backup, undo
+from shared.hypervisor import backup, domains, undo
 from shared.hypervisor.backup import push_backup
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, find_by_name
-from shared.hypervisor.errors import BackupFailed, HypervisorError
+from shared.hypervisor.errors import BackupFailed, HypervisorError, LibvirtBusy
 from shared.hypervisor.locks import is_open
 
 pytestmark = pytest.mark.vm
@@ -113,6 +113,32 @@ def test_undo_ends_what_a_dead_worker_left(big: Domain, folder: Path) -> None:
     assert not undo.abort_backup(big.uri, big.uuid)
 
 
+def test_anothers_job_is_left_alone(
+    domain: Domain, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner's own backup goes on: a copy of ours is refused, and its undo ends only what
+    writes into our folder."""
+    theirs, ours = folder / "theirs", folder / "ours"
+    for each in (theirs, ours):
+        each.mkdir(mode=0o711)
+    pull = (
+        f"<domainbackup mode='pull'><server transport='unix' socket='{theirs}/nbd'/><disks>"
+        f"<disk name='vda' backup='yes' type='file'><scratch file='{theirs}/vda'/></disk>"
+        "</disks></domainbackup>"
+    )
+    theirs.chmod(0o777)
+    domain.call("Copying", lambda handle: handle.backupBegin(pull, None, 0))
+    monkeypatch.setattr(domains, "OTHERS_JOB_S", 0)
+
+    with pytest.raises(LibvirtBusy):
+        push_backup(domain, {"vdb": (ours / "vdb.raw", "raw")}, quiet, lambda: False)
+    ended = undo.abort_backup(domain.uri, domain.uuid, str(ours))
+    going_on = backup.job_files(domain)
+
+    assert (ended, going_on) == (False, [theirs / "vda"])
+    assert undo.abort_backup(domain.uri, domain.uuid, str(theirs))
+
+
 def test_a_failure_is_told_and_leaves_nothing(domain: Domain, folder: Path) -> None:
     """Where QEMU cannot write there is an error that says so, and no file."""
     subprocess.run(["chattr", "+i", folder], check=True)  # root may not either
@@ -158,7 +184,7 @@ def test_a_job_that_libvirt_has_run_on_for_ever_is_ended(
     ended: list[object] = []
 
     def stuck(handle: libvirt.virDomain, flags: int = 0) -> dict[str, object]:
-        if flags or ended:
+        if flags or ended or not (folder / "b").exists():
             return dict(ask(handle, flags))
         return {"type": libvirt.VIR_DOMAIN_JOB_UNBOUNDED, "operation": 9, "time_elapsed": 981}
 
