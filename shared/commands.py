@@ -174,7 +174,7 @@ class StopFarm(Command):
 
     farm: Reference
     timeout_s: int = Field(120, ge=1, le=3600)
-    """How long the guests are given to shut down, all at once."""
+    """How long the guests are given to shut down, once all have been asked."""
     force: bool = False
     """Force off those that are still on then."""
 

@@ -31,7 +31,7 @@ ABOUT = (errors.FarmNotFound, errors.AmbiguousName)
 class Stopping(RequestBody):
     model_config = ConfigDict(json_schema_extra={"examples": [{"timeout_s": 120}]})
 
-    timeout_s: int = Field(120, ge=1, le=3600, description="how long the guests may take")
+    timeout_s: int = Field(120, ge=1, le=3600, description="how long each guest may take")
     force: bool = Field(False, description="cut the power of those that are still on then")
 
 

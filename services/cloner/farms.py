@@ -6,6 +6,7 @@ leaves is what was reached by then, and to ask again goes on from there. Deletin
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -169,8 +170,9 @@ def stop(context: Context, command: StopFarm) -> Outcome:
     _refuse_if_cancelled(context, "stopped")
     if on and command.force:
         context.phase(f"forcing off {len(on)} clones")
-        at_once(on, lambda each: each.domain().destroy())
+        at_once(on, lambda each: None if context.stopping() else each.domain().destroy())
         faults.point("farm:forced")
+        _refuse_if_cancelled(context, "stopped")
     for each in on:
         each.told["forced"] = command.force
         if not command.force:
@@ -188,30 +190,39 @@ def stop(context: Context, command: StopFarm) -> Outcome:
 
 
 def _shut_down(context: Context, all_of: list[Member], timeout_s: float) -> list[Member]:
-    """Those that are still on after so many seconds, or are paused, and so cannot shut down.
+    """Those that are still on so many seconds after all were asked, or are paused, and so cannot
+    shut down.
 
-    A guest that was just booting may not have heard it, so each is asked again and again.
+    A guest that was just booting may not have heard it, so each is asked again and again. To ask
+    an agent takes until its guest is down, or the agent falls silent, and few are asked at a time:
+    what counts in the end is a look of its own.
     """
-    deadline, ask_at = time.monotonic() + timeout_s, 0.0
+    deadline, ask_at = math.inf, 0.0
     states: dict[str, State] = {}
     running = on = [each for each in all_of if not each.failed]
     while True:
-        asking = time.monotonic() >= ask_at
+        over = time.monotonic() >= deadline
+        asking = not over and time.monotonic() >= ask_at
 
-        def look(each: Member, asking: bool = asking) -> None:
+        def look(each: Member, asking: bool = asking, until: float = deadline) -> None:
+            if context.stopping():
+                return
             domain = each.domain()
             states[each.clone.id] = domain.state
-            if asking and states[each.clone.id] == "running":
+            if asking and states[each.clone.id] == "running" and time.monotonic() < until:
                 with contextlib.suppress(LibvirtFailed):  # it went down in between, or cannot
                     domain.ask_to_shut_down()
 
-        if asking:
-            ask_at = time.monotonic() + ASK_AGAIN_S
         at_once(running, look)
         faults.point("farm:asked")
+        if context.stopping():
+            return on
+        if asking:
+            ask_at = time.monotonic() + ASK_AGAIN_S
+            deadline = min(deadline, time.monotonic() + timeout_s)
         on = [each for each in on if not each.failed and states[each.clone.id] != "stopped"]
         running = [each for each in on if states[each.clone.id] == "running"]
-        if not running or context.stopping() or time.monotonic() >= deadline:
+        if not running or over:
             return on
         time.sleep(LOOK_S)
 
