@@ -11,7 +11,8 @@ from typing import Any
 from sqlalchemy import select
 from sqlmodel import Session
 
-from shared.models import Image, Operation, Schedule
+from shared.commands import RetryFarm
+from shared.models import Farm, Image, Operation, Schedule
 
 PASSED = "passed"
 """The result of a verification that found nothing wrong."""
@@ -68,6 +69,9 @@ def _free(session: Session, schedule: Schedule, images: list[Image]) -> list[Ima
     waiting = select(Operation).where(row.server_id == schedule.server_id, row.state == "queued")
     wanted: set[str] = set()
     for operation in session.scalars(waiting):
-        source = operation.command.get("source") or {}
-        wanted |= {str(id_) for id_ in (operation.command.get("image"), source.get("id")) if id_}
+        command = operation.command
+        if operation.kind == RetryFarm.kind:
+            command = session.get_one(Farm, command["farm"]).command
+        source = command.get("source") or {}
+        wanted |= {str(id_) for id_ in (command.get("image"), source.get("id")) if id_}
     return [image for image in images if image.id not in wanted]

@@ -10,6 +10,7 @@ from schedules.rotating import Disk, Site, site
 from sqlalchemy import select
 
 from shared import errors, rotation
+from shared.commands import CloneSource, CreateClones, RetryFarm
 from shared.database import now, transaction
 from shared.models import Schedule, ScheduleRun
 
@@ -71,6 +72,21 @@ def test_used_image_goes_with_a_later_run(past: Site, any_database: str) -> None
     with past.used(first):
         second = past.end(operation)
     assert past.ids() == [first, second]
+    third = past.run()
+    assert past.ids() == [third]
+
+
+def test_image_that_a_farm_is_made_again_from_stays(past: Site, any_database: str) -> None:
+    """A retry that waits in line keeps the image that its farm was made from."""
+    past.plan(keep=1)
+    first = str(past.run())
+    farm = CreateClones(source=CloneSource(kind="image", id=first), name="qa-{n}", count=2)
+    past.cancel(past.world.submit(farm))
+    operation = past.asked_for("daily")
+    retry = past.world.submit(RetryFarm(farm=farm.name))
+    second = past.end(operation)
+    assert past.ids() == [first, second]
+    past.cancel(retry)
     third = past.run()
     assert past.ids() == [third]
 
