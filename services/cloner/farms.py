@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from sqlalchemy import select
@@ -73,6 +73,9 @@ class Member:
         }
 
 
+AMember = TypeVar("AMember", bound=Member)
+
+
 def members(session: Session, farm_id: str) -> list[Member]:
     """The farm's clones that were made and are not deleted, by name."""
     clone: Any = Clone
@@ -85,18 +88,26 @@ def members(session: Session, farm_id: str) -> list[Member]:
     return [Member(*each) for each in session.execute(query.order_by(clone.name))]
 
 
-def hold(context: Context, all_of: list[Member]) -> None:
+def hold(context: Context, all_of: list[AMember]) -> list[AMember]:
     """Keep all other work off the servers until this operation ends; those that have work of
-    their own have failed here and now."""
+    their own have failed here and now.
+
+    Returns those that are clones still: until they are held, a server can be forgotten.
+    """
     own = context.operation.server_id
     others = [each.server.id for each in all_of if each.server.id != own]
+    server: Any = Server
+    known = select(server.id).where(
+        server.id.in_([each.server.id for each in all_of]), server.forgotten_at.is_(None)
+    )
 
-    def write() -> dict[str, str]:
+    def write() -> tuple[dict[str, str], set[str]]:
         with transaction() as session:
             held(session, context.id, context.owner)
-            return holds.hold(session, context.id, others)
+            return holds.hold(session, context.id, others), set(session.scalars(known))
 
-    busy = patiently(context.check, write)
+    busy, still = patiently(context.check, write)
+    all_of = [each for each in all_of if each.server.id in still]
     for each in all_of:
         if operation_id := busy.get(each.server.id):
             each.fail(
@@ -107,6 +118,7 @@ def hold(context: Context, all_of: list[Member]) -> None:
                 )
             )
     faults.point("farm:held")
+    return all_of
 
 
 def at_once(all_of: Iterable[Member], do: Callable[[Member], None]) -> list[Member]:
@@ -143,7 +155,7 @@ def start(context: Context, command: StartFarm) -> Outcome:
     with reading() as session:
         farm = session.get_one(Farm, command.farm)
         all_of = members(session, farm.id)
-    hold(context, all_of)
+    all_of = hold(context, all_of)
     context.phase(f"starting {len(all_of)} clones")
 
     def start_one(each: Member) -> None:
@@ -164,7 +176,7 @@ def stop(context: Context, command: StopFarm) -> Outcome:
     with reading() as session:
         farm = session.get_one(Farm, command.farm)
         all_of = members(session, farm.id)
-    hold(context, all_of)
+    all_of = hold(context, all_of)
     context.phase(f"shutting down {len(all_of)} clones")
     on = _shut_down(context, all_of, command.timeout_s)
     _refuse_if_cancelled(context, "stopped")

@@ -97,7 +97,7 @@ def _delete(
     expired: bool = False,
 ) -> Outcome:
     context.phase("checking")
-    hold(context, [*leaving])
+    leaving = hold(context, leaving)
     connection = connect(settings().libvirt_uri)
     users = using.users(connection) if leaving else {}
     for each in leaving:

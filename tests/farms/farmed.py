@@ -15,7 +15,8 @@ from sqlalchemy import select
 
 from lab.guest import Guest, attach, make_disk
 from lab.libvirtd import Hypervisor
-from services.cloner import farms, removal  # noqa: F401  registers the handlers
+from services.api.servers import _forget
+from services.cloner import farms, removal
 from shared import faults, recovery  # noqa: F401  registers the journal's actions
 from shared.commands import Command
 from shared.database import reading, transaction
@@ -155,6 +156,22 @@ class Farmed:
         with reading() as session:
             query = select(Clone).where(row.farm_id == farm.id)
             return {each.name: each.state for each in session.scalars(query)}
+
+
+@contextmanager
+def forgotten_before_it_is_held(made: Made) -> Iterator[None]:
+    """Forget a clone's server when an operation knows which clones there are, and holds none."""
+    real = farms.hold
+
+    def hold(*arguments: Any) -> Any:
+        with transaction() as session:
+            assert _forget(session, made.server.id).id == made.server.id
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(farms, "hold", hold)
+        patch.setattr(removal, "hold", hold)
+        yield
 
 
 def outcomes(operation: Operation) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from farms.farmed import Farmed, killed_at, outcomes, passing, plug
+from farms.farmed import (
+    Farmed,
+    forgotten_before_it_is_held,
+    killed_at,
+    outcomes,
+    passing,
+    plug,
+)
 from operations.spine import at_once
 
 from lab.guest import Guest, attach, make_disk
@@ -367,6 +374,19 @@ def test_forgotten_server_is_its_owner_s(farmed: Farmed) -> None:
         session.get_one(Clone, made[0].clone.id).state = "deleted"
     farmed.done(DeleteFarm(farm=farm.id))
     assert (made[0].is_whole, made[1].is_gone) == (True, True)
+
+
+def test_server_that_is_forgotten_while_a_deletion_begins(farmed: Farmed) -> None:
+    """Whoever was told that the VM stays keeps it, and it is no clone of the deletion any more."""
+    farm, made = farmed.farm(2)
+    made[0].guest.start(wait=False)
+    with forgotten_before_it_is_held(made[0]):
+        ended = farmed.done(DeleteFarm(farm=farm.id))
+    assert list(outcomes(ended)) == [made[1].clone.name]
+    assert (made[0].is_whole, made[0].guest.state()) == (True, "running")
+    assert made[1].is_gone
+    with reading() as session:
+        assert session.get_one(Farm, farm.id).deleted_at is not None
 
 
 def test_base_of_a_vm_that_was_kept_stays(farmed: Farmed) -> None:
