@@ -117,10 +117,11 @@ def _delete(
         steps = [step for each in gone for step in _gone(session, each, context.id, moment)]
         steps += _release(session, gone, users)
         _end(session, farm_id, only, moment, expired)
-        # Those that could not be deleted are as they were.
+        # Those that could not be deleted are as they were; started last, since one that cannot
+        # be holds up what comes after it.
         again = [each for each in leaving if each.failed and each.state != "stopped"]
         outcome.result["clones"] = [each.outcome("deleted") for each in leaving]
-        return [*(each.starting() for each in again), *steps]
+        return [*steps, *(each.starting() for each in again)]
 
     outcome.apply = apply
     return refuse_if_none([*leaving], outcome)

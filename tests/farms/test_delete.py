@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from farms.farmed import (
+    SIZE,
     Farmed,
     forgotten_before_it_is_held,
     killed_at,
@@ -252,6 +253,36 @@ def test_started_by_somebody_meanwhile(farmed: Farmed, monkeypatch: pytest.Monke
     assert made[0].is_whole
     assert made[0].guest.state() == "running"
     assert made[1].is_gone
+
+
+def test_one_that_cannot_be_started_again_keeps_no_other(
+    farmed: Farmed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner gave it a disk that is not there: the others go all the same, and it is started
+    again once it can be."""
+    farm, made = farmed.farm(2)
+    made[0].guest.start(wait=False)
+    later = farmed.disks / "later.raw"
+    real = removal._stop
+
+    def stop_and_change(*arguments: object) -> None:
+        real(*arguments)  # type: ignore[arg-type]
+        plug(made[0].guest, later)
+
+    monkeypatch.setattr(removal, "_stop", stop_and_change)
+    operation = farmed.world.submit(DeleteFarm(farm=farm.id))
+    runner.run(operation)
+
+    assert made[1].is_gone
+    assert made[0].guest.state() == "stopped"
+    waiting = farmed.world.row(operation)
+    assert (waiting.state, (waiting.error or {})["code"]) == ("running", runner.NOT_CLEARED_UP)
+    make_disk(farmed.disks, "raw", "blank", SIZE).rename(later)
+    farmed.world.expire(operation)
+    runner.run(operation)
+    ended = farmed.world.row(operation)
+    assert [each["state"] for each in outcomes(ended).values()] == ["failed", "deleted"]
+    assert made[0].guest.state() == "running"
 
 
 def test_what_hangs_on_a_clone(farmed: Farmed) -> None:
