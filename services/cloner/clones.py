@@ -23,11 +23,10 @@ from shared.commands import CreateClones
 from shared.copying import NVRAM, copy_server, ensure_room_for, vault, write_out
 from shared.database import reading
 from shared.hypervisor import domains
-from shared.hypervisor.commandline import refuse_shared
 from shared.hypervisor.connection import connect
 from shared.hypervisor.definition import DomainDefinition, log_files, parse_domain
 from shared.hypervisor.domains import Domain
-from shared.hypervisor.duplicate import CloneDefinition, clone_definition
+from shared.hypervisor.duplicate import CloneDefinition, clone_definition, refuse_uncloneable
 from shared.hypervisor.errors import DomainMissing
 from shared.hypervisor.waking import Card
 from shared.manifest import Manifest, read_manifest
@@ -85,7 +84,7 @@ def create(context: Context, command: CreateClones) -> Outcome:
     if source is None:
         domain = domains.find(connect(settings().libvirt_uri), server.domain_uuid)
         _refuse_on_devices(DomainDefinition.parse(domain.live_definition()))
-        refuse_shared(parse_domain(domain.definition()))
+        refuse_uncloneable(parse_domain(domain.definition()))
         copied = copy_server(
             context,
             server,
@@ -134,7 +133,7 @@ def _template(
     manifest = read_manifest(source)
     original = DomainDefinition.parse((source / manifest.definition).read_text())
     _refuse_on_devices(original)
-    refuse_shared(parse_domain(original.xml))
+    refuse_uncloneable(parse_domain(original.xml))
     found = Template(source, manifest, original, choice)
     for folder in sorted(set(found.folders.values())):
         if not folder.is_dir():

@@ -123,7 +123,10 @@ class DomainDefinition:
             memory_bytes=memory_of(root),
             disks=tuple(_disk(node) for node in root.iterfind("devices/disk")),
             nvram_path=_nvram_path(root),
-            has_tpm=root.find("devices/tpm/backend[@type='emulator']") is not None,
+            has_tpm=any(
+                node.get("type") in ("emulator", "external")
+                for node in root.iterfind("devices/tpm/backend")
+            ),
             beside=tuple(commandline.storage(root)),
         )
 

@@ -18,15 +18,25 @@ from shared.hypervisor.definition import LeftOut, parse_domain, set_disk_paths, 
 from shared.hypervisor.errors import DefinitionInvalid
 from shared.hypervisor.sizing import set_memory, set_vcpus
 
-# A host device belongs to one running guest; a lease and a pstore name one
-# owner; labels are assigned anew by libvirt.
+# A host device, memory that others map and a place in the host's network belong to one running
+# guest; a lease and a pstore name one owner; labels are assigned anew by libvirt.
 _DROPPED = (
     ("devices/hostdev", "a host device belongs to one guest"),
     ("devices/interface[@type='hostdev']", "a host device belongs to one guest"),
     ("devices/tpm/backend[@type='passthrough']/..", "the host's TPM belongs to one guest"),
+    ("devices/tpm/backend[@type='external']/..", "the TPM behind its socket belongs to one guest"),
+    ("devices/shmem", "it shares memory with other guests"),
     ("devices/input[@type='evdev']", "a host input device belongs to one guest"),
     ("devices/input[@type='passthrough']", "a host input device belongs to one guest"),
     ("devices/interface[@type='vhostuser']", "its switch port belongs to one guest"),
+    ("devices/interface[@type='vdpa']", "a host device belongs to one guest"),
+    (
+        "devices/interface[@type='direct']/source[@mode='passthrough']/..",
+        "a host device belongs to one guest",
+    ),
+    ("devices/interface[@type='server']", "its socket on the host belongs to one guest"),
+    ("devices/interface[@type='client']", "its socket on the host belongs to one guest"),
+    ("devices/interface[@type='udp']", "its socket on the host belongs to one guest"),
     ("devices/interface/portForward", "the host's ports are forwarded to one guest"),
 )
 _DROPPED_SILENTLY = (
@@ -82,7 +92,7 @@ def clone_definition(
     root = parse_domain(source_xml)
     old_name = root.findtext("name", "")
     _unset(root, "id")
-    _refuse(root)
+    refuse_uncloneable(root)
     left_out = _drop(root)
     left_out += _keep_or_drop_disks(root, disk_paths, keep_left_out)
     set_disk_paths(root, disk_paths, disk_formats or {})
@@ -116,13 +126,23 @@ def random_mac(prefix: str) -> str:
     return ":".join([f"{int(o, 16):02x}" for o in octets] + rest)
 
 
-def _refuse(root: etree._Element) -> None:
+def refuse_uncloneable(root: etree._Element) -> None:
+    """Raise where a second machine like this one would write to what is its source's, or could not
+    be started beside it: DefinitionInvalid, Unsupported for what QEMU is given past libvirt."""
     for memory in root.iterfind("devices/memory"):
         if memory.get("model") in ("nvdimm", "virtio-pmem"):
             raise DefinitionInvalid(
                 f"{root.findtext('name')} keeps data in a memory device "
                 f"({memory.get('model')}), which cannot be cloned."
             )
+    for loader in root.iterfind("os/loader[@type='pflash']"):
+        if loader.text and loader.get("readonly") != "yes":  # libvirt's default is to write
+            raise DefinitionInvalid(
+                f"{root.findtext('name')} keeps its UEFI variables in the firmware itself "
+                f"({loader.text.strip()}), which a clone would write to as well. No clone was "
+                "made; make the <loader> read-only, with an <nvram> beside it."
+            )
+    commandline.refuse_shared(root)
 
 
 def _drop(root: etree._Element) -> list[LeftOut]:

@@ -14,7 +14,6 @@ from shared.hypervisor.errors import MemoryNotCloneable
 _ONE_GUESTS = (
     ("devices/tpm", "the state of its virtual TPM is not copied"),
     ("devices/filesystem", "it has files of a directory of the host's open"),
-    ("devices/shmem", "it shares memory with other guests"),
     ("devices/pstore", "its pstore belongs to one guest"),
     ("launchSecurity", "its memory is encrypted for this one guest"),
 )

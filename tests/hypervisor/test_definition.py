@@ -210,6 +210,57 @@ class TestClone:
         named = [each.target for each in made.left_out]
         assert "filesystem mount data" in named and "portForward" in named
 
+    @pytest.mark.parametrize(
+        ("device", "target"),
+        [
+            ("<shmem name='x'><model type='ivshmem-plain'/></shmem>", "shmem"),
+            (
+                "<tpm><backend type='external'><source type='unix' path='/run/t'/></backend></tpm>",
+                "tpm",
+            ),
+            ("<interface type='vdpa'><source dev='/dev/vhost-vdpa-0'/></interface>", "vdpa"),
+            (
+                "<interface type='direct'><source dev='eth0' mode='passthrough'/></interface>",
+                "direct",
+            ),
+            (
+                "<interface type='server'><source address='::1' port='5558'/></interface>",
+                "server",
+            ),
+            (
+                "<interface type='client'><source address='::1' port='5558'/></interface>",
+                "client",
+            ),
+            (
+                "<interface type='udp'><source address='::1' port='5558'>"
+                "<local address='::1' port='5559'/></source></interface>",
+                "udp",
+            ),
+        ],
+    )
+    def test_what_two_machines_cannot_have_at_once_goes(self, device: str, target: str) -> None:
+        """Memory that others map, a TPM of the host's, a network device or a port: whoever starts
+        second would fail, or get what is the source's (C2)."""
+        source = WINDOWS.replace("<devices>", f"<devices>{device}", 1)
+        made = clone_definition(source, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
+        assert target in [each.target.removeprefix("interface ") for each in made.left_out]
+        devices = etree.fromstring(made.xml).find("devices")
+        assert [each.tag for each in clone().find("devices")] == [each.tag for each in devices]
+
+    def test_network_cards_that_can_share_a_device_stay(self) -> None:
+        """Of macvtap only the mode passthrough takes the device for itself."""
+        card = "<devices><interface type='direct'><source dev='eth0' mode='bridge'/></interface>"
+        source = WINDOWS.replace("<devices>", card, 1)
+        made = clone_definition(source, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
+        assert etree.fromstring(made.xml).find("devices/interface[@type='direct']") is not None
+
+    @pytest.mark.parametrize("written", ["", "readonly='no'"])
+    def test_firmware_that_is_written_to_is_refused(self, written: str) -> None:
+        """A loader without read-only holds the UEFI variables itself; libvirt's default is that."""
+        source = WINDOWS.replace("readonly='yes'", written, 1)
+        with pytest.raises(DefinitionInvalid, match=r"OVMF_CODE_4M.ms.fd.*No clone was made"):
+            clone_definition(source, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
+
     def test_ports_and_sockets(self) -> None:
         """Displays get automatic ports, sockets and logs paths of the clone's own."""
         root = clone()

@@ -47,6 +47,8 @@ def test_what_a_clone_has_of_its_own_is_no_obstacle(devices: str) -> None:
         ("<tpm><backend type='passthrough'/></tpm>", "virtual TPM"),
         ("<filesystem type='mount'/>", "directory"),
         ("<shmem name='x'/>", "shares memory"),
+        ("<interface type='vdpa'/>", "host device"),
+        ("<tpm><backend type='external'/></tpm>", "virtual TPM"),
         ("<pstore backend='acpi-erst'/>", "pstore"),
         ("<channel type='tcp'><source host='h' service='1'/></channel>", "far end"),
         (
