@@ -2,14 +2,16 @@
 machines cannot share.
 
 libvirt looks at nothing there: no lock, no label, no port of its choosing. Owns: reading these
-options, naming the storage in them, and making them a clone's. Pure lxml. Options and their
-properties: https://www.qemu.org/docs/master/system/invocation.html
+options, naming the storage in them, and making them a clone's. Pure lxml, but for a look at whether
+a path is a directory's. Options and their properties:
+https://www.qemu.org/docs/master/system/invocation.html
 """
 
 import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lxml import etree
@@ -51,7 +53,7 @@ _ELSEWHERE = (
     *("sheepdog", "ssh", "vvfat"),
 )
 """Drivers of disks that have no file of their own."""
-_MEMORY = ("/dev/shm", "/dev/hugepages")  # noqa: S108  gone with the guest
+_MEMORY = ("/dev/shm", "/dev/hugepages")  # noqa: S108  a worker's container may lack them
 _ON = ("on", "true", "yes", "y")
 
 # Of these nothing is written, whatever path they name.
@@ -240,8 +242,8 @@ def _storage(option: _Option) -> Storage | None:
         read_only = read_only or given.get("media") == "cdrom" or given.get("snapshot") in _ON
     elif option.kind == "memory-backend-file" and given.get("share") in _ON:
         path = given.get("mem-path", "")
-        if path.startswith(_MEMORY):
-            return None
+        if path.rstrip("/") in _MEMORY or Path(path).is_dir():
+            return None  # a file without a name, gone with the guest
     else:
         return None
     return Storage(

@@ -1,6 +1,7 @@
 """What a domain gives QEMU past libvirt: what a copy says of it, what of it a clone can have."""
 
 import json
+from pathlib import Path
 
 import pytest
 from lxml import etree
@@ -68,6 +69,14 @@ def cloned(*options: str, **more: str) -> CloneDefinition:
             "-object memory-backend-file,id=m,share=on,mem-path=/srv/nv,size=1G",
             "-object /srv/nv",
         ),
+        (
+            "-object memory-backend-file,id=m,share=on,mem-path=/dev/shm/nv,size=1G",
+            "-object /dev/shm/nv",
+        ),
+        (
+            '-object {"qom-type":"memory-backend-file","share":true,"mem-path":"/dev/hugepages/x"}',
+            "-object /dev/hugepages/x",
+        ),
     ],
 )
 def test_disks_are_named_in_copies_and_refuse_clones(options: str, told: str) -> None:
@@ -126,6 +135,7 @@ def test_what_cannot_be_in_two_machines_refuses_clones(options: str, told: str) 
         "-audiodev pa,id=a,server=/run/user/1000/pulse/native",
         "-object memory-backend-file,id=m,mem-path=/dev/hugepages,size=1G",
         "-object memory-backend-file,id=m,share=on,mem-path=/dev/shm,size=1G",
+        "-object memory-backend-file,id=m,share=on,mem-path=/dev/shm/,size=1G",
         "-object secret,id=s,file=/etc/s",
         "-blockdev driver=null-co,node-name=x",
         "-blockdev driver=raw,node-name=y,file=x",
@@ -141,6 +151,15 @@ def test_harmless_options_stay_as_they_are(options: str) -> None:
     assert arguments(clone) == options.split(" ")
     assert clone.options[0] == options.split(" ")[0]
     assert clone.left_out == ()
+
+
+def test_memory_in_a_directory_is_the_machine_s_own(tmp_path: Path) -> None:
+    """There QEMU makes a file that nobody else finds; given a file, it maps what others map."""
+    options = f"-object memory-backend-file,id=m,share=on,size=1G,mem-path={tmp_path}"
+    assert arguments(cloned(options)) == options.split(" ")
+    (tmp_path / "memory").touch()
+    with pytest.raises(Unsupported, match=f"-object {tmp_path}/memory"):
+        cloned(f"{options}/memory")
 
 
 @pytest.mark.parametrize(
