@@ -318,7 +318,7 @@ def _own_identity(context: Context, command: CreateClones, new: _Made) -> dict[s
 
 
 def _new_logs(definition: str) -> list[str]:
-    """Log files that the clone's serial console will make, where they are not there yet."""
+    """Files that the clone's serial lines will make, where they are not there yet."""
     return [path for path in log_files(definition) if not Path(path).exists()]
 
 

@@ -35,6 +35,7 @@ _UNITS = {
     "tib": 2**40,
 }
 _SOURCE_ATTRIBUTE = {"file": "file", "block": "dev", "dir": "dir", "nvme": "namespace"}
+CHARACTER_DEVICES = ("serial", "console", "parallel", "channel")
 # Children of <source> that belong to the place, not to the contents.
 _PLACE = ("seclabel", "reservations", "cookies", "auth", "host", "dataStore")
 
@@ -194,9 +195,13 @@ def renamed(xml: str, name: str) -> str:
 
 
 def log_files(xml: str) -> list[str]:
-    """The files that the domain's character devices are logged to."""
-    logs = parse_domain(xml).iterfind("devices/*/log[@file]")
-    return [log.get("file", "") for log in logs]
+    """The files that the domain's character devices write to, or are logged to."""
+    root = parse_domain(xml)
+    found = [log.get("file", "") for log in root.iterfind("devices/*/log[@file]")]
+    for tag in CHARACTER_DEVICES:
+        ends = root.iterfind(f"devices/{tag}[@type='file']/source[@path]")
+        found += [end.get("path", "") for end in ends]
+    return list(dict.fromkeys(found))  # a console may be the serial line once more
 
 
 def macs_of(xml: str) -> set[str]:

@@ -14,7 +14,13 @@ from pathlib import PurePath
 from lxml import etree
 
 from shared.hypervisor import commandline
-from shared.hypervisor.definition import LeftOut, parse_domain, set_disk_paths, to_text
+from shared.hypervisor.definition import (
+    CHARACTER_DEVICES,
+    LeftOut,
+    parse_domain,
+    set_disk_paths,
+    to_text,
+)
 from shared.hypervisor.errors import DefinitionInvalid
 from shared.hypervisor.sizing import set_memory, set_vcpus
 
@@ -47,7 +53,6 @@ _DROPPED_SILENTLY = (
     "devices/disk/backingStore",
     "devices/disk/mirror",
 )
-_CHARACTER_DEVICES = ("serial", "console", "parallel", "channel")
 PSEUDO_TERMINAL = "its far end belongs to one guest; it is a pseudo-terminal now"
 """The one reason after which the guest still has the device."""
 _OWN_ADDRESSES = ("MAC", "IP", "IPV6")
@@ -253,7 +258,7 @@ def _own_port_on_the_host(interface: etree._Element) -> None:
 def _own_character_devices(root: etree._Element, old_name: str, name: str) -> list[LeftOut]:
     """Give sockets and log files of serial lines and channels the clone's own paths."""
     left_out = []
-    for tag in _CHARACTER_DEVICES:
+    for tag in CHARACTER_DEVICES:
         for device in root.findall(f"devices/{tag}"):
             for log in device.findall("log"):
                 log.set("file", own_path(log.get("file", ""), old_name, name))

@@ -1,4 +1,4 @@
-"""Where clones' disks go, and where they cannot."""
+"""Where clones' files go, where they cannot, and that they go away again."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from farms.farmed import Farmed
+from farms.farmed import Farmed, outcomes
+from lxml import etree
 
-from shared.commands import CloneSource, CreateClones
+from shared.commands import CloneSource, CreateClones, DeleteClone
 from shared.models import Server
 from shared.settings import settings
 
@@ -82,3 +83,32 @@ def test_directory_that_is_gone_is_named(farmed: Farmed, monkeypatch: pytest.Mon
     assert (refused.state, (refused.error or {})["code"]) == ("failed", "unsupported")
     assert str(gone) in (refused.error or {})["message"]
     assert not gone.exists()
+
+
+def test_file_of_a_serial_line_goes_with_its_clone(farmed: Farmed) -> None:
+    """It was made for the clone alone: its first start makes it, its deletion takes it away, and
+    the source's own stays."""
+    guest = farmed.guest()
+    printed = farmed.disks / f"{guest.name}.printed"
+    root = etree.fromstring(guest.domain.XMLDesc())
+    line = etree.SubElement(root.find("devices"), "parallel", type="file")
+    etree.SubElement(line, "source", path=str(printed))
+    guest.connection.defineXML(etree.tostring(root, encoding="unicode"))
+    guest.domain.create()
+    source = Server(name=guest.name, host="kvm-1", domain_uuid=guest.domain.UUIDString())
+    farmed.world.add(source)
+    name = f"{guest.name}-clone"
+
+    made = farmed.done(
+        CreateClones(
+            source=CloneSource(kind="server", id=source.id), name=name, start=True, identity="keep"
+        )
+    )
+
+    farmed.adopt(name)
+    assert made.state == "succeeded", made.error
+    own = farmed.disks / f"{name}.printed"
+    assert (printed.exists(), own.exists()) == (True, True)
+    deleted = farmed.done(DeleteClone(clone=outcomes(made)[name]["id"]))
+    assert deleted.state == "succeeded", deleted.error
+    assert (printed.exists(), own.exists()) == (True, False)

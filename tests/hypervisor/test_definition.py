@@ -7,7 +7,7 @@ import pytest
 from lxml import etree
 
 from shared.errors import DomainWithoutDisks
-from shared.hypervisor.definition import DomainDefinition
+from shared.hypervisor.definition import DomainDefinition, log_files
 from shared.hypervisor.duplicate import clone_definition, own_path, random_mac
 from shared.hypervisor.errors import DefinitionInvalid, DiskNotCopyable
 
@@ -74,6 +74,22 @@ class TestReading:
         """A server with nothing but a CD-ROM has nothing to copy."""
         with pytest.raises(DomainWithoutDisks):
             with_disk("<disk device='cdrom'><target dev='sda'/></disk>").split_disks()
+
+    def test_files_that_character_devices_write_to(self) -> None:
+        """Logs, and lines whose far end is a file; a console that is the serial line counts once.
+        Sockets and terminals are no files."""
+        devices = """<devices>
+          <serial type='file'><source path='/var/log/vm/win1.log' append='on'/></serial>
+          <console type='file'><source path='/var/log/vm/win1.log'/></console>
+          <parallel type='file'><source path='/srv/printed'/></parallel>
+          <channel type='file'><source path='/srv/told'/></channel>"""
+        found = log_files(WINDOWS.replace("<devices>", devices, 1))
+        assert sorted(found) == [
+            "/srv/printed",
+            "/srv/told",
+            "/var/log/consoles/win1.log",
+            "/var/log/vm/win1.log",
+        ]
 
     def test_raw_unless_said_otherwise(self) -> None:
         """A disk without a driver type is raw: formats are never guessed from contents."""
