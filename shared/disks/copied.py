@@ -46,6 +46,7 @@ def copied(source: SourceDisk, path: Path) -> CopiedDisk:
     """The finished copy of a disk. Raises ImageDamaged, or CopyFailed where it is not whole."""
     image_format = path.suffix.removeprefix(".")
     if not source.disk.encrypted:
+        images.count_anew(path, image_format)
         images.check(path, image_format)
         about = images.info(path, image_format)
         if about.depends_on is not None or about.virtual_bytes != source.virtual_bytes:

@@ -8,12 +8,14 @@ into a raw disk, and a probe would then follow a backing file of its choosing.
 import json
 import struct
 import subprocess
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from shared.disks.errors import CopyFailed, ImageDamaged
+from shared.disks.errors import CopyFailed, ImageDamaged, InsufficientSpace
 from shared.disks.qcow2 import plainly_sound
+from shared.disks.space import says_full
 
 # Formats that qemu-img can check; raw and others have no structure to check.
 CHECKABLE = {"qcow2", "qed", "vdi", "vhdx", "vmdk", "parallels"}
@@ -24,7 +26,8 @@ _SECTOR = 512
 _QCOW2 = struct.Struct(">4sIQIIQ")
 _FEATURES = struct.Struct(">Q")
 _FEATURES_AT = 72
-_KNOWN_FEATURES = 0b11001
+_DIRTY = 0b1
+_KNOWN_FEATURES = 0b11000 | _DIRTY
 """Dirty, compression type, extended L2 entries: none makes it depend on another file."""
 
 
@@ -88,19 +91,54 @@ def virtual_bytes(path: Path, image_format: str, *, alone: bool = False) -> int 
     """
     if image_format == "raw":
         return -(-path.stat().st_size // _SECTOR) * _SECTOR  # as QEMU rounds it
-    if image_format != "qcow2":
+    if image_format != "qcow2" or (header := _header(path)) is None:
         return None
+    if alone and (header.version != 3 or header.backing or header.features & ~_KNOWN_FEATURES):
+        return None
+    return header.virtual_bytes
+
+
+class _Header(NamedTuple):
+    version: int
+    backing: int
+    virtual_bytes: int
+    features: int
+    """None of them below version 3."""
+
+
+def _header(path: Path) -> _Header | None:
+    """The start of a qcow2; None if it is none. Raises OSError."""
     with path.open("rb") as file:
-        header = file.read(_FEATURES_AT + _FEATURES.size)
-    if len(header) < _FEATURES_AT + _FEATURES.size:
-        header = header.ljust(_FEATURES_AT + _FEATURES.size, b"\0")
-    magic, version, backing, _, _, size = _QCOW2.unpack_from(header)
-    (features,) = _FEATURES.unpack_from(header, _FEATURES_AT)
+        data = file.read(_FEATURES_AT + _FEATURES.size)
+    magic, version, backing, _, _, size = _QCOW2.unpack_from(data.ljust(_QCOW2.size, b"\0"))
     if magic != b"QFI\xfb":
         return None
-    if alone and (version != 3 or backing or features & ~_KNOWN_FEATURES):
-        return None
-    return int(size)
+    data = data.ljust(_FEATURES_AT + _FEATURES.size, b"\0")
+    (features,) = _FEATURES.unpack_from(data, _FEATURES_AT)
+    return _Header(version, backing, size, features if version >= 3 else 0)
+
+
+def count_anew(path: Path, image_format: str) -> None:
+    """Count the references to the clusters of a qcow2 that is not counted while it is in use.
+
+    So it is with `lazy_refcounts`: QEMU marks the image as dirty, and counts when it closes it,
+    or, where it was killed, when it opens it again. What nobody writes and is not dirty is left
+    as it is. Whether the outcome is sound is for `check` to say. Raises InsufficientSpace.
+    """
+    header = _header(path) if image_format == "qcow2" else None
+    if header is None or not header.features & _DIRTY:
+        return
+    command = ["qemu-img", "check", "-q", "-r", "all", "-f", image_format, str(path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
+        assert process.stderr  # noqa: S101 - it is a pipe
+        complaint = "".join(deque(process.stderr, maxlen=20))  # there is a line for each cluster
+    if process.returncode and says_full(complaint):
+        raise InsufficientSpace(
+            f"The file system of {path.parent} became full. The copy was not kept; make room and "
+            "try again."
+        )
 
 
 def check(path: Path, image_format: str) -> None:

@@ -154,6 +154,28 @@ def test_check_finds_damage(tmp_path: Path) -> None:
         images.check(tmp_path / "b", "qcow2")
 
 
+def test_a_dirty_image_is_counted_anew(tmp_path: Path) -> None:
+    """What QEMU had open with lazy refcounts passes afterwards, the same disk. What is not dirty
+    is not repaired: its damage is found."""
+    dirty, plain = tmp_path / "dirty.qcow2", tmp_path / "plain.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", dirty, "32M")
+    killed = ["qemu-io", "-c", "write -P 7 0 4M", "-c", "flush", "-c", "sigraise 9", str(dirty)]
+    assert subprocess.run(killed, capture_output=True).returncode
+    with pytest.raises(ImageDamaged):
+        images.check(dirty, "qcow2")
+    qemu_img("convert", "-f", "qcow2", "-O", "qcow2", dirty, plain)
+    images.count_anew(dirty, "qcow2")
+    images.check(dirty, "qcow2")
+    qemu_img("compare", dirty, plain)
+
+    with plain.open("r+b") as file:
+        file.seek(65536)
+        file.write(b"\0" * 65536)
+    damaged = plain.read_bytes()
+    images.count_anew(plain, "qcow2")
+    assert plain.read_bytes() == damaged
+
+
 def test_measure_is_enough(tmp_path: Path) -> None:
     """A copy takes no more than was measured."""
     source = raw(tmp_path / "a", 7)

@@ -184,6 +184,30 @@ def test_streams_are_compressed(
         assert subprocess.run(command).returncode == 0
 
 
+@pytest.mark.parametrize("state", ["running", "stopped"])
+def test_lazy_refcounts(
+    hypervisor: Hypervisor, xfs: Path, watchdog: Watchdog, folder: Path, state: str
+) -> None:
+    """A disk whose clusters QEMU counts only when it closes it is copied whole: of a guest that
+    runs, and of one whose QEMU was killed."""
+    with Guest.create(hypervisor, xfs / f"lazy-{state}", disks=["qcow2"]) as made:
+        (disk,) = made.disks
+        amend = ["qemu-img", "amend", "-f", "qcow2", "-o", "lazy_refcounts=on", str(disk)]
+        subprocess.run(amend, check=True)
+        if state == "running":
+            made.start().run("dd if=/dev/urandom of=/root/lazy bs=64k count=64 conv=fsync")
+        else:
+            killed = ["qemu-io", "-c", "write -P 7 100M 4M", "-c", "flush", "-c", "sigraise 9"]
+            assert subprocess.run([*killed, str(disk)], capture_output=True).returncode
+        domain = find_by_name(connect(hypervisor.uri), made.name)
+        taken = capture(domain, folder, watchdog=watchdog)
+        assert taken.way == "reflink"
+        images.check_by_qemu(folder / "vda.qcow2", "qcow2")
+        if state == "stopped":
+            compare = ["qemu-img", "compare", "-q", str(disk), str(folder / "vda.qcow2")]
+            assert subprocess.run(compare).returncode == 0
+
+
 @pytest.mark.parametrize("way", ["reflink", "stream"])
 def test_an_owners_pause_is_copied_and_kept(
     guest: Guest, domain: Domain, watchdog: Watchdog, folder: Path, way: engine.Choice
