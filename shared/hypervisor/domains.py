@@ -37,10 +37,9 @@ HELD_BY_SAVE = (
     libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT,
 )
 DESTROY_TIMEOUT_S = 60.0
-_TPM_FLAGS_SINCE = 8_009_000  # libvirt 8.9.0; before, the TPM's state always went
-
-
 OTHERS_JOB_S = 30.0
+"""What libvirt itself waits for a domain's job; hard-coded there."""
+_TPM_FLAGS_SINCE = 8_009_000  # libvirt 8.9.0; before, the TPM's state always went
 
 
 class Domain:

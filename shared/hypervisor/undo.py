@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _ABORT_PATIENCE_S = 60.0
 _THAW_PATIENCE_S = 60.0
+_silent_since: dict[str, float] = {}
+"""Domains whose agent did not answer a thaw, and when that was first seen."""
 
 
 def resume_domain(uri: str, uuid: str) -> bool:
@@ -60,7 +62,8 @@ def release_memory(uri: str, uuid: str) -> bool:
 def thaw_domain(uri: str, uuid: str) -> bool:
     """Thaw a running domain's file systems. Thawing what is not frozen does nothing.
 
-    An agent that does not answer may be about to freeze them: it is asked again for a minute.
+    An agent that does not answer may be about to freeze them: LibvirtBusy is raised for a minute
+    of that, for the caller to try again, and see to other guests in between.
     """
     domain = _find(uri, uuid)
     if domain is None or domain.state != "running":
@@ -70,21 +73,18 @@ def thaw_domain(uri: str, uuid: str) -> bool:
         handle.agentSetResponseTimeout(FREEZE_TIMEOUT_S)
         return int(handle.fsThaw())
 
-    deadline = time.monotonic() + _THAW_PATIENCE_S
-    while True:
-        try:
-            return domain.call("Thawing", thaw) > 0
-        except LibvirtFailed as error:
-            if not (unanswered(error) and agent_ready(domain)):
-                return False  # no agent: it was never frozen
-            if time.monotonic() > deadline:
-                log.error(
-                    "%s may be frozen, and its agent does not answer: %s; `virsh domfsthaw %s` "
-                    "thaws it once that does",
-                    *(domain.name, error.detail, domain.name),
-                )
-                return False
-        time.sleep(1)
+    try:
+        thawed = domain.call("Thawing", thaw) > 0
+    except LibvirtFailed as error:
+        thawed = False  # no agent: it was never frozen
+        if unanswered(error) and agent_ready(domain):
+            since = _silent_since.setdefault(uuid, time.monotonic())
+            told = f"{domain.name} may be frozen, and its agent does not answer: {error.detail}"
+            if time.monotonic() - since < _THAW_PATIENCE_S:
+                raise LibvirtBusy(f"{told} It is tried again.") from error
+            log.error("%s `virsh domfsthaw %s` thaws it once it does.", told, domain.name)
+    _silent_since.pop(uuid, None)
+    return thawed
 
 
 def abort_backup(uri: str, uuid: str, folder: str | None = None) -> bool:

@@ -1,5 +1,6 @@
 """Freezing a real guest's file systems."""
 
+import contextlib
 import threading
 import time
 
@@ -10,16 +11,33 @@ from lab.guest import Guest
 from shared.hypervisor import agent, undo
 from shared.hypervisor.agent import agent_ready, frozen
 from shared.hypervisor.domains import Domain
-from shared.hypervisor.errors import LibvirtFailed, QuiesceFailed
+from shared.hypervisor.errors import LibvirtBusy, LibvirtFailed, QuiesceFailed
 from shared.hypervisor.watchdog import Watchdog
 from tests.hypervisor.test_pause import wait_until, worker
 
 pytestmark = pytest.mark.vm
-SILENT_FOR_A_WHILE = "sleep 2; kill -STOP $(pidof qemu-ga); sleep 12; kill -CONT $(pidof qemu-ga)"
 
 
 def is_frozen(guest: Guest) -> bool:
     return bool(guest.agent("guest-fsfreeze-status") == "frozen")
+
+
+def is_thawed(guest: Guest) -> bool:
+    with contextlib.suppress(libvirt.libvirtError):  # it does not answer yet
+        return not is_frozen(guest)
+    return False
+
+
+def freeze_and_fall_silent(guest: Guest) -> None:
+    """The agent answers nothing from then on, for some 15 s, and libvirt has seen that: it sends
+    no command then before the agent has answered that it listens."""
+    quiet = "sleep 2; kill -STOP $(pidof qemu-ga); sleep 15; kill -CONT $(pidof qemu-ga)"
+    guest.agent("guest-exec", path="/bin/sh", arg=["-c", quiet])
+    guest.agent("guest-fsfreeze-freeze")
+    with pytest.raises(libvirt.libvirtError):
+        while True:
+            guest.agent("guest-fsfreeze-status", timeout=1)
+            time.sleep(0.2)
 
 
 def test_frozen_inside_thawed_after(guest: Guest, domain: Domain, watchdog: Watchdog) -> None:
@@ -116,6 +134,26 @@ def test_a_freeze_that_hangs_is_not_waited_for(
     wait_until(lambda: not is_frozen(guest))
 
 
+def test_a_freeze_that_is_over_after_it_was_given_up_is_thawed(
+    guest: Guest, domain: Domain, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that is busy freezing answers nothing, nor a thaw, until it is done."""
+    real = domain.call
+
+    def slow(doing: str, function: object) -> object:
+        if doing != "Freezing":
+            return real(doing, function)  # type: ignore[arg-type]
+        freeze_and_fall_silent(guest)
+        raise LibvirtFailed("no answer", libvirt_code=libvirt.VIR_ERR_AGENT_UNRESPONSIVE)
+
+    monkeypatch.setattr(domain, "call", slow)
+    with frozen(domain, watchdog, "auto", timeout_s=1) as consistency:
+        pass
+
+    assert consistency.level == "crash"
+    wait_until(lambda: is_thawed(guest), 60)
+
+
 def test_thaw_is_tried_again(
     guest: Guest, domain: Domain, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,12 +205,24 @@ def test_a_killed_workers_guest_is_thawed_within_two_seconds(guest: Guest) -> No
     assert wait_until(lambda: not is_frozen(guest), 2) < 2
 
 
-def test_undo_waits_for_an_agent_that_does_not_answer(guest: Guest, domain: Domain) -> None:
-    """It may be busy freezing: it is asked again."""
-    guest.agent("guest-exec", path="/bin/sh", arg=["-c", SILENT_FOR_A_WHILE])
-    guest.agent("guest-fsfreeze-freeze")
-    time.sleep(4)
-    assert undo.thaw_domain(domain.uri, domain.uuid)
+def test_undo_is_not_done_while_the_agent_does_not_answer(
+    guest: Guest, domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be busy freezing: who undoes is told to try again, up to a limit."""
+    monkeypatch.setattr(undo, "FREEZE_TIMEOUT_S", 1)
+    freeze_and_fall_silent(guest)
+    with pytest.raises(LibvirtBusy):
+        undo.thaw_domain(domain.uri, domain.uuid)
+    with monkeypatch.context() as impatient:
+        impatient.setattr(undo, "_THAW_PATIENCE_S", 0)
+        assert not undo.thaw_domain(domain.uri, domain.uuid)
+
+    def thawed() -> bool:
+        with contextlib.suppress(LibvirtBusy):
+            return undo.thaw_domain(domain.uri, domain.uuid)
+        return False
+
+    wait_until(thawed, 60)
     assert not is_frozen(guest)
 
 

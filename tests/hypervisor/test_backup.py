@@ -130,11 +130,20 @@ def test_anothers_job_is_left_alone(
     domain.call("Copying", lambda handle: handle.backupBegin(pull, None, 0))
     monkeypatch.setattr(domains, "OTHERS_JOB_S", 0)
 
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def instant() -> Iterator[None]:
+        entered.append("frozen")
+        yield
+
+    targets = {"vdb": (ours / "vdb.raw", "raw")}
     with pytest.raises(LibvirtBusy):
-        push_backup(domain, {"vdb": (ours / "vdb.raw", "raw")}, quiet, lambda: False)
+        push_backup(domain, targets, quiet, lambda: False, instant=instant())
     ended = undo.abort_backup(domain.uri, domain.uuid, str(ours))
     going_on = backup.job_files(domain)
 
+    assert entered == []  # nothing is frozen to wait for it
     assert (ended, going_on) == (False, [theirs / "vda"])
     assert undo.abort_backup(domain.uri, domain.uuid, str(theirs))
 

@@ -5,16 +5,21 @@ Here whole workers die, and work that is long: tests/faults has one process die 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 from live_site import BUSY, Machine, Site
 
 from lab.guest import attach
+from shared.hypervisor.backup import job_files
+from shared.hypervisor.connection import connect
+from shared.hypervisor.domains import find_by_name
 
 pytestmark = [
     pytest.mark.vm,
@@ -150,3 +155,16 @@ def test_a_worker_that_always_dies_gives_up(site: Site, stopped_big: Machine) ->
     assert stopped_big.state() == "stopped"
     assert stopped_big.read() == {"changed"}
     assert site.client.servers.get(stopped_big.id)["newest_image"] is None
+
+
+def test_the_journal_tells_our_copy_job_from_anothers(site: Site, running_big: Machine) -> None:
+    """What ends it after a crash knows it by the folder that it copies into."""
+    prepare(site, running_big, "take")
+    work = WORK["take"]
+    with site.points.held(lambda: work.ask(site, running_big), work.point) as operation:
+        query = "SELECT arguments FROM journal WHERE operation_id = ? AND action = ?"
+        (row,) = site.rows(query, operation["id"], "abort_backup")
+        files = job_files(find_by_name(connect(site.hypervisor.uri), running_big.name))
+    site.done(operation)
+
+    assert {each.parent for each in files} == {Path(json.loads(row["arguments"])["folder"])}
