@@ -33,14 +33,11 @@ _KNOWN_FEATURES = 0b11000 | _DIRTY
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """`virtual_bytes` is what the guest sees, `allocated_bytes` what the file takes up.
-
-    `depends_on` names a backing or data file without which the file is no disk.
-    """
+    """`virtual_bytes` is what the guest sees; `depends_on` names a backing or data file without
+    which the file is no disk."""
 
     format: str
     virtual_bytes: int
-    allocated_bytes: int
     depends_on: str | None
 
 
@@ -49,13 +46,12 @@ def info(path: Path, image_format: str) -> ImageInfo:
     if path.is_file():
         virtual = virtual_bytes(path, image_format, alone=True)
         if virtual is not None:
-            return ImageInfo(image_format, virtual, path.stat().st_blocks * _SECTOR, None)
+            return ImageInfo(image_format, virtual, None)
     answer = _ask(["info", "-U", "-f", image_format, "--output=json"], path)
     extra = answer.get("format-specific", {}).get("data", {})
     return ImageInfo(
         format=str(answer["format"]),
         virtual_bytes=int(answer["virtual-size"]),
-        allocated_bytes=int(answer.get("actual-size", 0)),
         depends_on=answer.get("full-backing-filename")
         or answer.get("backing-filename")
         or extra.get("data-file"),

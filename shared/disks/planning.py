@@ -43,7 +43,6 @@ class SourceDisk:
     disk: DiskDefinition
     path: Path
     virtual_bytes: int
-    allocated_bytes: int
     depends_on: str | None
     copy_format: str
     needed_bytes: int = 0
@@ -181,9 +180,7 @@ def _source(disk: DiskDefinition) -> SourceDisk:
     about = images.info(path, "raw" if disk.encrypted and disk.format == "raw" else disk.format)
     depends_on = about.depends_on or ("its backing file" if disk.has_backing else None)
     copy_format = disk.format if disk.format in ("raw", "qcow2") else "qcow2"
-    return SourceDisk(
-        disk, path, about.virtual_bytes, about.allocated_bytes, depends_on, copy_format
-    )
+    return SourceDisk(disk, path, about.virtual_bytes, depends_on, copy_format)
 
 
 def _obstacle_to_reflink(sources: Sequence[SourceDisk], destination: Path) -> str | None:
