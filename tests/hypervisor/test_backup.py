@@ -23,6 +23,8 @@ from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, find_by_name
 from shared.hypervisor.errors import BackupFailed, HypervisorError, LibvirtBusy
 from shared.hypervisor.locks import is_open
+from shared.hypervisor.memory import memory_saved
+from shared.hypervisor.watchdog import Watchdog
 
 pytestmark = pytest.mark.vm
 
@@ -114,7 +116,7 @@ def test_undo_ends_what_a_dead_worker_left(big: Domain, folder: Path) -> None:
 
 
 def test_anothers_job_is_left_alone(
-    domain: Domain, folder: Path, monkeypatch: pytest.MonkeyPatch
+    domain: Domain, folder: Path, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its owner's own backup goes on: a copy of ours is refused, and its undo ends only what
     writes into our folder."""
@@ -140,10 +142,15 @@ def test_anothers_job_is_left_alone(
     targets = {"vdb": (ours / "vdb.raw", "raw")}
     with pytest.raises(LibvirtBusy):
         push_backup(domain, targets, quiet, lambda: False, instant=instant())
+    with (
+        pytest.raises(LibvirtBusy),
+        memory_saved(domain, watchdog, ours / "memory", ["vda"], before=entered.append),
+    ):
+        pass
     ended = undo.abort_backup(domain.uri, domain.uuid, str(ours))
     going_on = backup.job_files(domain)
 
-    assert entered == []  # nothing is frozen to wait for it
+    assert entered == []  # nothing is frozen to wait for it, nor journalled that would end it
     assert (ended, going_on) == (False, [theirs / "vda"])
     assert undo.abort_backup(domain.uri, domain.uuid, str(theirs))
 
