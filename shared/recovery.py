@@ -3,6 +3,8 @@
 Each tolerates that its step never happened, or that it was carried out already.
 """
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import structlog
@@ -79,8 +81,9 @@ def define_domain(xml: str) -> None:
 
 
 @action
-def undefine_domain(uuid: str, keep_nvram: bool = False) -> None:
-    hypervisor.undefine_domain(settings().libvirt_uri, uuid, keep_nvram=keep_nvram)
+def undefine_domain(uuid: str, keep_nvram: bool = False, keep_tpm: bool = False) -> None:
+    uri = settings().libvirt_uri
+    hypervisor.undefine_domain(uri, uuid, keep_nvram=keep_nvram, keep_tpm=keep_tpm)
 
 
 @action
@@ -94,13 +97,27 @@ def stop_domain(uuid: str) -> None:
 
 
 @action
-def swap_back(live: dict[str, str], operation_id: str) -> None:
-    """The files that a revert or restore replaced become live again."""
-    setaside.swap_back(_paths(live), operation_id)
+def swap_back(
+    live: dict[str, str],
+    operation_id: str,
+    uuid: str | None = None,
+    missing: Iterable[str] = (),
+) -> None:
+    """The files that a revert or restore replaced become live again; of the `missing` there were
+    none. Entries of an earlier version name no domain.
+
+    One that somebody started on what the operation had brought is started anew.
+    """
+    files = _paths(live)
+    had_none = {target: files[target] for target in missing}
+    brought = {**setaside.swapped(files, operation_id), **had_none}
+    with _without(uuid, brought.values()):
+        setaside.swap_back(files, operation_id)
+        setaside.take_away(had_none, operation_id)
 
 
 @action
-def swap_again(live: dict[str, str], operation_id: str) -> None:
+def swap_again(live: dict[str, str], operation_id: str, uuid: str | None = None) -> None:
     """The files that a revert or restore brought become live again.
 
     Only those that an undo had moved aside: the others, perhaps all, are live still.
@@ -110,7 +127,8 @@ def swap_again(live: dict[str, str], operation_id: str) -> None:
         for target, path in _paths(live).items()
         if setaside.new_path(path, operation_id).exists()
     }
-    setaside.swap(moved, operation_id)
+    with _without(uuid, moved.values()):
+        setaside.swap(moved, operation_id)
 
 
 @action
@@ -128,6 +146,13 @@ def give_back(files: list[str], operation_id: str) -> None:
 def discard_removed(files: list[str], operation_id: str, kept: list[str]) -> None:
     """The files that were set aside to be removed are gone, with what reverts kept of them."""
     removal.discard(map(Path, files), operation_id, map(Path, kept))
+
+
+def _without(uuid: str | None, files: Iterable[Path]) -> AbstractContextManager[None]:
+    if uuid is None:
+        return nullcontext()
+    present = [path for path in files if path.exists()]
+    return hypervisor.without(settings().libvirt_uri, uuid, present)
 
 
 def _paths(live: dict[str, str]) -> dict[str, Path]:

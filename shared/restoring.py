@@ -134,14 +134,21 @@ def put_back(
 
     context.phase("swapping")
     state = _stop(context, server, domain, previous, live)
-    context.undo("swap_back", live=journalled, operation_id=context.id)
+    context.undo(
+        "swap_back",
+        live=journalled,
+        operation_id=context.id,
+        uuid=server.domain_uuid,
+        missing=missing,
+    )
+    _refuse_started(domain)
     setaside.swap(live, context.id)
     domain = _define(context, connection, server, previous, wanted)
     if saved:
         state = _resume(context, domain, saved)
     else:
         _start(context, domain, state)
-    set_aside = setaside.is_swapped(live, context.id)
+    set_aside = bool(setaside.swapped(live, context.id))
     links = linked.links_of(clone, wanted)
     return Replaced(context.id, journalled, previous, set_aside, missing, way, state, links)
 
@@ -247,7 +254,7 @@ def _define(
     context: Context, connection: Any, server: Server, previous: str | None, wanted: str
 ) -> Domain:
     if previous is None:
-        context.undo("undefine_domain", uuid=server.domain_uuid)
+        context.undo("undefine_domain", uuid=server.domain_uuid, keep_nvram=True, keep_tpm=True)
     elif wanted == previous:
         return domains.find(connection, server.domain_uuid)
     else:
@@ -257,9 +264,20 @@ def _define(
     return domain
 
 
+def _refuse_started(domain: Domain | None) -> None:
+    """Raise ServerChanged where somebody started the domain after `_stop`, on whichever disks."""
+    if domain and domain.is_active:
+        raise ServerChanged(
+            f"{domain.name} was started by somebody while its disks were about to be replaced. It "
+            "runs on the disks that it had; ask again."
+        )
+
+
 def _start(context: Context, domain: Domain, state: State) -> None:
     if state != "stopped":
         context.undo("stop_domain", uuid=domain.uuid)
+    _refuse_started(domain)
+    if state != "stopped":
         domain.start(paused=state == "paused", discard_saved_state=True)
         faults.point("started")
 
@@ -288,7 +306,10 @@ def undo(context: Context, operation_id: str) -> Outcome:
 
     context.phase("swapping")
     state = _stop(context, server, domain, current, live)
-    context.undo("swap_again", live=record["live"], operation_id=operation_id)
+    context.undo(
+        "swap_again", live=record["live"], operation_id=operation_id, uuid=server.domain_uuid
+    )
+    _refuse_started(domain)
     setaside.swap_back(live, operation_id)
     setaside.take_away({target: live[target] for target in record["missing"]}, operation_id)
     before = renamed(record["previous"] or current, domain.name)

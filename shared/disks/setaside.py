@@ -144,9 +144,13 @@ def take_away(live: Mapping[str, Path], operation_id: str) -> None:
             sync_folder(new.parent)
 
 
-def is_swapped(live: Mapping[str, Path], operation_id: str) -> bool:
-    """Whether any disk has its old file set aside."""
-    return any(_swapped(path, old_path(path, operation_id)) for path in live.values())
+def swapped(live: Mapping[str, Path], operation_id: str) -> dict[str, Path]:
+    """Those of the live files whose old one is set aside."""
+    return {
+        target: path
+        for target, path in live.items()
+        if _swapped(path, old_path(path, operation_id))
+    }
 
 
 def discard(live: Mapping[str, Path], operation_id: str) -> None:

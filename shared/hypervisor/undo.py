@@ -9,7 +9,7 @@ that the caller tries again later.
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from shared.hypervisor.backup import job_files
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, define, find
 from shared.hypervisor.errors import DomainMissing, LibvirtBusy, LibvirtFailed
+from shared.hypervisor.locks import is_open
 from shared.hypervisor.watchdog_helper import saving
 
 log = logging.getLogger(__name__)
@@ -131,17 +132,19 @@ def _job(domain: Domain) -> dict[str, Any]:
     return {}
 
 
-def undefine_domain(uri: str, uuid: str, *, keep_nvram: bool = False) -> bool:
-    """Force off and undefine a domain with its TPM state and, unless told otherwise, its UEFI
-    variables.
+def undefine_domain(
+    uri: str, uuid: str, *, keep_nvram: bool = False, keep_tpm: bool = False
+) -> bool:
+    """Force off and undefine a domain, with its UEFI variables and its TPM's state unless told
+    otherwise.
 
-    For clones that we defined ourselves and nothing else. Its disks stay.
+    For domains that we defined ourselves and nothing else. Its disks stay.
     """
     domain = _find(uri, uuid)
     if domain is None:
         return False
     domain.destroy()
-    domain.undefine(keep_nvram=keep_nvram, keep_tpm=False)
+    domain.undefine(keep_nvram=keep_nvram, keep_tpm=keep_tpm)
     return True
 
 
@@ -167,6 +170,23 @@ def stop_domain(uri: str, uuid: str) -> bool:
         return False
     domain.destroy()
     return True
+
+
+@contextlib.contextmanager
+def without(uri: str, uuid: str, files: Iterable[Path]) -> Iterator[None]:
+    """A domain that has one of `files` open is off meanwhile, and started again after it.
+
+    For files that are about to be exchanged, under a domain that somebody else started.
+    """
+    domain = _find(uri, uuid)
+    state = domain.state if domain else "stopped"
+    if domain is None or state == "stopped" or not any(map(is_open, files)):
+        yield
+        return
+    log.warning("%s was started on disks that are exchanged now: it is started anew.", domain.name)
+    domain.destroy()
+    yield
+    domain.start(paused=state == "paused", discard_saved_state=True)
 
 
 def _find(uri: str, uuid: str) -> Domain | None:

@@ -72,7 +72,7 @@ def test_swap_puts_the_new_files_live_with_owner_and_mode(live: dict[str, Path])
     for path in live.values():
         status = path.stat()
         assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (107, 108, 0o640)
-    assert setaside.is_swapped(live, OPERATION)
+    assert setaside.swapped(live, OPERATION) == live
 
 
 def test_swap_back_puts_the_old_files_live(live: dict[str, Path]) -> None:
@@ -82,7 +82,7 @@ def test_swap_back_puts_the_old_files_live(live: dict[str, Path]) -> None:
     setaside.swap_back(live, OPERATION)
     assert contents(live) == ["old vda", "old vdb"]
     assert [path.stat().st_ino for path in live.values()] == before
-    assert not setaside.is_swapped(live, OPERATION)
+    assert not setaside.swapped(live, OPERATION)
 
 
 @pytest.mark.parametrize("steps", range(14))

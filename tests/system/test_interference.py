@@ -45,6 +45,110 @@ def test_a_server_started_while_it_is_reverted_runs_on_the_snapshots_disks(
 
 
 @on_ext4
+def test_disks_are_not_swapped_under_a_server_that_was_started_again(
+    site: Site, reverted: Machine
+) -> None:
+    """Started while the database is waited for, once ours had stopped it: it runs on."""
+    with site.points.held(
+        lambda: site.client.snapshots.revert(reverted.id), "journalled:swap_back"
+    ) as operation:
+        reverted.guest.start(wait=False)
+        since = reverted.guest.domain.ID()
+
+    assert site.refused(operation) == "server_changed"
+    assert reverted.read() == {"after"}
+    assert reverted.guest.domain.ID() == since
+    assert_lasting(reverted)
+
+
+@on_ext4
+def test_a_server_started_in_the_swap_keeps_the_disk_that_it_had(
+    site: Site, reverted: Machine
+) -> None:
+    """It has the old file open, which gets its name again: nothing that it writes is lost."""
+    with site.points.held(
+        lambda: site.client.snapshots.revert(reverted.id), "swap:linked"
+    ) as operation:
+        reverted.guest.start(wait=False)
+
+    assert site.refused(operation) == "server_changed"
+    assert reverted.read() == {"after"}
+    assert_lasting(reverted)
+
+
+@on_ext4
+def test_a_server_started_between_two_swaps_has_no_disks_of_two_instants(site: Site) -> None:
+    """One disk of the snapshot, one of its own: it is started anew on its own, with all of them."""
+    machine = site.machine(["qcow2", "raw"], "running")
+    machine.write("before")
+    site.done(site.client.snapshots.take(machine.id))
+    machine.write("after")
+    machine.guest.destroy()
+    with site.points.held(
+        lambda: site.client.snapshots.revert(machine.id), "swap:replaced"
+    ) as operation:
+        machine.guest.start(wait=False)
+
+    assert site.refused(operation) == "server_changed"
+    assert machine.state() == "running"
+    assert machine.read() == {"after"}
+    assert_lasting(machine)
+    site.remove(machine)
+
+
+@on_ext4
+@pytest.mark.parametrize("undoing", [False, True], ids=["revert", "its undo"])
+def test_a_server_started_before_an_undo_is_not_left_on_disks_that_go(
+    site: Site, reverted: Machine, undoing: bool
+) -> None:
+    """The disks were swapped and the server off when the work ended in an error, and its owner
+    started it before all was put back. It is started anew on the disks that it has in the end."""
+    expected, step = "after", "undo:swap_back"
+    revert = site.client.snapshots.revert
+    if undoing:
+        done = site.done(revert(reverted.id))
+        expected, step = "before", "undo:swap_again"
+    site.points.arm(("journalled:stop_domain", "raise"), (step, "wait"))
+    operation = site.client.operations.undo(done["id"]) if undoing else revert(reverted.id)
+    wait_for(lambda: site.points.reached, f"it comes to {step}")
+    reverted.guest.start(wait=False)
+    site.points.go()
+
+    assert site.ended(operation)["state"] == "failed"
+    assert reverted.state() == "running"
+    assert reverted.read() == {expected}
+    assert_lasting(reverted)
+
+
+def assert_lasting(machine: Machine) -> None:
+    """What the guest writes is on the disks that it is started with next time."""
+    machine.write("later")
+    machine.guest.run("sync")
+    machine.guest.destroy()
+    machine.guest.start(wait=False)
+    assert machine.read() == {"later"}
+
+
+@on_ext4
+def test_a_failed_restore_of_a_lost_disk_leaves_none_behind(site: Site) -> None:
+    """The disk that was lost is lost again, and the other one is what it was."""
+    machine = site.machine(["raw", "raw"], "stopped")
+    machine.write("image")
+    image = site.done(site.client.images.create(machine.id))["result"]["image"]
+    machine.write("newer")
+    lost, kept = machine.disks
+    newer = kept.read_bytes()
+    lost.unlink()
+    site.points.arm(("committing", "raise"))
+
+    site.refused(site.client.images.restore(image))
+
+    assert not lost.exists()
+    assert kept.read_bytes() == newer
+    site.remove(machine)
+
+
+@on_ext4
 def test_a_saved_state_that_appears_meanwhile_is_never_woken_on_other_disks(
     site: Site, reverted: Machine
 ) -> None:
