@@ -11,6 +11,7 @@ from celery.signals import (
     setup_logging,
     task_postrun,
     task_prerun,
+    worker_init,
     worker_process_init,
     worker_ready,
     worker_shutdown,
@@ -49,10 +50,15 @@ def service_app(service: str, tasks: str | None = None, owns: Owned | None = Non
     return app
 
 
+@worker_init.connect
+def _on_worker_init(**_: Any) -> None:
+    """Before the broker is there: to give a guest back needs none."""
+    Bystander().start()
+
+
 @worker_ready.connect
 def _on_worker_ready(sender: Any, **_: Any) -> None:
     HostReporter().start()
-    Bystander().start()
     liveness.start()
     if owns := sender.app.conf.triptych_owns:
         _tenders.extend((Measurer(owns), Digester(owns)))

@@ -4,7 +4,8 @@ operation is taken up again.
 Every worker watches the files by which the attempts of its host, of all three services, show
 that they live (presence). When a process dies, SIGKILL of its whole container included, the
 guest that it held is resumed or thawed within a second by whichever of the others sees it first,
-from the journal; and its service is woken, which else would wait for a lease to run out.
+from the journal; and its service is woken, which else would wait for a lease to run out. Where
+all of them died, the first that starts again does so, whether or not the broker is there.
 """
 
 import threading
@@ -16,6 +17,7 @@ from shared.database import database_now, reading, transaction
 from shared.models import Operation
 from shared.operations import claim, journal, presence
 from shared.operations.outbox import flush_if_possible, wake
+from shared.settings import settings
 
 log = structlog.get_logger()
 
@@ -37,12 +39,15 @@ class Bystander(threading.Thread):
 
     def run(self) -> None:
         dead: set[str] = set()
-        pause = EVERY_S
+        first, pause = True, 0.0
         while not self._stopped.wait(pause):
             pause = EVERY_S
             try:
+                if first:
+                    dead |= _left_behind()
+                    first = False
                 dead |= presence.dead()
-            except OSError as error:
+            except Exception as error:  # vault or database are away
                 log.warning("bystander.blind", reason=str(error))
                 pause = RETRY_S
             for owner in list(dead):
@@ -52,6 +57,19 @@ class Bystander(threading.Thread):
                 except Exception as error:  # database or libvirt are away
                     log.warning("bystander.waits", owner=owner, reason=str(error))
                     pause = RETRY_S
+
+
+def _left_behind() -> set[str]:
+    """Dead owners of what is running on this host, by the rows: of their files the last may have
+    been removed by one who died as well."""
+    with reading() as session:
+        query = select(Operation.owner).where(  # type: ignore[call-overload]
+            Operation.host == settings().host,
+            Operation.state == "running",
+            Operation.owner.is_not(None),  # type: ignore[union-attr]
+        )
+        owners = list(session.scalars(query))
+    return {owner for owner in owners if presence.of(owner, sweep=False) == "dead"}
 
 
 def attend(owner: str) -> None:

@@ -34,11 +34,12 @@ OF_THE_GUEST = (
 OF_FARMS = ("farm.delete", "clone.delete", "farm.retry", "farm.start", "farm.stop")
 """Those about its clones, in which libvirtd does the work."""
 
-KILLED, UNDONE, GONE, HELD, OWNERS = (
+KILLED, UNDONE, GONE, HELD, ALL, OWNERS = (
     "test_worker_killed_at_every_point",
     "test_worker_killed_at_every_point_of_an_undo",
     "test_guest_or_libvirtd_gone_at_every_point",
     "test_worker_and_watchdog_die_while_the_guest_is_held",
+    "test_all_workers_and_the_broker_die_while_the_guest_is_held",
     "test_a_pause_that_its_owner_asks_for_later_stays",
 )
 PART = {
@@ -65,6 +66,7 @@ PART = {
         (KILLED, "clone.server with memory"),
         (UNDONE, "clone.server"),
         (HELD, None),
+        (ALL, None),
         (OWNERS, None),
     },
     ("ext4", "running"): {(KILLED, "image.create"), (UNDONE, "image.create")},
@@ -113,7 +115,7 @@ def _is_wanted(item: Any) -> bool:
         return where[1] == "running" and kind in OF_THE_GUEST
     if name == "test_disk_full_at_every_point":
         return where[1] == "stopped"  # a running guest stops on the write that finds no room
-    if name in (HELD, OWNERS, "test_worker_hangs_while_the_guest_is_held"):
+    if name in (HELD, ALL, OWNERS, "test_worker_hangs_while_the_guest_is_held"):
         return where == ("xfs", "running")
     return True
 

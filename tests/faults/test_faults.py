@@ -14,6 +14,8 @@ from faults.conftest import OF_FARMS, OF_THE_GUEST, WHOLE
 from faults.walk import HELD, KINDS, Walk, before_commit
 from system.live_site import wait_for
 
+from embedded.stack import SERVICES
+
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 _touched: set[str] = set()
@@ -90,6 +92,32 @@ def test_worker_and_watchdog_die_while_the_guest_is_held(walk: Walk) -> None:
 
     assert time.monotonic() - died < 2
     walk.site.stack.start_worker("snapshotter")
+    walk.settle(kind, walk.site.done(operation))
+
+
+def test_all_workers_and_the_broker_die_while_the_guest_is_held(walk: Walk) -> None:
+    """The first worker that starts again gives the guest back, and waits for no broker."""
+    kind, stack = KINDS["snapshot.take"], walk.site.stack
+    kind.prepare(walk.site, walk.machine)
+    walk.points.arm(("reflink:paused", "wait"))
+    operation = kind.ask(walk.site, walk.machine)
+    wait_for(lambda: walk.points.reached, "the guest is held")
+    helpers = walk.watchdogs(walk.site.child_of(operation))
+
+    stack.signal("redis", signal.SIGKILL)
+    for service in SERVICES[1:]:
+        walk.site.kill_worker(service)
+    for helper in helpers:
+        os.kill(helper, signal.SIGKILL)
+    walk.site.kill_worker(SERVICES[0])
+    state = walk.machine.state()
+    stack.start_worker(SERVICES[1])
+    wait_for(lambda: walk.machine.state() == "running", "the guest runs")
+    assert (SERVICES[0], state) == ("snapshotter", "paused")
+
+    stack.start_redis()
+    stack.start_worker(SERVICES[0])
+    stack.start_worker(SERVICES[2])
     walk.settle(kind, walk.site.done(operation))
 
 

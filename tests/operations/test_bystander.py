@@ -101,6 +101,22 @@ def test_death_is_seen_within_a_second(world: World, running: Bystander) -> None
     wait_for(lambda: not list((settings().vault / ".workers").iterdir()))
 
 
+def test_owner_whose_file_went_with_another_worker_is_known_by_the_row(
+    world: World, held: str
+) -> None:
+    """Whoever removed it died before the guest was given back; the next to start looks."""
+    thread = Bystander()
+    thread.start()
+    try:
+        wait_for(lambda: world.row(held).owner is None)
+    finally:
+        thread.stop()
+        thread.join(10)
+
+    assert world.played == ["resume"]
+    assert world.woken() == [held]
+
+
 def test_libvirt_that_is_away_is_waited_for(
     world: World, held: str, running: Bystander, monkeypatch: pytest.MonkeyPatch
 ) -> None:
