@@ -164,14 +164,14 @@ def _journal(context: Context, domain: Domain, folder: Path, step: engine.Step) 
     if step == "released":
         context.strike("resume_domain", "release_memory", "thaw_domain", "abort_backup")
         return
-    if step == "memory":
-        context.undo("release_memory", uuid=domain.uuid)
-        return
     uuid = {"uuid": domain.uuid}
+    if step == "memory":
+        context.undo_all(("release_memory", uuid), durable=False)
+        return
     held: JournalStep = ("resume_domain", uuid)
     if step == "backup":
         held = ("abort_backup", {**uuid, "folder": str(folder)})
-    context.undo_all(("thaw_domain", uuid), held)
+    context.undo_all(("thaw_domain", uuid), held, durable=False)
 
 
 @cache

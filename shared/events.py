@@ -53,7 +53,7 @@ def relay() -> int:
         document = {"event": json.dumps(as_cloudevent(event))}
         pipeline.xadd(STREAM, document, maxlen=_STREAM_LENGTH, approximate=True)  # type: ignore[arg-type]
     pipeline.execute()
-    with transaction() as session:
+    with transaction(durable=False) as session:
         sent = [event.seq for event in pending]
         session.execute(update(Event).where(row.seq.in_(sent)).values(relayed_at=now()))
     return len(pending)

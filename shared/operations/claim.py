@@ -52,7 +52,7 @@ def claim(operation_id: str, owner: str) -> Operation | None:
     """
     next_attempt = _mine.attempt + 1
     try:
-        with transaction() as session:
+        with transaction(durable=False) as session:
             return _take(session, operation_id, owner, _FIRST_OF_ITS_SERVER, attempt=next_attempt)
     except IntegrityError:
         return None

@@ -162,12 +162,13 @@ class Context:
         """Write down, before a step, what undoes it. Waits for a database that is away."""
         self.undo_all((action, arguments))
 
-    def undo_all(self, *steps: journal.Step) -> None:
-        """Write down several at once; the last is undone first."""
+    def undo_all(self, *steps: journal.Step, durable: bool = True) -> None:
+        """Write down several at once; the last is undone first. They need not be `durable` where
+        a power cut undoes the steps themselves, as it does all that holds a guest."""
         self.check()
 
         def write() -> None:
-            with transaction() as session:
+            with transaction(durable=durable) as session:
                 held(session, self.id, self.owner)
                 for action, arguments in steps:
                     journal.write(session, self.id, "undo", action, _unit.get(), **arguments)
@@ -180,7 +181,7 @@ class Context:
         """Take back what `undo` wrote down for steps that are over."""
 
         def delete() -> None:
-            with transaction() as session:
+            with transaction(durable=False) as session:
                 held(session, self.id, self.owner)
                 journal.strike(session, self.id, *actions, unit=_unit.get())
 
@@ -224,7 +225,7 @@ class Context:
 
     def _renew(self) -> bool:
         """Renew the lease, write progress, read the cancel flag. False when it is lost."""
-        with transaction() as session:
+        with transaction(durable=False) as session:
             renewed = session.execute(
                 update(Operation)
                 .where(

@@ -131,5 +131,5 @@ def _play(entry: JournalEntry, owner: str) -> None:
     faults.point(f"{entry.side}:{entry.action}")
     act(entry)
     faults.point(f"{entry.side}:{entry.action}:done")
-    with transaction() as session:
+    with transaction(durable=False) as session:  # it may be played again
         _delete(session, JournalEntry.seq == entry.seq)

@@ -74,7 +74,7 @@ def _batch() -> Iterator[list[OutboxMessage]]:
         if batch and locks:
             _delete(session, batch)
     if batch and not locks:
-        with transaction() as session:
+        with transaction(durable=False) as session:
             _delete(session, batch)
 
 

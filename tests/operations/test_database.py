@@ -168,6 +168,12 @@ def test_sqlite_file_is_as_the_code_relies_on(tmp_path: Path) -> None:
             assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
             assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
             assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+        for durable, synced in ((False, 1), (True, 2), (False, 1)):
+            with transaction(durable=durable) as session:
+                found = session.connection().exec_driver_sql("PRAGMA synchronous").scalar()
+            assert synced == found
+        with transaction() as session:
+            assert session.connection().exec_driver_sql("PRAGMA synchronous").scalar() == 2
         engine().dispose()
     forget_caches()
 
