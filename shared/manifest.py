@@ -161,7 +161,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     try:
         with full_is_said(folder):
             fresh.unlink(missing_ok=True)
-            fresh.write_bytes(_sealed(manifest))
+            fresh.write_bytes(sealed(manifest))
             seal_files([fresh])
             fresh.replace(folder / MANIFEST)
             sync(folder)
@@ -170,7 +170,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         raise
 
 
-def _sealed(manifest: Manifest) -> bytes:
+def sealed(manifest: Manifest) -> bytes:
+    """The manifest as it stands in its file: with the digest of what is above that."""
     text = manifest.model_copy(update={"sealed": True}).model_dump_json(indent=2)
     above = f"{text.removesuffix(chr(10) + '}')},\n".encode()
     return above + f'  "seal": "{blake3(above).hexdigest()}"\n}}\n'.encode()
@@ -188,10 +189,13 @@ def _intact(data: bytes, manifest: Manifest) -> bool:
 def seal_files(paths: Sequence[Path]) -> None:
     """Make finished files ours, mode 0400, and synced.
 
-    All are changed before the first is synced, which writes what is known of the others too.
+    All are changed, and begun to be written out, before the first is synced: that then waits for
+    the others too. To be told that the cache is not needed, Linux begins with it (mm/fadvise.c).
     """
     for path in paths:
         os.chown(path, os.geteuid(), os.getegid())  # QEMU's user may own what QEMU wrote
         path.chmod(0o400)
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     for path in paths:
         sync(path)

@@ -26,12 +26,14 @@ from shared.disks.durable import sync
 from shared.disks.space import full_is_said
 from shared.manifest import (
     DEFINITION,
+    MANIFEST,
     NOTES,
     Kind,
     Manifest,
     VaultError,
     read_manifest,
     seal_files,
+    sealed,
     write_manifest,
 )
 
@@ -100,10 +102,12 @@ class Partial:
     def _complete(self, manifest: Manifest, definition_xml: str) -> None:
         (self.path / DEFINITION).write_text(definition_xml)
         (self.path / NOTES).write_text(_notes(manifest))
-        seal_files(list(self.path.iterdir()))
         digests = {name: digest(self.path / name) for name in manifest.small_files}
+        whole = manifest.model_copy(update={"digests": digests})
+        (self.path / MANIFEST).write_bytes(sealed(whole))
+        seal_files(list(self.path.iterdir()))
         self.path.chmod(0o700)
-        write_manifest(self.path, manifest.model_copy(update={"digests": digests}))
+        sync(self.path)
 
 
 class Vault:

@@ -69,7 +69,7 @@ def test_crash_between_send_and_delete_sends_again(
     """At least once: the message is sent twice rather than not at all."""
     world.snapshot_of(world.server())
 
-    def crash() -> Any:
+    def crash(**_: Any) -> Any:
         raise ConnectionError("the database went away")
 
     with monkeypatch.context() as patch:
@@ -177,7 +177,7 @@ def test_crash_between_append_and_commit_sends_again(
     """At least once, with the same id, by which a reader knows it."""
     emitted("snapshot.taken")
 
-    def crash() -> Any:
+    def crash(**_: Any) -> Any:
         raise ConnectionError("the database went away")
 
     with monkeypatch.context() as patch:
