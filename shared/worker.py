@@ -21,7 +21,9 @@ from celery.signals import (
 from shared import liveness, logs, recovery  # noqa: F401  registers the journal's actions
 from shared.celery_app import make_app
 from shared.commands import queue_of
+from shared.copying import HOLDS
 from shared.hosts import HostReporter
+from shared.hypervisor.watchdog_helper import thaw_owed
 from shared.operations.bystander import Bystander
 from shared.operations.outbox import flush_if_possible
 from shared.operations.reconcile import adopt_orphans
@@ -54,6 +56,7 @@ def service_app(service: str, tasks: str | None = None, owns: Owned | None = Non
 def _on_worker_init(**_: Any) -> None:
     """Before the broker is there: to give a guest back needs none."""
     Bystander().start()
+    thaw_owed(settings().libvirt_uri, settings().vault / HOLDS)
 
 
 @worker_ready.connect

@@ -12,7 +12,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +28,8 @@ from shared.hypervisor.watchdog import GIVE_UP_S, Action, hold_of, locked
 # guest found running is looked at again for that long.
 LINGER_S = 35.0
 AGENT_TIMEOUT_S = 10
+OWED = ".owed"
+"""What the names of files end with, beside the locks, that name domains still to be thawed."""
 _own_threads: dict[str, threading.Lock] = {}
 """The lock of a file is the process's: it does not keep its threads apart."""
 
@@ -98,9 +101,10 @@ class _Helper:
         uuid, action, _ = self.armed.pop(token)
         self.fired.add(token)
         linger_s = 0.0 if token in self.held else LINGER_S
-        rescue = threading.Thread(
-            target=give_back, args=(self.uri, uuid, action, linger_s, holds), daemon=True
-        )
+        work = partial(give_back, self.uri, uuid, action, linger_s, holds)
+        if action == "thaw":
+            work = partial(_noted, _note(self.holds, uuid), work)
+        rescue = threading.Thread(target=work, daemon=True)
         rescue.start()
         self.rescues.append(rescue)
 
@@ -119,6 +123,30 @@ class _Helper:
         with contextlib.suppress(OSError):  # nobody is left to read it
             self.out.write(line.encode() + b"\n")
             self.out.flush()
+
+
+def thaw_owed(uri: str, holds: Path) -> None:
+    """Begin to thaw what helpers owe that were killed, with the container they were in.
+
+    At a worker's start: of a freeze that was given up, and may come true long after, no
+    operation's journal tells.
+    """
+    for note in holds.glob(f"*{OWED}"):
+        thaw = partial(give_back, uri, note.stem, "thaw", 0.0, holds)
+        threading.Thread(target=_noted, args=(note, thaw), daemon=True).start()
+
+
+def _note(holds: Path, uuid: str) -> Path:
+    note = holds / f"{uuid}{OWED}"
+    with contextlib.suppress(OSError):  # the disk is full: it is thawed all the same
+        note.touch()
+    return note
+
+
+def _noted(note: Path, thaw: Callable[[], bool]) -> bool:
+    done = thaw()
+    note.unlink(missing_ok=True)
+    return done
 
 
 def give_back(

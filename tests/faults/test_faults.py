@@ -15,6 +15,8 @@ from faults.walk import HELD, KINDS, Walk, before_commit
 from system.live_site import wait_for
 
 from embedded.stack import SERVICES
+from shared.copying import HOLDS
+from shared.hypervisor.watchdog_helper import OWED
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
@@ -96,7 +98,8 @@ def test_worker_and_watchdog_die_while_the_guest_is_held(walk: Walk) -> None:
 
 
 def test_all_workers_and_the_broker_die_while_the_guest_is_held(walk: Walk) -> None:
-    """The first worker that starts again gives the guest back, and waits for no broker."""
+    """The first worker that starts again gives the guest back, and waits for no broker. It also
+    does what the helpers of dead ones had noted, and had no time for."""
     kind, stack = KINDS["snapshot.take"], walk.site.stack
     kind.prepare(walk.site, walk.machine)
     walk.points.arm(("reflink:paused", "wait"))
@@ -111,8 +114,11 @@ def test_all_workers_and_the_broker_die_while_the_guest_is_held(walk: Walk) -> N
         os.kill(helper, signal.SIGKILL)
     walk.site.kill_worker(SERVICES[0])
     state = walk.machine.state()
+    note = walk.site.vault / HOLDS / f"{walk.machine.guest.domain.UUIDString()}{OWED}"
+    note.touch()
     stack.start_worker(SERVICES[1])
     wait_for(lambda: walk.machine.state() == "running", "the guest runs")
+    wait_for(lambda: not note.exists(), "what was owed is done")
     assert (SERVICES[0], state) == ("snapshotter", "paused")
 
     stack.start_redis()

@@ -1,8 +1,11 @@
 """Freezing a real guest's file systems."""
 
 import contextlib
+import os
+import signal
 import threading
 import time
+from pathlib import Path
 
 import libvirt
 import pytest
@@ -13,6 +16,7 @@ from shared.hypervisor.agent import agent_ready, frozen
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.errors import LibvirtBusy, LibvirtFailed, QuiesceFailed
 from shared.hypervisor.watchdog import Watchdog
+from shared.hypervisor.watchdog_helper import OWED, thaw_owed
 from tests.hypervisor.test_pause import wait_until, worker
 
 pytestmark = pytest.mark.vm
@@ -203,6 +207,23 @@ def test_a_killed_workers_guest_is_thawed_within_two_seconds(guest: Guest) -> No
     process.kill()
     process.wait()
     assert wait_until(lambda: not is_frozen(guest), 2) < 2
+
+
+def test_what_a_killed_helper_owed_is_thawed_by_the_next_worker(
+    guest: Guest, domain: Domain, tmp_path: Path
+) -> None:
+    """The container goes while its helper still tries, for which no journal has an entry."""
+    watchdog = Watchdog("qemu+unix:///system?socket=/nowhere", tmp_path)
+    watchdog.fire(watchdog.arm(domain.uuid, "thaw"))
+    assert watchdog.pid
+    os.kill(watchdog.pid, signal.SIGKILL)
+    watchdog.close()
+    guest.agent("guest-fsfreeze-freeze")
+
+    thaw_owed(domain.uri, tmp_path)
+
+    wait_until(lambda: not is_frozen(guest), 60)
+    wait_until(lambda: not list(tmp_path.glob(f"*{OWED}")), 60)
 
 
 def test_undo_is_not_done_while_the_agent_does_not_answer(
