@@ -17,6 +17,7 @@ from farms.farmed import (
     plug,
 )
 from operations.spine import at_once
+from sqlalchemy import select
 
 from lab.guest import Guest, attach, make_disk
 from services.cloner import removal
@@ -317,7 +318,7 @@ def test_what_hangs_on_a_clone(farmed: Farmed) -> None:
     with reading() as session:
         assert session.get_one(Snapshot, snapshot.id).deleted_at is not None
         assert session.get_one(Image, image.id).deleted_at is None
-        assert not session.query(Schedule).count()
+        assert not session.scalars(select(Schedule)).all()
     farmed.world.change(revert, undo_until=moment - timedelta(hours=1))
     forget_due()
     forgotten = farmed.world.submit(ForgetRevert(operation=revert))
