@@ -117,6 +117,7 @@ class CloneIdentity(TypedDict, total=False):
     renewed: list[Any]
     pending: list[Any]
     kept: list[Any]
+    left_out: list[Any]
 
 
 class Clone(TypedDict, total=False):

@@ -182,6 +182,7 @@ CLONE: dict[str, Any] = {
         "renewed": ["name", "uuid", "mac 52:54:00:1f:6c:04", "hostname", "machine-id"],
         "pending": [],
         "kept": [],
+        "left_out": [{"target": "hostdev pci", "reason": "a host device belongs to one guest"}],
     },
     "state": "ready",
     "error": None,

@@ -206,7 +206,8 @@ class Identity(BaseModel):
     hostname: str | None = Field(None, description="the clone's name, as far as it can be one")
     renewed: list[Any] = []
     pending: list[Any] = Field([], description="what the guest is to renew itself when it boots")
-    kept: list[Any] = []
+    kept: list[Any] = Field([], description="what is its source's still, and why")
+    left_out: list[Any] = Field([], description="what of its source it goes without, and why")
 
 
 class Clone(BaseModel):

@@ -370,6 +370,21 @@ def test_clone(api: TestClient, world: World, server: Server, source: str) -> No
     assert operation.id == one["operation"]
 
 
+def test_a_clone_says_what_of_it_is_not_its_own(api: TestClient, world: World) -> None:
+    """What was renewed, what will be, what is its source's and what is missing, each with why."""
+    identity = {
+        "way": "cloud-init",
+        "hostname": "qa-1",
+        "renewed": ["name"],
+        "pending": [{"part": "hostname", "reason": "at its boot"}],
+        "kept": [{"part": "machine-id", "reason": "no agent"}],
+        "left_out": [{"target": "hostdev pci", "reason": "it belongs to one guest"}],
+    }
+    world.clone("qa-1", identity=identity)
+    assert identity == api.get("/v1/clones/qa-1").json()["identity"]
+    assert api.get("/v1/clones").json()["items"][0]["identity"] == identity
+
+
 def test_an_agent_of_a_clone_that_is_not_started(
     api: TestClient, server: Server, refused: Refused
 ) -> None:

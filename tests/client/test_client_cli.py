@@ -256,13 +256,23 @@ def test_proof_that_did_not_run_fails_who_asked_for_it(
     assert "Boot proof: not run (no spare memory)." in run.out + run.err
 
 
+IDENTITY = {
+    "way": "cloud-init",
+    "renewed": ["name"],
+    "pending": [{"part": "dhcp", "reason": "by cloud-init"}],
+    "kept": [{"part": "hostname", "reason": "no agent"}, {"part": "machine-id", "reason": ""}],
+    "left_out": [{"target": "hostdev pci", "reason": "of one guest"}],
+}
+
+
 def test_each_clone_has_its_own_outcome(api: Fake, triptych: Triptych) -> None:
-    """One that failed is named with its reason, one that stands with what it shares; exit 1."""
+    """One that failed is named with its reason, one that stands with what it shares or is to
+    renew, and once for all of them why; exit 1."""
     error = {"code": "name_taken", "message": "qa-002 exists."}
-    kept = [{"part": "hostname", "reason": "no agent"}, {"part": "machine-id", "reason": ""}]
     clones = [
-        {"id": "cln_1", "name": "qa-001", "state": "ready", "identity": {"kept": kept}},
+        {"id": "cln_1", "name": "qa-001", "state": "ready", "identity": IDENTITY},
         {"id": "cln_2", "name": "qa-002", "state": "failed", "error": error},
+        {"id": "cln_3", "name": "qa-003", "state": "ready", "identity": IDENTITY},
     ]
     done = operation(kind="clone.create", result={"clones": clones})
     api.starts("POST /v1/servers/web1/snapshot/clones", done)
@@ -275,9 +285,24 @@ def test_each_clone_has_its_own_outcome(api: Fake, triptych: Triptych) -> None:
         "start": False,
     }
     assert run.code == 1
-    assert "1 of 2 clones of web1 made" in run.err
-    assert "qa-001: ready; still as its source has them: hostname, machine-id" in run.err
+    assert "2 of 3 clones of web1 made" in run.err
+    for name in ("qa-001", "qa-003"):
+        assert (
+            f"{name}: ready; still as its source has them: hostname, machine-id; "
+            "pending until it boots: dhcp; left out: hostdev pci"
+        ) in run.err
     assert "qa-002: failed: name_taken: qa-002 exists." in run.err
+    for reason in ("hostname: no agent", "dhcp: by cloud-init", "hostdev pci: of one guest"):
+        assert run.err.count(reason) == 1
+
+
+def test_clone_tells_what_is_not_its_own(api: Fake, triptych: Triptych) -> None:
+    """Each part that was not renewed, or that it goes without, with the reason."""
+    api.says("GET /v1/clones/qa-001", {"id": "cln_1", "name": "qa-001", "identity": IDENTITY})
+    told = triptych("clone", "show", "qa-001").out
+    assert "hostname (no agent); machine-id" in told
+    assert "dhcp (by cloud-init)" in told
+    assert "hostdev pci (of one guest)" in told
 
 
 def test_linked_clones_name_what_must_stay(api: Fake, triptych: Triptych) -> None:

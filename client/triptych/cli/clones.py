@@ -1,12 +1,12 @@
 """`triptych clone`: living servers made from a server, its snapshot or an image."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from triptych.cli.grammar import Limit, Quiesce, Ttl, Yes, command, group
-from triptych.cli.render import moment, plain, record, table
+from triptych.cli.render import moment, plain, record, table, with_reason
 from triptych.cli.session import Session, session_of
 from triptych.cli.wait import finish
 from triptych.types import Clone
@@ -170,6 +170,10 @@ def _source(clone: Clone) -> str:
     return f"{source.get('kind', '')} {source.get('id', '')}".strip() or "–"
 
 
+def _parts(parts: list[Any] | None) -> str:
+    return "; ".join(map(with_reason, parts or [])) or "–"
+
+
 def _show(session: Session, clone: Clone) -> None:
     identity = clone.get("identity") or {}
     record(
@@ -187,8 +191,9 @@ def _show(session: Session, clone: Clone) -> None:
             ("linked to", plain("linked_to", clone.get("linked_to"))),
             ("hostname", plain("hostname", identity.get("hostname"))),
             ("renewed", plain("renewed", identity.get("renewed"))),
-            ("pending", plain("pending", identity.get("pending"))),
-            ("kept", plain("kept", identity.get("kept"))),
+            ("pending", _parts(identity.get("pending"))),
+            ("kept", _parts(identity.get("kept"))),
+            ("left out", _parts(identity.get("left_out"))),
             ("error", plain("error", clone.get("error"))),
         ],
     )

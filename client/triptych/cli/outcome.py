@@ -4,7 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from triptych.cli.render import between, distance, duration, moment, parse, size
+from triptych.cli.render import (
+    between,
+    distance,
+    duration,
+    moment,
+    parse,
+    part_of,
+    size,
+    with_reason,
+)
 from triptych.client import Client
 from triptych.problem import Problem
 from triptych.types import Image, Operation, Snapshot
@@ -14,6 +23,12 @@ WAYS = {
     "overlay": "through an overlay",
     "stream": "as a stream",
 }
+NOT_ITS_OWN = {
+    "kept": "still as its source has them",
+    "pending": "pending until it boots",
+    "left_out": "left out",
+}
+"""What is told of a clone's identity, in words."""
 BAD_CHECKS = ("failed", "damaged", "mismatch", "missing")
 
 
@@ -68,7 +83,7 @@ def _imaged(client: Client, operation: Operation, result: dict[str, Any], name: 
     text = f"Image {called} of {name} made{_where(operation)}{_took(operation)}{_copied(image)}"
     left_out = image.get("left_out") or []
     if left_out:
-        text += f" Left out: {', '.join(_left_out(each) for each in left_out)}."
+        text += f" Left out: {', '.join(with_reason(each) for each in left_out)}."
     return Outcome(f"{text} Go back to it with `triptych image restore {called}`.")
 
 
@@ -132,6 +147,8 @@ def _each(operation: Operation, result: dict[str, Any], what: str) -> Outcome:
     text = f"{count} {what}{_where(operation)}{_took(operation)}."
     for each in clones:
         text += f"\n  {each.get('name') or each.get('id')}: {_clone_words(each)}"
+    if reasons := _reasons(clones):
+        text += "\nWhy:" + "".join(f"\n  {each}" for each in reasons)
     bases = {path for each in clones for path in each.get("linked_to") or ()}
     if bases:
         text += f"\nThey stand on {', '.join(sorted(bases))}, which must stay."
@@ -228,13 +245,6 @@ def _look(read: Callable[[], Any]) -> Any:
         return None
 
 
-def _left_out(value: Any) -> str:
-    if not isinstance(value, dict):
-        return str(value)
-    what = value.get("target") or value.get("path") or value.get("name") or "a disk"
-    return f"{what} ({value['reason']})" if value.get("reason") else str(what)
-
-
 def _clone_words(clone: dict[str, Any]) -> str:
     error = clone.get("error")
     if isinstance(error, dict):
@@ -249,9 +259,28 @@ def _clone_words(clone: dict[str, Any]) -> str:
     if images := clone.get("images_kept"):
         words.append(f"{_count(images, 'image')} of it kept")
     words += [f"left {each['path']} ({each['reason']})" for each in clone.get("left") or []]
-    told = ", ".join(words)
-    kept = [str(each.get("part")) for each in (clone.get("identity") or {}).get("kept") or []]
-    return f"{told}; still as its source has them: {', '.join(kept)}" if kept else told
+    parts = [
+        f"; {what}: {', '.join(map(part_of, each))}"
+        for key, what in NOT_ITS_OWN.items()
+        if (each := _identity(clone, key))
+    ]
+    return ", ".join(words) + "".join(parts)
+
+
+def _identity(clone: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    return (clone.get("identity") or {}).get(key) or []
+
+
+def _reasons(clones: list[dict[str, Any]]) -> list[str]:
+    """Why parts of the clones' identities are not their own, each reason once."""
+    told = (
+        f"{part_of(part)}: {part['reason']}"
+        for clone in clones
+        for key in NOT_ITS_OWN
+        for part in _identity(clone, key)
+        if part.get("reason")
+    )
+    return list(dict.fromkeys(told))
 
 
 def _count(number: int, word: str) -> str:

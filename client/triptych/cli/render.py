@@ -94,6 +94,19 @@ def plain(name: str, value: Any) -> str:
     return str(value)
 
 
+def with_reason(value: Any) -> str:
+    """What was left out, or left as it was, and why: `sda (CD-ROM)`."""
+    if not isinstance(value, dict):
+        return str(value)
+    return f"{part_of(value)} ({value['reason']})" if value.get("reason") else part_of(value)
+
+
+def part_of(value: dict[str, Any]) -> str:
+    """What such an entry is about."""
+    names = (value.get(key) for key in ("part", "target", "path", "name"))
+    return str(next(filter(None, names), "a disk"))
+
+
 def table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns without lines; without a terminal, nothing is cut or wrapped."""
     cells = [[clean(cell) for cell in row] for row in rows]
