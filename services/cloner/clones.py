@@ -307,14 +307,15 @@ def _make(
 
 def _own_identity(context: Context, command: CreateClones, new: _Made) -> dict[str, Any]:
     """Have the clone's guest renew what is its source's; what came of it."""
+    network = memory.Network()
     if command.with_memory:  # its links are down, and are its source's
         new.way.renew(new.domain)
+        # Until here nobody on the network has seen whose double it was.
+        network = memory.connect_to_network(context, new.domain, new.cards)
+        new.way.connected(new.domain, network.cards)
     elif command.start:
         new.way.after_start(new.domain)
-    told = identity.report(new.definition, new.has_nvram, new.way.renewal)
-    if command.with_memory:  # until here nobody on the network has seen whose double it was
-        told = memory.connect_to_network(context, new.domain, new.cards, told)
-    return told
+    return network.tell(identity.report(new.definition, new.has_nvram, new.way.renewal))
 
 
 def _new_logs(definition: str) -> list[str]:

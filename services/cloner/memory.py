@@ -6,6 +6,7 @@ down, it runs, and gets other network cards. What is its source's until it boots
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,24 @@ def wake(
     return cards
 
 
-def connect_to_network(
-    context: Context, domain: Domain, cards: list[Card], told: dict[str, Any]
-) -> dict[str, Any]:
-    """Set the guest's clock and give it network cards of its own, which have a link.
+@dataclass(frozen=True)
+class Network:
+    """What came of connecting a clone: its new cards, by MAC, and what stayed its source's."""
 
-    `told` is what is known of its identity; it is returned with what came of this.
-    """
+    cards: list[str] = field(default_factory=list)
+    stayed: set[str] = field(default_factory=set)
+    """MACs that it has only once it boots."""
+    kept: list[tuple[str, str]] = field(default_factory=list)
+
+    def tell(self, told: dict[str, Any]) -> dict[str, Any]:
+        """What is `told` of the clone's identity, with this."""
+        has = [part for part in told["renewed"] if part.removeprefix("mac ") not in self.stayed]
+        kept = [{"part": part, "reason": reason} for part, reason in self.kept]
+        return {**told, "renewed": has, "kept": [*told["kept"], *kept]}
+
+
+def connect_to_network(context: Context, domain: Domain, cards: list[Card]) -> Network:
+    """Set the guest's clock and give it network cards of its own, which have a link."""
     kept = [KEPT]
     if reason := waking.set_clock(domain):
         kept.append(("clock", f"as at the instant of its memory: {reason}"))
@@ -129,8 +141,4 @@ def connect_to_network(
         if reason := stayed.get(card.mac):
             advice = f"it has no link. Shut the clone down and start it, then it has {card.mac}"
             kept.append((f"mac {card.was}", f"{reason}; {advice}"))
-    return {
-        **told,
-        "renewed": [part for part in told["renewed"] if part.removeprefix("mac ") not in stayed],
-        "kept": [*told["kept"], *({"part": part, "reason": reason} for part, reason in kept)],
-    }
+    return Network([card.mac for card in cards if card.mac not in stayed], set(stayed), kept)

@@ -23,7 +23,7 @@ from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, find_by_name
 from shared.hypervisor.duplicate import CloneDefinition
 from shared.hypervisor.errors import HypervisorError
-from shared.hypervisor.links import without_links
+from shared.hypervisor.links import link_up, without_links
 from shared.settings import Settings
 
 OLD_MAC, NEW_MAC = "52:54:00:AA:BB:01", "52:54:00:aa:bb:02"
@@ -138,15 +138,36 @@ def test_arguments_are_never_read_by_a_shell(running: Guest, domain: Domain) -> 
 
 @pytest.mark.vm
 def test_links_are_down_until_they_are_put_up(running: Guest, domain: Domain) -> None:
-    """The guest has no carrier until `connect`, nor at its next start after it."""
+    """The guest has no carrier until then, and has one at its next start."""
     running.run("ip link set eth0 up")
     assert running.read("/sys/class/net/eth0/carrier") == "0\n"
 
-    identity.connect(domain, [mac.attrib["address"] for mac in running.xml.iterfind(".//mac")])
+    link_up(domain, [mac.attrib["address"] for mac in running.xml.iterfind(".//mac")])
 
     wait_for(lambda: running.read("/sys/class/net/eth0/carrier") == "1\n")
     states = [link.attrib["state"] for link in running.xml.iterfind(".//interface/link")]
     assert states == ["up"]
+
+
+@pytest.mark.vm
+def test_what_was_taken_down_is_brought_up(running: Guest, domain: Domain) -> None:
+    """By the guest's ifupdown, which took it down before; a card that the guest does not see is
+    told of."""
+    address = "10.0.3.15"
+    shown = f"ip address show dev eth0 | grep -c {address}"
+    interfaces = f"iface eth0 inet static\n  address {address}\n  netmask 255.255.255.0\n"
+    running.run("mkdir -p /etc/network; ln -s /run /var/run")
+    running.write("/etc/network/interfaces", interfaces)
+    assert running.run("ifup eth0")[0] == 0
+    assert running.run(shown) == (0, "1\n")
+    card = running.read("/sys/class/net/eth0/address").strip()
+
+    identity.renew_in_guest(domain, "web2", {})
+    assert running.run(shown) == (1, "0\n")
+
+    assert identity.connect(domain, [card]) is None
+    wait_for(lambda: running.run(shown) == (0, "1\n"))
+    assert "does not see" in str(identity.connect(domain, ["52:54:00:00:00:01"]))
 
 
 @pytest.mark.vm

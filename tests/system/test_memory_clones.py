@@ -34,6 +34,9 @@ FIXED, PLUGGED = "52:54:00:0f:00:01", "52:54:00:0f:00:02"
 """The addresses of a card that cannot be unplugged, since it is not in a port, and of one that
 can."""
 ETH_P_ALL = 3
+ADDRESS = "10.0.3.15"
+INTERFACES = f"iface eth1 inet static\n  address {ADDRESS}\n  netmask 255.255.255.0\n"
+"""For the ifupdown of busybox."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,9 @@ def counting(site: Site, bridge: str) -> Iterator[Machine]:
     guest.start()
     machine = Machine(site, guest, "running", site.register(guest))
     machine.write("common")
-    guest.run("ip link set eth1 up; ip address add 10.0.3.15/24 dev eth1")
+    guest.run("mkdir -p /etc/network; ln -s /run /var/run")
+    guest.write("/etc/network/interfaces", INTERFACES)
+    assert guest.run("ifup eth1")[0] == 0
     guest.run(COUNT)
     guest.agent("guest-set-time", time=WRONG_TIME * 10**9)
     yield machine
@@ -87,6 +92,18 @@ def _card(guest: Guest, mac: str) -> tuple[str, str]:
         f'[ "$(cat $card/address)" = {mac} ] && cat $card/carrier && echo ${{card##*/}}; done'
     )[1].split()
     return (found[0], found[1]) if found else ("", "")
+
+
+def _address(guest: Guest) -> bool:
+    return ADDRESS in guest.run("ip -4 address show dev eth1")[1]
+
+
+def _answers(guest: Guest) -> bool:
+    try:
+        guest.agent("guest-ping", timeout=2)
+    except libvirt.libvirtError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -119,8 +136,9 @@ def _taps(guest: Guest) -> set[str]:
 
 
 def test_clones_go_on_from_one_instant(site: Site, counting: Machine) -> None:
-    """Each goes on counting by itself, with an identity, disks and a network card of its own;
-    no address of the source's comes out of any, and the source runs on."""
+    """Each goes on counting by itself, with an identity, disks and a network card of its own,
+    which its ifupdown has brought up; no address of the source's comes out of any, and the source
+    runs on."""
     source = counting.guest
     before = _count(source)
     stem = f"{counting.name}-c"
@@ -158,6 +176,8 @@ def test_clones_go_on_from_one_instant(site: Site, counting: Machine) -> None:
     assert len({guest.domain.UUIDString() for guest in everybody}) == 1 + FARM
     assert len({_generation(guest) for guest in everybody}) == 1 + FARM
     for clone, each in zip(clones, made, strict=True):
+        wait_for(lambda clone=clone: _address(clone), f"{clone.name} has its address")
+        assert each["identity"]["pending"] == []
         assert abs(int(clone.run("date +%s")[1]) - time.time()) < 60
         fixed, plugged = [
             mac.get("address") for mac in clone.xml.findall("./devices/interface/mac")
@@ -197,6 +217,27 @@ def test_a_clone_goes_on_from_a_snapshot_with_memory(site: Site, counting: Machi
     assert saved.read_bytes() == was
     assert counting.read() == {"common"}
     site.remove(clone)
+
+
+def test_a_clone_whose_agent_ends_before_its_network_is_up(site: Site, counting: Machine) -> None:
+    """It is made all the same, and says that its interfaces are down until it boots."""
+    name = f"{counting.name}-a"
+    asked = {"name": name, "with_memory": True}
+    with site.points.held(
+        lambda: site.client.clones.create(counting.id, **asked), "clone:connected"
+    ) as operation:
+        guest = attach(site.hypervisor, name)
+        ending = ["-c", "sleep 0.2; rm /usr/sbin/qemu-ga; killall qemu-ga"]
+        guest.agent("guest-exec", path="/bin/sh", arg=ending)
+        wait_for(lambda: not _answers(guest), "the agent has ended")
+    (made,) = site.done(operation)["result"]["clones"]
+
+    assert made["state"] == "ready"
+    assert "hostname" in made["identity"]["renewed"]
+    (pending,) = made["identity"]["pending"]
+    assert pending["part"] == "network"
+    assert "agent" in pending["reason"]
+    site.remove(Machine(site, guest, "running", made["server"], 2))
 
 
 def test_what_cannot_be_cloned_hot_is_refused(

@@ -20,7 +20,8 @@ from shared.hypervisor.links import link_up, without_links
 from shared.settings import settings
 
 _RENEW_S = 60.0
-_CONNECT_S = 10.0
+_CONNECT_S = 30.0
+_DOWN = "its interfaces were not brought up through the guest agent, and come up when it boots"
 
 
 @dataclass
@@ -41,7 +42,14 @@ class ByAgent(Way):
 
     def after_start(self, domain: Domain) -> None:
         self.renew(domain)
-        connect(domain, self.links, check=self.check)
+        link_up(domain, self.links)
+        faults.point("clone:linked")
+        self.connected(domain, ())
+
+    def connected(self, domain: Domain, macs: Collection[str]) -> None:
+        reason = connect(domain, macs, check=self.check)
+        if reason and self.renewal.renewed:  # otherwise nothing was taken down either
+            self.renewal.pending.append(("network", f"{_DOWN}: {reason}"))
 
 
 def renew_in_guest(
@@ -56,7 +64,8 @@ def renew_in_guest(
     Its hostname becomes `name`, as far as that can be one; `macs` has its MACs by the source's.
     It waits for the agent, `TRIPTYCH_IDENTITY_TIMEOUT` at most, and calls `check` meanwhile, whose
     error ends it. What could not be renewed is named in the result, with the reason; nothing
-    that goes wrong with the guest is raised. Puts no link up: see `connect`.
+    that goes wrong with the guest is raised. What DHCP has part in is down afterwards: see
+    `connect`.
     """
     try:
         guest_exec.wait_for_agent(domain, settings().identity_timeout.total_seconds(), check)
@@ -84,24 +93,24 @@ def renew_in_guest(
 
 def connect(
     domain: Domain,
-    links: Collection[str],
+    macs: Collection[str] = (),
     *,
     check: Callable[[], None] = lambda: None,
-) -> None:
-    """Put up the links of the interfaces with these MACs; DHCP clients ask for a lease anew.
+) -> str | None:
+    """Have the guest, whose links are up, bring up what was taken down, and ask for its leases.
 
-    Raises LibvirtFailed when libvirt does not put one up.
+    It is waited for until the guest sees the cards of these MACs, which were plugged in just now.
+    Gives the reason where that does not work; nothing that goes wrong with the guest is raised.
     """
-    link_up(domain, links)
-    faults.point("clone:linked")
     try:
-        guest_exec.run(
+        ran = guest_exec.run(
             domain,
             "/bin/sh",
-            ["-s", "--", "connect"],
+            ["-s", "--", "connect", *macs],
             standard_input=guest.SCRIPT.read_text(),
             timeout_s=_CONNECT_S,
             check=check,
         )
-    except HypervisorError:
-        return  # without an agent nothing was taken down either
+    except HypervisorError as error:
+        return error.detail
+    return "the guest does not see each of its network cards" if ran.status else None

@@ -5,7 +5,8 @@
 #   look                                          tell who the guest is: KEY <tab> VALUE lines
 #   renew HOSTNAME MACHINE-ID [OLD-MAC=NEW-MAC]…  change it; the network must not reach anybody
 #   machine HOSTNAME MACHINE-ID                   change what cloud-init leaves, from its bootcmd
-#   connect                                       have DHCP clients ask, once the network does
+#   connect [MAC]…                                have DHCP clients ask, once the network does; the
+#                                                 cards of these MACs were plugged in just now
 #
 # `renew` changes what it can and fails for nothing: what counts is what `look` tells afterwards.
 # With OFFLINE=1 the guest does not run: only its files are changed.
@@ -128,9 +129,12 @@ own_macs() {
 dhcp() {
     if [ -z "$OFFLINE" ] && command -v ifdown; then
         mkdir -p /run/triptych
-        # lo, and what DHCP has no part in, come back as they were.
-        ifquery --state | sed 's/=.*//' | grep -vx lo >/run/triptych/interfaces
-        while read -r interface; do ifdown --force "$interface"; done </run/triptych/interfaces
+        # lo, and what DHCP has no part in, come back as they were. The second is busybox's way.
+        { ifquery --state || cat /var/run/ifstate; } |
+            sed 's/=.*//' | grep -vx lo >/run/triptych/interfaces
+        while read -r interface; do
+            ifdown --force "$interface" || ifdown -f "$interface"
+        done </run/triptych/interfaces
     fi
     running NetworkManager && network_manager=1 && systemctl stop NetworkManager
     dhcp_files | while read -r file; do rm -f "$file"; done
@@ -170,7 +174,19 @@ machine() {
 # networkd and NetworkManager ask by themselves as soon as there is a carrier.
 connect() {
     [ -s /run/triptych/interfaces ] || return 0
+    seen=0
+    for mac in "$@"; do wait_for_card "$mac" || seen=1; done
+    command -v udevadm && udevadm settle --timeout=5 # it names them
     while read -r interface; do ifup "$interface"; done </run/triptych/interfaces &
+    return "$seen"
+}
+
+wait_for_card() {
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        grep -qix "$1" /sys/class/net/*/address && return 0
+        sleep 1
+    done
+    return 1
 }
 
 main() {
@@ -180,7 +196,7 @@ main() {
         look) look "$@" ;;
         renew) renew "$@" >/dev/null 2>&1 ;;
         machine) machine "$@" >/dev/null 2>&1 ;;
-        connect) connect >/dev/null 2>&1 ;;
+        connect) connect "$@" >/dev/null 2>&1 || return 1 ;;
     esac
     return 0
 }

@@ -1,6 +1,6 @@
 """What the ways have in common: the moments in a clone's making at which one may act."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,9 @@ class Way:
 
     def renew(self, domain: Domain) -> None:
         """The guest runs, and its links are down."""
+
+    def connected(self, domain: Domain, macs: Collection[str]) -> None:
+        """The guest was renewed, and its links are up; the cards of these MACs are new to it."""
 
     def after_start(self, domain: Domain) -> None:
         """The clone was started from its disks."""
