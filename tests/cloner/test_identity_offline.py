@@ -35,6 +35,9 @@ GUESTFISH = """\
 #!/bin/sh
 cd {folder}
 echo "$LIBGUESTFS_BACKEND $LIBGUESTFS_BACKEND_SETTINGS: $*" >>started
+echo "$LIBGUESTFS_TMPDIR" >>temporary
+mktemp -d "${{LIBGUESTFS_TMPDIR:-.}}/libguestfsXXXXXX" >>made
+mktemp -d sockets-XXXXXX >socket
 {first}
 while read -r word rest; do
     echo "$word $rest" >>told
@@ -43,8 +46,11 @@ while read -r word rest; do
         command) {command} ;;
     esac
 done
+rm -r "$(cat socket)"
 """
 HANGS = "sleep 1000 & echo $! >hangs; wait"
+#: It does not even end when it has nothing to wait for.
+HANGS_ITSELF = "while :; do sleep 1000 & echo $! >hangs; wait; done"
 #: The system on the disks: what it is told to be, it is.
 SYSTEM = """\
 set -- $rest
@@ -142,6 +148,35 @@ def test_a_guestfish_that_ends_is_quoted(fake: Fake, first: str, reason: str) ->
     assert all(why.endswith(reason) for _, why in renewal.kept)
     with pytest.raises(IdentityNotRenewed, match="libguestfs could not change its disks"):
         edit(required=True)
+
+
+@pytest.mark.parametrize(
+    ("first", "command", "sockets"),
+    [
+        ("", SYSTEM, 0),  # did its work
+        ("", HANGS, 0),
+        (HANGS, ":", 0),
+        (HANGS_ITSELF, ":", 1),  # nobody but it knows where they are
+    ],
+)
+def test_nothing_of_its_own_is_left_behind(
+    fake: Fake, first: str, command: str, sockets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets a directory for its files that goes with it, and the time to remove its sockets,
+    which are elsewhere; the machine that it keeps for the next clone stays where it is."""
+    monkeypatch.setattr(offline, "_PATIENCE_S", 3)
+    monkeypatch.setattr(offline, "_TIDY_S", 30 if not sockets else 1)
+    monkeypatch.setenv("LIBGUESTFS_CACHEDIR", "/kept")
+    folder = fake(f'echo "$LIBGUESTFS_CACHEDIR" >kept; {first}', command)
+
+    edit()
+
+    (temporary,) = (folder / "temporary").read_text().splitlines()
+    (made,) = (folder / "made").read_text().splitlines()
+    assert Path(made).parent == Path(temporary)
+    assert not Path(temporary).exists()
+    assert len(list(folder.glob("sockets-*"))) == sockets
+    assert (folder / "kept").read_text() == "/kept\n"
 
 
 @pytest.mark.parametrize("where", ["first", "command"])

@@ -5,6 +5,7 @@ libguestfs starts a small machine of its own that opens them, finds the operatin
 `renew.sh` in it; so it takes what has no agent, and it takes seconds per clone.
 """
 
+import contextlib
 import os
 import re
 import secrets
@@ -34,6 +35,7 @@ log = structlog.get_logger()
 _PATIENCE_S = 900.0
 _KVM_PATIENCE_S = 120.0
 """With KVM it takes seconds; the first time on a host it also makes its machine."""
+_TIDY_S = 3.0
 _GONE_S = 3.0
 _POLL_S = 0.5
 _PLACE = "/triptych-renew.sh"
@@ -129,8 +131,14 @@ def _guestfish(
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                # Without libvirt: the clone's disks keep their owner, and no domain appears.
-                env={"LIBGUESTFS_BACKEND": "direct", **os.environ, **environment},
+                # Without libvirt: the clone's disks keep their owner, and no domain appears. The
+                # machine that all share is not among what is in TMPDIR, but in CACHEDIR.
+                env={
+                    "LIBGUESTFS_BACKEND": "direct",
+                    **os.environ,
+                    **environment,
+                    "LIBGUESTFS_TMPDIR": folder,
+                },
                 start_new_session=True,
             ) as process,
         ):
@@ -141,7 +149,20 @@ def _guestfish(
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Kill guestfish and its QEMU, which has the disks open and would live for two seconds more."""
+    """Kill guestfish's QEMU, which has the disks open and would live for two seconds more.
+
+    guestfish has nothing to wait for then: it ends, and removes its sockets, which are in /tmp
+    whatever it is told. One that does not is killed as well.
+    """
+    for pid in _started_by(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert process.stdin  # noqa: S101
+    process.stdin.close()
+    deadline = time.monotonic() + _TIDY_S
+    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT  # its number stays taken
+    while not os.waitid(os.P_PID, process.pid, ended) and time.monotonic() < deadline:
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + _GONE_S
@@ -151,6 +172,17 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         except ProcessLookupError:
             return
         time.sleep(0.02)
+
+
+def _started_by(leader: int) -> list[int]:
+    """The other processes of its group."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            group = int((each / "stat").read_text().rpartition(")")[2].split()[2])
+            if group == leader != int(each.name):
+                found.append(int(each.name))
+    return found
 
 
 class _Session:
