@@ -13,6 +13,8 @@ from lxml import etree
 from shared.hypervisor.definition import parse_domain, to_text
 from shared.hypervisor.errors import DefinitionInvalid
 
+SUFFIX = "-seed.iso"
+"""Of the file's name, where it is one of ours."""
 _PREFIXES = {"virtio": "vd", "ide": "hd", "scsi": "sd", "sata": "sd", "usb": "sd"}
 _SERIAL = "sysinfo/system/entry[@name='serial']"
 _TOLD = re.compile(r"(?<!\S)ds=nocloud(-net)?(;\S*)?(?!\S)")
@@ -60,7 +62,8 @@ def with_seed(definition: str, seed: Path) -> str:
     device = "disk" if bus in ("virtio", "usb") else "cdrom"
     drive = etree.SubElement(devices, "disk", type="file", device=device)
     etree.SubElement(drive, "driver", name="qemu", type="raw")
-    etree.SubElement(drive, "source", file=str(seed))
+    # The seed goes with the clone, whose image may bring it back: it starts without the drive then.
+    etree.SubElement(drive, "source", file=str(seed), startupPolicy="optional")
     etree.SubElement(drive, "target", dev=name, bus=bus)
     etree.SubElement(drive, "readonly")
     return to_text(root)
@@ -71,5 +74,7 @@ def _is_seed(path: Path) -> bool:
         with path.open("rb") as file:
             file.seek(_LABEL_AT)
             return file.read(_LABEL_LENGTH).strip() in _LABELS
+    except FileNotFoundError:  # it went with its clone, and the definition is from an image
+        return path.name.endswith(SUFFIX)
     except OSError:
         return False

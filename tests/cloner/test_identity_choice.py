@@ -148,7 +148,8 @@ def test_only_the_seed_tells_who_the_clone_is(told: str, left: str) -> None:
 
 
 def test_a_seed_is_known_by_its_label(tmp_path: Path) -> None:
-    """A definition had one if a drive holds it, or SMBIOS tells of one; other drives are none."""
+    """A definition had one if a drive holds it, or held one of ours that went with its clone, or
+    if SMBIOS tells of one; other drives are none."""
     seed = tmp_path / "seed.iso"
     write_seed(seed, "triptych-1", "web", "1" * 32)
     smbios = (
@@ -157,6 +158,7 @@ def test_a_seed_is_known_by_its_label(tmp_path: Path) -> None:
     )
 
     assert had_seed(definition(disk("sda", "sata", "cdrom", str(seed))))
+    assert had_seed(definition(disk("vdb", "virtio", path=f"{tmp_path}/gone-seed.iso")))
     assert had_seed(smbios)
     assert not had_seed(definition(disk("vda", "virtio", path=__file__)))
     assert not had_seed(definition(disk("vda", "virtio", path="/no/such/file")))

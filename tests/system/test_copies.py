@@ -239,6 +239,34 @@ def test_clones_come_from_a_snapshot_and_from_an_image(site: Site, stopped: Mach
 
 
 @on_xfs
+def test_an_image_of_a_clone_needs_no_seed(site: Site, running: Machine) -> None:
+    """The clone is deleted with the seed that cloud-init was given; it comes back by its image and
+    starts, and so does a clone of the image."""
+    asked = {"name": "seeded", "identity": "cloud-init"}
+    (made,) = site.done(site.client.clones.create(running.id, **asked))["result"]["clones"]
+    seeded = clone_machine(site, made, "running", 1)
+    seeded.write("seeded")
+    (seed,) = site.disks.glob("seeded-seed.iso")
+    image = site.done(site.client.images.create(seeded.id))["result"]["image"]
+    site.done(site.client.clones.delete(made["id"]))
+    assert not seed.exists()
+
+    site.done(site.client.images.restore(image))
+    again = clone_machine(site, made, "running", 1)
+    again.guest.start()
+    assert again.read() == {"seeded"}
+    assert site.client.servers.get(seeded.id)["state"] == "running"
+    site.done(site.client.snapshots.take(seeded.id))
+
+    operation = site.client.clones.create(image, source_kind="image", name="of-seeded")
+    (made,) = site.done(operation)["result"]["clones"]
+    clone = clone_machine(site, made, "running", 1)
+    assert clone.read() == {"seeded"}
+    site.remove(clone)
+    site.remove(again)
+
+
+@on_xfs
 def test_one_clone_that_fails_leaves_the_others_alone(site: Site, stopped: Machine) -> None:
     """Of three clones the one whose disk file exists fails by name; two are ready (C4)."""
     stopped.write("common")

@@ -23,7 +23,7 @@ from shared import faults
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.duplicate import CloneDefinition
 from shared.hypervisor.errors import DefinitionInvalid
-from shared.hypervisor.seed_drive import with_seed
+from shared.hypervisor.seed_drive import SUFFIX, with_seed
 
 LABEL = "cidata"
 _PENDING = "cloud-init is to renew it when the clone boots; it was given a new instance-id"
@@ -42,7 +42,7 @@ class BySeed(Way):
         return [self.seed] if self.seed else []
 
     def prepare(self, definition: CloneDefinition) -> CloneDefinition:
-        path = self.folder / f"{self.name}-seed.iso"
+        path = self.folder / f"{self.name}{SUFFIX}"
         refuse_taken(path)
         try:
             xml = with_seed(definition.xml, path)
