@@ -58,6 +58,8 @@ class Hypervisor:
     """A libvirtd to use. `ours` tells whether the lab started it, and so may stop it."""
 
     ours = False
+    swtpm = Path("/var/lib/libvirt/swtpm")
+    """Where its TPMs' state lies, as seen from outside."""
 
     def __init__(self, state_dir: Path, uri: str) -> None:
         self.state_dir = state_dir
@@ -264,7 +266,9 @@ def _private(state: Path) -> Iterator[OwnHypervisor]:
     ]
     script = " && ".join([*binds, 'exec "$@"'])
     enter = ["unshare", "--mount", "--propagation", "slave", "--", "sh", "-c", script, "sh"]
-    yield OwnHypervisor(state, f"qemu+unix:///system?socket={control}", enter, state / "run")
+    made = OwnHypervisor(state, f"qemu+unix:///system?socket={control}", enter, state / "run")
+    made.swtpm = state / "lib" / "swtpm"
+    yield made
 
 
 @contextlib.contextmanager

@@ -15,10 +15,10 @@ from typing import Any
 
 from shared.database import by_database_clock
 from shared.disks import engine
+from shared.disks.beside import copy_small
 from shared.disks.copied import CopiedDisk
 from shared.disks.engine import Capture
 from shared.disks.materialise import materialise, needed_bytes
-from shared.disks.nvram import copy_nvram
 from shared.disks.space import ensure_space_for
 from shared.hypervisor import domains
 from shared.hypervisor.agent import Policy
@@ -42,8 +42,6 @@ from shared.vault import Vault
 
 HOLDS = ".holds"
 """In the vault: whose guest is held by a living worker (`shared.hypervisor.watchdog`)."""
-NVRAM = "nvram"
-"""Stands for the UEFI variables wherever files are named by their disk's target."""
 
 
 @dataclass
@@ -150,6 +148,7 @@ def copy_server(
             memory=memory,
             # A farm's is read once for each clone, and gone then.
             compress=settings().compression == "zstd" and kind != "farm",
+            swtpm=settings().swtpm,
         )
         manifest = _manifest(kind, copy_id, server, domain, capture)
         manifest = manifest.model_copy(update={"about": about or ManifestAbout()})
@@ -209,6 +208,7 @@ def _manifest(
             ManifestLeftOut(target=each.target, reason=each.reason) for each in capture.left_out
         ],
         nvram=capture.nvram.name if capture.nvram else None,
+        tpm=capture.tpm.name if capture.tpm else None,
         memory=capture.memory.name if capture.memory else None,
         memory_bytes=capture.memory.stat().st_blocks * 512 if capture.memory else 0,
         tools={"python": platform.python_version(), **_versions()},
@@ -244,8 +244,7 @@ def copy_stored(
     context.undo("remove_copy", folder=str(folder))
     with vault().begin(kind, server.id, copy_id) as partial:
         files = {disk.target: partial.path / disk.file for disk in manifest.disks}
-        if manifest.nvram:
-            files[NVRAM] = partial.path / manifest.nvram
+        files |= {each: partial.path / name for each, name in manifest.beside.items()}
         way = write_out(context, source, manifest, files)
         if way != "reflink":  # the same disk, in another file
             manifest = manifest.without_digests()
@@ -263,7 +262,7 @@ def write_out(
     destinations: Mapping[str, Path],
     formats: Mapping[str, str] | None = None,
 ) -> str:
-    """Write the stored disks (and UEFI variables) to new files; returns the way taken.
+    """Write the stored disks (and what is beside them) to new files; returns the way taken.
 
     `destinations` are by target; `formats` asks for another format than the stored one.
     """
@@ -275,8 +274,8 @@ def write_out(
         cancelled=context.stopping,
         free_floor=settings().free_floor,
     )
-    if manifest.nvram and NVRAM in destinations:
-        copy_nvram(folder / manifest.nvram, destinations[NVRAM])
+    for each in manifest.beside.keys() & destinations.keys():
+        copy_small(folder / manifest.beside[each], destinations[each])
     return way
 
 

@@ -25,6 +25,9 @@ MANIFEST = "manifest.json"
 DEFINITION = "domain.xml"
 NOTES = "RESTORE.md"
 VERSION = 1
+NVRAM, TPM = "nvram", "tpm"
+"""Stand for the UEFI variables and the TPM's state wherever files are named by their disk's
+target."""
 _SEAL = re.compile(rb'  "seal": "([0-9a-f]{64})"\n}\n\Z')
 
 
@@ -97,15 +100,21 @@ class Manifest(_Model):
     left_out: list[ManifestLeftOut] = []
     definition: str = DEFINITION
     nvram: str | None = None
+    tpm: str | None = None
     memory: str | None = None
     memory_bytes: int = 0
     tools: dict[str, str] = {}
     digests: dict[str, str] = {}
 
     @property
+    def beside(self) -> dict[str, str]:
+        """The files that are no disks and yet of the server, by NVRAM and TPM."""
+        return {each: name for each, name in ((NVRAM, self.nvram), (TPM, self.tpm)) if name}
+
+    @property
     def small_files(self) -> list[str]:
         """The files beside the disks and this manifest."""
-        return [self.definition, NOTES, *([self.nvram] if self.nvram else [])]
+        return [self.definition, NOTES, *self.beside.values()]
 
     @property
     def files(self) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 
 from shared import using
-from shared.disks import removal, setaside
+from shared.disks import beside, removal, setaside
 from shared.hypervisor import undo as hypervisor
 from shared.hypervisor.connection import connect
 from shared.hypervisor.errors import HypervisorError, LibvirtBusy, LibvirtUnavailable
@@ -134,6 +134,12 @@ def swap_again(live: dict[str, str], operation_id: str, uuid: str | None = None)
 @action
 def discard_set_aside(live: dict[str, str], operation_id: str) -> None:
     setaside.discard(_paths(live), operation_id)
+
+
+@action
+def remove_state_folder(folder: str) -> None:
+    """The directory that a TPM's state was to be in, unless one is."""
+    beside.remove_state_folder(Path(folder))
 
 
 @action

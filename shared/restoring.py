@@ -12,9 +12,10 @@ from typing import Any, Literal
 from sqlmodel import Session
 
 from shared import errors, events, faults, linked, lookups
-from shared.copying import NVRAM, write_out
+from shared.copying import write_out
 from shared.database import now, reading
 from shared.disks import setaside
+from shared.disks.beside import make_state_folder
 from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
 from shared.hypervisor.definition import DomainDefinition, renamed
@@ -22,7 +23,7 @@ from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import DomainMissing, MemoryNotUsable
 from shared.hypervisor.locks import refuse_if_open
 from shared.hypervisor.memory import refuse_other_name, resume_from
-from shared.manifest import Manifest, read_manifest
+from shared.manifest import NVRAM, TPM, Manifest, read_manifest
 from shared.models import Operation, Server
 from shared.operations.admission import refuse_if_not_undoable
 from shared.operations.context import Context, Outcome
@@ -48,13 +49,19 @@ class ServerChanged(errors.Conflict):
     code = "server_changed"
 
 
+class TpmFolderMissing(errors.Conflict):
+    """The copy's TPM has nowhere to go"""
+
+    code = "tpm_folder_missing"
+
+
 @dataclass
 class Replaced:
     """What was put in place of what."""
 
     operation_id: str
     live: dict[str, str]
-    """Target (or `nvram`) to the file's path."""
+    """Target (or `nvram`, `tpm`) to the file's path."""
     previous: str | None
     """The definition before; None when the domain was gone."""
     set_aside: bool
@@ -105,7 +112,7 @@ def put_back(
     With `current`, the server keeps its definition where that still has the copy's disks;
     with `stored` it gets the copy's. A domain that is gone is defined again. With `memory`,
     where the copy holds it, the guest is resumed at that instant, also if it was off. Raises
-    SavedStatePresent, InsufficientSpace, MemoryNotUsable and what libvirt raises.
+    SavedStatePresent, TpmFolderMissing, InsufficientSpace, MemoryNotUsable and what libvirt raises.
     """
     context.phase("checking")
     manifest = read_manifest(folder)
@@ -128,6 +135,8 @@ def put_back(
 
     context.phase("copying")
     journalled = {target: str(path) for target, path in live.items()}
+    if TPM in live:
+        _make_room_for_tpm(context, live[TPM].parent)
     context.undo("discard_set_aside", live=journalled, operation_id=context.id)
     destinations = setaside.prepare(live, context.id)
     way = write_out(context, folder, manifest, destinations, _formats(wanted))
@@ -211,12 +220,28 @@ def _disk_paths(definition: str) -> dict[str, str | None]:
 
 def _live_files(definition: str, manifest: Manifest) -> dict[str, Path]:
     """Where each file of the copy goes, with symbolic links resolved."""
-    paths = _disk_paths(definition)
+    paths, domain = _disk_paths(definition), DomainDefinition.parse(definition)
     live = {target: Path(paths[target] or "").resolve() for target in _targets(manifest)}
     if manifest.nvram:
-        nvram = DomainDefinition.parse(definition).nvram_path
-        live[NVRAM] = Path(nvram or "").resolve()
+        live[NVRAM] = Path(domain.nvram_path or "").resolve()
+    if manifest.tpm and domain.tpm_state:  # the server may have lost its TPM since
+        live[TPM] = (settings().swtpm / domain.tpm_state).resolve()
     return live
+
+
+def _make_room_for_tpm(context: Context, folder: Path) -> None:
+    """Make the directory of the TPM's state where it went with the domain."""
+    if folder.is_dir():
+        return
+    swtpm = settings().swtpm.resolve()
+    if not swtpm.is_dir() or not folder.is_relative_to(swtpm):
+        raise TpmFolderMissing(
+            f"The copy holds the state of the server's TPM, and {folder}, where that belongs, is "
+            "no directory here. Nothing was changed; make it, or mount it into the workers' "
+            "containers, and ask again."
+        )
+    context.undo("remove_state_folder", folder=str(folder))
+    make_state_folder(folder, swtpm)
 
 
 def _stop(
@@ -311,7 +336,9 @@ def undo(context: Context, operation_id: str) -> Outcome:
     )
     _refuse_started(domain)
     setaside.swap_back(live, operation_id)
-    setaside.take_away({target: live[target] for target in record["missing"]}, operation_id)
+    # A TPM that had no state would begin anew without what its maker gives it (decision 0034).
+    had_none = [target for target in record["missing"] if target != TPM]
+    setaside.take_away({target: live[target] for target in had_none}, operation_id)
     before = renamed(record["previous"] or current, domain.name)
     domain = _define(context, connection, server, current, before)
     _start(context, domain, state)

@@ -57,6 +57,9 @@ class Settings(BaseSettings):
     host: str = Field("local", pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")
     libvirt_uri: str = "qemu:///system"
     vault: Path = Path("/var/lib/triptych")
+    swtpm: Path = Field(
+        Path("/var/lib/libvirt/swtpm"), description="where libvirt keeps the state of virtual TPMs"
+    )
     clone_dir: Path | None = Field(None, description="where clones' disks go; else the source's")
     mac_prefix: str = Field("52:54:00", pattern=r"^([0-9a-f]{2}:){2}[0-9a-f]{2}$")
     identity_timeout: Duration = Field(

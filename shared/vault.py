@@ -5,7 +5,7 @@ and how they go (`<id>.deleting`, then removal), and the manifest that makes a
 folder explain itself. What is in the disks is the copy engine's.
 
     <root>/snapshots/<server>/<snapshot>/   manifest.json  domain.xml  RESTORE.md
-    <root>/images/<server>/<image>/         vda.qcow2 …    nvram.fd
+    <root>/images/<server>/<image>/         vda.qcow2 …    nvram.fd  tpm.permall
 
 Finished folders are 0700 with files 0400. The directories above, and a
 `.partial` one, are 0711: QEMU, as its own user, must be able to walk in to write.
@@ -37,7 +37,6 @@ from shared.manifest import (
     write_manifest,
 )
 
-NVRAM = "nvram.fd"
 MANIFESTS_LOCK = ".manifests.lock"
 PARTIAL = ".partial"
 DELETING = ".deleting"
@@ -83,7 +82,7 @@ class Partial:
         InsufficientSpace.
         """
         names = [disk.file for disk in manifest.disks]
-        names += [name for name in (manifest.nvram, manifest.memory) if name]
+        names += [*manifest.beside.values(), *([manifest.memory] if manifest.memory else [])]
         missing = [name for name in names if not (self.path / name).is_file()]
         if missing:
             raise VaultError(f"The copy lacks {', '.join(missing)}, so it was not kept.")
@@ -239,12 +238,15 @@ def _notes(manifest: Manifest) -> str:
     if manifest.nvram:
         lines.append(f"    cp {manifest.nvram} THE-PATH-OF-NVRAM")
         lines.append("    chmod 600 THE-PATH-OF-NVRAM")
+    if manifest.tpm:
+        lines.append(f"    install -D -m 600 {manifest.tpm} THE-PATH-OF-TPM")
     lines += [
         f"    virsh define {manifest.definition}",
         f"    virsh start {server.name}",
         "",
         f"The paths are those in {manifest.definition}: the `<source file=…>` of each disk"
         + (" and the text of `<nvram>`." if manifest.nvram else "."),
+        *_tpm_path(manifest),
         "Where a disk had another format than its copy, set `<driver type=…>` there too:",
         "",
     ]
@@ -261,6 +263,16 @@ def _notes(manifest: Manifest) -> str:
         lines += ["", "## Not in this copy", ""]
         lines += [f"- {item.target}: {item.reason}" for item in manifest.left_out]
     return "\n".join(lines) + "\n"
+
+
+def _tpm_path(manifest: Manifest) -> list[str]:
+    if not manifest.tpm:
+        return []
+    return [
+        f"THE-PATH-OF-TPM is /var/lib/libvirt/swtpm/{manifest.server.uuid}/tpm2/tpm2-00.permall, "
+        "of a TPM 1.2 …/tpm1.2/tpm-00.permall, unless the `<backend>` of `<tpm>` has a `<source>`. "
+        "It goes there before the first start; libvirt gives it to swtpm's user then.",
+    ]
 
 
 def _checks(manifest: Manifest) -> list[str]:

@@ -20,7 +20,7 @@ from sqlmodel import Session
 from services.cloner import addresses, bases, identity, memory
 from shared import errors, events, faults, lookups
 from shared.commands import CreateClones
-from shared.copying import NVRAM, copy_server, ensure_room_for, vault, write_out
+from shared.copying import copy_server, ensure_room_for, vault, write_out
 from shared.database import reading
 from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
@@ -29,7 +29,7 @@ from shared.hypervisor.domains import Domain
 from shared.hypervisor.duplicate import CloneDefinition, clone_definition, refuse_uncloneable
 from shared.hypervisor.errors import DomainMissing
 from shared.hypervisor.waking import Card
-from shared.manifest import Manifest, read_manifest
+from shared.manifest import NVRAM, Manifest, read_manifest
 from shared.models import Clone, Server
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step

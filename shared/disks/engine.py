@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Literal
 
 from shared import faults
+from shared.disks.beside import SWTPM, Beside, beside_of
 from shared.disks.catching_up import CatchingUp, catch_up, finish, follow
 from shared.disks.copied import CopiedDisk, Unchanged, copied
 from shared.disks.copy import stream_copy
 from shared.disks.errors import InsufficientSpace, PauseTooLong
-from shared.disks.nvram import Nvram
 from shared.disks.planning import Choice, Plan, Way, definition_of, plan, refuse_memory
 from shared.disks.reflink import create_target, writes_elsewhere
 from shared.disks.space import FLOOR, FloorWatch, ensure_space, full_is_said, says_full
@@ -62,6 +62,7 @@ class Capture:
     left_out: tuple[LeftOut, ...]
     definition: str
     nvram: Path | None
+    tpm: Path | None
     memory: Path | None
 
 
@@ -79,15 +80,17 @@ def capture(
     pause_budget_ms: float = PAUSE_BUDGET_MS,
     memory: bool = False,
     compress: bool = False,
+    swtpm: Path = SWTPM,
 ) -> Capture:
-    """Copy every writable disk (and the UEFI variables) into the folder `destination`.
+    """Copy every writable disk (with UEFI variables and TPM) into the folder `destination`.
 
-    With `compress` what is streamed is compressed. With `memory` also what is in the guest's RAM,
-    of the same instant (S5); nothing is frozen then. `before(step)` is called ahead of what the
-    journal must know: "pause" before a running guest is frozen and suspended, "memory" before
-    its memory is saved, "backup" before QEMU's copy job; and "released" once all of that is over,
-    so that what the guest's owner does from then on is not undone. The folder must be
-    searchable by QEMU's user (0711) for the stream way.
+    `swtpm` is where libvirt keeps the state of emulated TPMs. With `compress` what is streamed is
+    compressed. With `memory` also what is in the guest's RAM, of the same instant (S5); nothing is
+    frozen then. `before(step)` is called ahead of what the journal must know: "pause" before a
+    running guest is frozen and suspended, "memory" before its memory is saved, "backup" before
+    QEMU's copy job; and "released" once all of that is over, so that what the guest's owner does
+    from then on is not undone. The folder must be searchable by QEMU's user (0711) for the stream
+    way.
 
     Raises InsufficientSpace (before anything is touched, or when the room is taken up meanwhile:
     by stream as soon as less than `free_floor` is left), Cancelled, PauseFailed, PauseTooLong,
@@ -107,6 +110,7 @@ def capture(
         pause_budget_ms,
         memory,
         compress,
+        swtpm,
     )
     chosen = plan(domain, destination, way=way, compress=compress)
     try:
@@ -133,11 +137,11 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
     ensure_space(destination, chosen.needed_bytes, order.free_floor)
     definition, left_out = definition_of(domain, chosen)
     order.check()
-    nvram = Nvram(chosen.live.nvram_path, destination)
+    beside, unread = beside_of(chosen.live, destination, order.swtpm)
     targets = {
         s.disk.target: destination / f"{s.disk.target}.{s.copy_format}" for s in chosen.sources
     }
-    job = _Job(order, chosen, targets, nvram)
+    job = _Job(order, chosen, targets, beside)
     guard = Unchanged(domain, chosen)
     try:
         with full_is_said(destination):
@@ -147,7 +151,7 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
             guard.verify()
             files = tuple(copied(s, targets[s.disk.target]) for s in chosen.sources)
     except BaseException:
-        for path in [*targets.values(), nvram.copy, job.memory]:
+        for path in [*targets.values(), *beside.copies, job.memory]:
             path.unlink(missing_ok=True)
         raise
     total = sum(file.bytes for file in files)
@@ -160,9 +164,10 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
         consistency=shot.consistency.level,
         consistency_reason=shot.consistency.reason,
         files=files,
-        left_out=left_out,
+        left_out=(*left_out, *unread),
         definition=definition,
-        nvram=nvram.copy if nvram.copy.exists() else None,
+        nvram=beside.nvram.taken,
+        tpm=beside.tpm.taken,
         memory=job.memory if order.memory else None,
     )
 
@@ -182,6 +187,7 @@ class _Order:
     pause_budget_ms: float
     memory: bool
     compress: bool
+    swtpm: Path
 
     def check(self) -> None:
         """Raises Cancelled."""
@@ -203,7 +209,7 @@ class _Job:
     order: _Order
     plan: Plan
     targets: dict[str, Path]
-    nvram: Nvram
+    beside: Beside
 
     @property
     def memory(self) -> Path:
@@ -258,7 +264,7 @@ def _reflink(job: _Job) -> _Shot:
             target_fd = create_target(source_fd, job.targets[source.disk.target])
             opened.callback(os.close, target_fd)
             copies.append(CatchingUp(source_fd, target_fd))
-        job.nvram.warm()
+        job.beside.warm()
         faults.point("reflink:opened")
         if job.plan.catching_up:
             catch_up(copies, order.pause_budget_ms, order.check)
@@ -302,13 +308,13 @@ def _shared(job: _Job, copies: list[CatchingUp]) -> _Shot:
             taken_at = datetime.now(UTC)
             faults.point("reflink:paused")
             finish(copies, order.pause_budget_ms)
-            job.nvram.take()
+            job.beside.take()
             faults.point("reflink:shared")
     return _Shot(taken_at, consistency, pause.ms)
 
 
 def _stream(job: _Job) -> _Shot:
-    job.nvram.warm()
+    job.beside.warm()
     return _stream_stopped(job) if job.plan.state == "stopped" else _stream_active(job)
 
 
@@ -323,7 +329,7 @@ def _stream_active(job: _Job) -> _Shot:
             shots.append(_Shot(datetime.now(UTC), consistency))
             yield
             faults.point("stream:begun")
-            job.nvram.take()
+            job.beside.take()
 
     order = job.order
     order.before("backup")
@@ -373,7 +379,7 @@ def _stream_stopped(job: _Job) -> _Shot:
     # Nothing is frozen; it says what this is worth.
     with job.order.frozen("stopped") as consistency:
         shot = _Shot(datetime.now(UTC), consistency)
-    job.nvram.take()
+    job.beside.take()
     faults.point("stream:begun")
     done = 0
     for source in job.plan.sources:

@@ -164,7 +164,7 @@ def _faults(vault: Vault, path: str) -> list[str]:
 
 
 def _wrong_files(folder: Path, manifest: Manifest) -> Iterator[str]:
-    for name in filter(None, (manifest.definition, manifest.nvram, manifest.memory)):
+    for name in filter(None, (manifest.definition, *manifest.beside.values(), manifest.memory)):
         if not (folder / name).is_file():
             yield f"{name} is missing"
     for disk in manifest.disks:

@@ -15,6 +15,7 @@ from shared.doctor.findings import Finding
 from shared.doctor.site import Site, spoken_for
 from shared.hypervisor.locks import is_open
 from shared.models import Operation
+from shared.settings import settings
 
 CHECK = "set aside"
 BEAT_IS_LATE = timedelta(minutes=2)
@@ -121,11 +122,13 @@ def _is_worked_on(session: Session, operation: Operation) -> bool:
 
 
 def _folders(site: Site) -> list[Path]:
-    """The directories of set-aside files, wherever this host's domains have, or had, disks."""
+    """The directories of set-aside files, wherever this host's domains have, or had, disks or the
+    state of a TPM."""
     files = site.disk_files()
     files |= {path for operation in _undoable(site) for path in _live(operation).values()}
     beside = {path.parent for path in files if not path.parent.name.startswith(setaside.FOLDER)}
-    found = (each for folder in beside for each in folder.glob(f"{setaside.FOLDER}*"))
+    found = {each for folder in beside for each in folder.glob(f"{setaside.FOLDER}*")}
+    found |= set(settings().swtpm.glob(f"*/*/{setaside.FOLDER}*"))
     return sorted(each for each in found if each.is_dir())
 
 

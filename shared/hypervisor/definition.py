@@ -7,6 +7,7 @@ Making a second domain out of a definition is `duplicate.py`'s.
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal, cast, get_args
 
 from lxml import etree
@@ -35,6 +36,8 @@ _UNITS = {
     "tib": 2**40,
 }
 _SOURCE_ATTRIBUTE = {"file": "file", "block": "dev", "dir": "dir", "nvme": "namespace"}
+# Where swtpm keeps a TPM's state below a directory of the domain's: libvirt's src/qemu/qemu_tpm.c.
+_TPM_STATES = {"1.2": "tpm1.2/tpm-00.permall", "2.0": "tpm2/tpm2-00.permall"}
 CHARACTER_DEVICES = ("serial", "console", "parallel", "channel")
 # Children of <source> that belong to the place, not to the contents.
 _PLACE = ("seclabel", "reservations", "cookies", "auth", "host", "dataStore")
@@ -108,7 +111,9 @@ class DomainDefinition:
     memory_bytes: int
     disks: tuple[DiskDefinition, ...]
     nvram_path: str | None
-    has_tpm: bool
+    tpm_state: str | None
+    """The file of an emulated TPM's state, below libvirt's directory for them unless absolute."""
+    has_external_tpm: bool
     beside: tuple[commandline.Storage, ...] = ()
     """The disks that QEMU has past libvirt."""
 
@@ -124,10 +129,8 @@ class DomainDefinition:
             memory_bytes=memory_of(root),
             disks=tuple(_disk(node) for node in root.iterfind("devices/disk")),
             nvram_path=_nvram_path(root),
-            has_tpm=any(
-                node.get("type") in ("emulator", "external")
-                for node in root.iterfind("devices/tpm/backend")
-            ),
+            tpm_state=_tpm_state(root),
+            has_external_tpm=root.find("devices/tpm/backend[@type='external']") is not None,
             beside=tuple(commandline.storage(root)),
         )
 
@@ -153,7 +156,7 @@ class DomainDefinition:
             raise DomainWithoutDisks(
                 f"{self.name} has no writable disk, so there is nothing to copy."
             )
-        if self.has_tpm:
+        if self.has_external_tpm:
             left_out.append(LeftOut("tpm", "the state of the virtual TPM is not copied"))
         return tuple(copied), (*left_out, *self.left_beside)
 
@@ -347,3 +350,16 @@ def _nvram_path(root: etree._Element) -> str | None:
     if source is not None:
         return source.get("file")
     return (node.text or "").strip() or None
+
+
+def _tpm_state(root: etree._Element) -> str | None:
+    """An emulated TPM's state: by the domain's UUID, or where `<source>` says (libvirt ≥ 10.10)."""
+    backend = root.find("devices/tpm/backend[@type='emulator']")
+    if backend is None:
+        return None
+    state = _TPM_STATES["1.2" if backend.get("version") == "1.2" else "2.0"]
+    source = backend.find("source")
+    if source is None:
+        return f"{root.findtext('uuid', '').strip()}/{state}"
+    path = source.get("path", "")
+    return path if source.get("type") == "file" else str(PurePath(path) / PurePath(state).name)

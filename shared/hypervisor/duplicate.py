@@ -55,6 +55,7 @@ _DROPPED_SILENTLY = (
 )
 PSEUDO_TERMINAL = "its far end belongs to one guest; it is a pseudo-terminal now"
 """The one reason after which the guest still has the device."""
+OWN_TPM = "two machines cannot have one TPM's keys and counters; the clone's own is empty at first"
 _OWN_ADDRESSES = ("MAC", "IP", "IPV6")
 
 
@@ -102,6 +103,7 @@ def clone_definition(
     left_out += _keep_or_drop_disks(root, disk_paths, keep_left_out)
     set_disk_paths(root, disk_paths, disk_formats or {})
     _identify(root, name, uuid)
+    left_out += _own_tpm(root)
     _set_nvram(root, nvram_path)
     its_macs = _renew_interfaces(root, mac_prefix, macs or {})
     known = dict(macs or {})
@@ -204,10 +206,15 @@ def _identify(root: etree._Element, name: str, uuid: str) -> None:
     genid = root.find("genid")
     if genid is not None:
         genid.text = str(uuids.uuid4())
-    # Without a path libvirt keeps the state under the clone's own UUID, empty at first.
-    for backend in root.iterfind("devices/tpm/backend[@type='emulator']"):
+
+
+def _own_tpm(root: etree._Element) -> list[LeftOut]:
+    """Without a path libvirt keeps a TPM's state under the clone's own UUID, empty at first."""
+    backends = root.findall("devices/tpm/backend[@type='emulator']")
+    for backend in backends:
         for source in backend.findall("source"):
             backend.remove(source)
+    return [LeftOut("tpm", OWN_TPM)] * len(backends)
 
 
 def _set_nvram(root: etree._Element, path: str | None) -> None:

@@ -12,7 +12,7 @@ from shared.hypervisor.duplicate import PSEUDO_TERMINAL, clone_definition
 from shared.hypervisor.errors import MemoryNotCloneable
 
 _ONE_GUESTS = (
-    ("devices/tpm", "the state of its virtual TPM is not copied"),
+    ("devices/tpm", "its virtual TPM belongs to one guest"),
     ("devices/filesystem", "it has files of a directory of the host's open"),
     ("devices/pstore", "its pstore belongs to one guest"),
     ("launchSecurity", "its memory is encrypted for this one guest"),

@@ -16,19 +16,20 @@ from sqlalchemy import func, or_, select, update
 from sqlmodel import Session
 
 from shared.database import now, reading, transaction
+from shared.disks.beside import NVRAM_FILE, TPM_FILE
 from shared.disks.extents import unique_bytes
 from shared.manifest import DEFINITION, MANIFEST, NOTES
 from shared.models import Image, Server, Snapshot
 from shared.settings import settings
 from shared.tending.tender import Tender
-from shared.vault import NVRAM, Vault
+from shared.vault import Vault
 
 STALE = timedelta(hours=1)
 """So old a number is measured anew, whatever happened."""
 SETTLED = timedelta(seconds=10)
 """So long after a copy came or went, its files are there or gone and the blocks counted anew."""
 _REST = 20
-_BESIDE = (MANIFEST, DEFINITION, NOTES, NVRAM)
+_BESIDE = (MANIFEST, DEFINITION, NOTES, NVRAM_FILE, TPM_FILE)
 _MODELS: dict[str, Any] = {"snapshot": Snapshot, "image": Image}
 
 

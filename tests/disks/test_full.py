@@ -13,11 +13,11 @@ import pytest
 
 from lab import filesystems
 from shared.disks import setaside
+from shared.disks.beside import SmallFile, copy_small
 from shared.disks.copied import CopiedDisk
 from shared.disks.copy import stream_copy
 from shared.disks.errors import InsufficientSpace
 from shared.disks.materialise import materialise
-from shared.disks.nvram import Nvram, copy_nvram
 from shared.disks.reflink import clone_ranges, create_target, reflink
 from shared.manifest import Manifest, ManifestDisk, ManifestServer, read_manifest
 from shared.manifest import write_manifest as write
@@ -95,7 +95,7 @@ def by_materialising(disk: Path, new: Path) -> Callable[[], object]:
 
 
 def by_copying_uefi_variables_in(disk: Path, new: Path) -> Callable[[], object]:
-    variables = Nvram(str(disk), new)
+    variables = SmallFile(disk, new / "nvram.fd")
     new.mkdir()
 
     def warm() -> None:
@@ -109,7 +109,7 @@ def by_copying_uefi_variables_in(disk: Path, new: Path) -> Callable[[], object]:
 
 
 def by_copying_uefi_variables_out(disk: Path, new: Path) -> Callable[[], object]:
-    return lambda: copy_nvram(disk, new)
+    return lambda: copy_small(disk, new)
 
 
 def by_publishing(disk: Path, new: Path) -> Callable[[], object]:

@@ -30,6 +30,7 @@ def patient(
     """A healthy host."""
     monkeypatch.setenv("TRIPTYCH_LIBVIRT_URI", hypervisor.uri)
     monkeypatch.setenv("TRIPTYCH_VAULT", str(workspace / "vault"))
+    monkeypatch.setenv("TRIPTYCH_SWTPM", str(workspace / "swtpm"))
     settings.cache_clear()
     made = Patient(world, hypervisor, workspace)
     yield made

@@ -19,6 +19,7 @@ from shared.database import now, transaction
 from shared.disks import setaside
 from shared.models import Host
 from shared.operations import presence
+from shared.settings import settings
 
 pytestmark = pytest.mark.vm
 
@@ -149,6 +150,21 @@ def test_files_of_an_operation_that_promises_nothing_are_removed(patient: Patien
     os.renames(disk, folder / f"old-{disk.name}")
     patient.mends("set aside", str(folder), operation.id, "cannot be undone")
     assert (folder.exists(), disk.read_bytes()[:8]) == (False, b"reverted")
+
+
+def test_what_was_set_aside_of_a_tpm_is_found(patient: Patient) -> None:
+    """It lies in libvirt's directory, where no disk is."""
+    guest = patient.guest()
+    ended = {"undo": None, "undo_until": None}
+    operation, beside_disks = patient.reverted(patient.server(guest), guest, **ended)
+    shutil.rmtree(beside_disks)
+    folder = settings().swtpm / guest.domain.UUIDString() / "tpm2" / beside_disks.name
+    folder.mkdir(parents=True)
+    (folder / "old-tpm2-00.permall").touch()
+
+    patient.mends("set aside", str(folder), operation.id, "cannot be undone")
+
+    assert not folder.exists()
 
 
 def test_set_aside_files_that_only_a_person_can_judge(patient: Patient) -> None:

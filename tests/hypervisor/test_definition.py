@@ -44,14 +44,38 @@ class TestReading:
         ]
         assert not any(disk.has_backing for disk in found.disks)
 
+    @pytest.mark.parametrize(
+        ("backend", "state"),
+        [
+            ("<backend type='emulator' version='2.0'/>", "u-1/tpm2/tpm2-00.permall"),
+            ("<backend type='emulator' version='1.2'/>", "u-1/tpm1.2/tpm-00.permall"),
+            (
+                "<backend type='emulator' version='2.0'><source type='file' path='/t'/></backend>",
+                "/t",
+            ),
+            (
+                "<backend type='emulator' version='2.0'><source type='dir' path='/t'/></backend>",
+                "/t/tpm2-00.permall",
+            ),
+            ("<backend type='passthrough'><device path='/dev/tpm0'/></backend>", None),
+            ("<backend type='external'><source type='unix' path='/s'/></backend>", None),
+        ],
+    )
+    def test_state_of_a_tpm(self, backend: str, state: str | None) -> None:
+        """It is in libvirt's directory by UUID and version, or where the definition says; only
+        that of an emulated one can be had."""
+        found = DomainDefinition.parse(
+            f"<domain><name>a</name><uuid>u-1</uuid><devices><tpm>{backend}</tpm></devices></domain>"
+        )
+        assert found.tpm_state == state
+
     def test_left_out_with_reasons(self) -> None:
-        """CD-ROM, shared disk and TPM are left out, each with its reason; the rest is copied."""
+        """CD-ROM and shared disk are left out, each with its reason; the rest is copied."""
         copied, left_out = DomainDefinition.parse(WINDOWS).split_disks()
         assert [disk.target for disk in copied] == ["vda", "vdb"]
         assert {item.target: item.reason for item in left_out} == {
             "sda": "a CD-ROM is not copied",
             "vdc": "the disk is shared with other guests",
-            "tpm": "the state of the virtual TPM is not copied",
         }
 
     @pytest.mark.parametrize(
@@ -196,13 +220,15 @@ class TestClone:
         ]
 
     def test_what_belongs_to_one_guest_is_left_out_and_named(self) -> None:
-        """Host devices, shared disks and outside serial ends go, and the result names them."""
+        """Host devices, shared disks, a TPM's state and outside serial ends go, and the result
+        names them."""
         made = clone_definition(WINDOWS, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
         root = etree.fromstring(made.xml)
         assert [item.target for item in made.left_out] == [
             "hostdev pci",
             "interface hostdev",
             "vdc",
+            "tpm",
             "serial pty",
         ]
         for path in ("hostdev", "lease"):

@@ -118,6 +118,7 @@ class Site:
                 "TRIPTYCH_HOST": self.host,
                 "TRIPTYCH_LIBVIRT_URI": self.hypervisor.uri,
                 "TRIPTYCH_VAULT": str(self.vault),
+                "TRIPTYCH_SWTPM": str(self.hypervisor.swtpm),
                 "TRIPTYCH_TICK": TICK,
                 "TRIPTYCH_FAULTS": str(self.points.directory),
                 # Fewer processes to start; on ext4, where workers die, it is as shipped.
@@ -191,17 +192,22 @@ class Site:
 
     # Machines
 
-    def machine(self, formats: list[str], power: str, *, noise: int = 0) -> Machine:
+    def machine(
+        self, formats: list[str], power: str, *, noise: int = 0, devices: str = ""
+    ) -> Machine:
         """A registered guest: running ones boot, stopped ones have only small data disks.
 
-        `noise` adds a raw disk with that many bytes of it, which takes its time to copy.
+        `noise` adds a raw disk with that many bytes of it, which takes its time to copy, `devices`
+        any XML.
         """
         disks = list(formats)
         if power == "stopped":
             disks = [str(make_disk(self.disks, each, "data", SMALL)) for each in formats]
         if noise:
             disks.append(str(self.noise(noise)))
-        guest = Guest.create(self.hypervisor, self.disks, disks=disks, nic=True)
+        guest = Guest.create(
+            self.hypervisor, self.disks, disks=disks, nic=True, extra_devices=devices
+        )
         if power == "running":
             guest.start(wait=False)
         made = Machine(self, guest, power, self.register(guest), words=len(formats))

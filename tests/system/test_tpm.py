@@ -1,0 +1,182 @@
+"""The state of a server's virtual TPM goes with its disks: a disk that is locked by it is worth
+nothing beside the state of another instant."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import libvirt
+import pytest
+from live_site import Machine, Site
+
+from lab.guest import Guest, attach
+
+pytestmark = [pytest.mark.vm, pytest.mark.parametrize("site", ["xfs"], indirect=True)]
+
+TPM = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
+FORGET = libvirt.VIR_DOMAIN_UNDEFINE_TPM
+
+
+def state_of(site: Site, guest: Guest) -> Path:
+    """Where swtpm keeps the state of its TPM."""
+    return site.hypervisor.swtpm / guest.domain.UUIDString() / "tpm2" / "tpm2-00.permall"
+
+
+def write(path: Path, data: bytes) -> None:
+    """As swtpm does: a new file, which takes the old one's name."""
+    fresh = path.with_name("TMP2-00.permall")
+    fresh.write_bytes(data)
+    shutil.chown(fresh, path.owner(), path.group())
+    fresh.chmod(0o600)
+    fresh.rename(path)
+
+
+@pytest.fixture
+def locked(site: Site) -> Iterator[Machine]:
+    """A stopped server with a TPM that swtpm made, and that has been in use."""
+    made = site.machine(["raw"], "stopped", devices=TPM)
+    made.guest.start(wait=False).destroy()
+    yield made
+    if made.state() != "missing":
+        site.remove(made)
+
+
+def test_a_revert_brings_the_state_of_its_instant(site: Site, locked: Machine) -> None:
+    """With the disks, swtpm's owner and mode; undo puts back what was replaced. What a promotion
+    makes of the snapshot holds it too."""
+    state = state_of(site, locked.guest)
+    old, owner = state.read_bytes(), state.owner()
+    locked.write("old")
+    taken = site.done(site.client.snapshots.take(locked.id))
+    assert taken["result"]["left_out"] == []
+    write(state, b"new")
+    locked.write("new")
+
+    reverted = site.done(site.client.snapshots.revert(locked.id))
+
+    assert (locked.read(), state.read_bytes()) == ({"old"}, old)
+    assert (state.owner(), state.stat().st_mode & 0o777) == (owner, 0o600)
+    site.done(site.client.operations.undo(reverted["id"]))
+    assert (locked.read(), state.read_bytes()) == ({"new"}, b"new")
+    assert [each.name for each in state.parent.iterdir() if each.is_dir()] == []
+
+    site.done(site.client.snapshots.promote(locked.id))
+    folder = site.copy_of("image", locked)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (folder / manifest["tpm"]).read_bytes() == old
+    assert manifest["tpm"] in manifest["digests"]
+
+
+def test_a_restore_brings_it_back_with_its_server(site: Site, locked: Machine) -> None:
+    """Undefining a domain drops its TPM, which an image brings back in such a way that the server
+    starts with it. Undo leaves it: there was none before."""
+    state = state_of(site, locked.guest)
+    old, owner = state.read_bytes(), state.owner()
+    image = site.done(site.client.images.create(locked.id))["result"]["image"]
+    locked.guest.domain.undefineFlags(FORGET)
+    assert not state.parent.parent.exists()
+
+    restored = site.done(site.client.images.restore(image))
+
+    assert state.read_bytes() == old
+    modes = [each.stat().st_mode & 0o777 for each in (state, state.parent, state.parent.parent)]
+    assert modes == [0o600, 0o700, 0o711]
+    locked.guest.start(wait=False)
+    assert locked.state() == "running"
+    assert state.owner() == owner
+    locked.guest.destroy()
+    used = state.read_bytes()
+    site.done(site.client.operations.undo(restored["id"]))
+    assert state.read_bytes() == used
+
+
+def test_a_restore_that_fails_leaves_no_directory(site: Site, locked: Machine) -> None:
+    """What was made for the state of a domain that was gone goes again."""
+    state = state_of(site, locked.guest)
+    image = site.done(site.client.images.create(locked.id))["result"]["image"]
+    xml = locked.guest.domain.XMLDesc()
+    locked.guest.domain.undefineFlags(FORGET)
+
+    site.points.arm(("defined", "raise"))
+    assert site.ended(site.client.images.restore(image))["state"] == "failed"
+
+    assert site.points.reached
+    assert not state.parent.parent.exists()
+    locked.guest.connection.defineXML(xml)
+
+
+def test_the_state_is_that_of_the_held_instant(site: Site, locked: Machine) -> None:
+    """What swtpm wrote after the copy was begun, and before the disks' instant, is in it."""
+    state = state_of(site, locked.guest)
+    with site.points.held(
+        lambda: site.client.snapshots.take(locked.id), "reflink:opened"
+    ) as operation:
+        write(state, b"written meanwhile")
+    site.done(operation)
+
+    copy = site.copy_of("snapshot", locked) / "tpm.permall"
+    assert copy.read_bytes() == b"written meanwhile"
+    assert copy.stat().st_mode & 0o777 == 0o400
+
+
+def test_a_clone_has_a_tpm_of_its_own(site: Site, locked: Machine) -> None:
+    """It is empty at first: two machines with the same keys, one of them with counters that were
+    turned back, would be no TPM to either. The result names it."""
+    site.done(site.client.snapshots.take(locked.id))
+
+    made = site.done(
+        site.client.clones.create(
+            locked.id, source_kind="snapshot", name="own-tpm", start=False, identity="keep"
+        )
+    )
+
+    (told,) = made["result"]["clones"]
+    assert [each["target"] for each in told["identity"]["left_out"]] == ["tpm"]
+    with attach(site.hypervisor, "own-tpm") as clone:
+        own = state_of(site, clone)
+        assert not own.parent.parent.exists()
+        clone.start(wait=False)
+        assert own.read_bytes() != state_of(site, locked.guest).read_bytes()
+
+
+def test_a_state_that_cannot_be_read_is_named(site: Site, locked: Machine) -> None:
+    """A directory that is not there, as in a container without the mount, does not keep the disks
+    from being copied. Where a copy holds the state it is not restored without it."""
+    image = site.done(site.client.images.create(locked.id))["result"]["image"]
+    directory = site.hypervisor.swtpm
+    away = directory.rename(directory.with_name("swtpm-away"))
+    try:
+        taken = site.done(site.client.snapshots.take(locked.id))
+        locked.write("new")
+        assert site.refused(site.client.images.restore(image)) == "tpm_folder_missing"
+    finally:
+        away.rename(directory)
+
+    (left_out,) = taken["result"]["left_out"]
+    assert left_out["target"] == "tpm"
+    assert f"{state_of(site, locked.guest)}: No such file" in left_out["reason"]
+    assert locked.read() == {"new"}
+    old = state_of(site, locked.guest).read_bytes()
+    site.done(site.client.snapshots.revert(locked.id))  # it holds none, and leaves this one
+    assert state_of(site, locked.guest).read_bytes() == old
+
+
+def test_memory_and_state_are_of_one_instant(site: Site) -> None:
+    """A revert with memory loads the TPM from QEMU's stream; the file says the same."""
+    machine = site.machine(["raw"], "running", devices=TPM)
+    machine.write("old")  # it has booted: nobody writes to the TPM any more
+    site.done(site.client.snapshots.take(machine.id, with_memory=True))
+    state = state_of(site, machine.guest)
+    old = state.read_bytes()
+    machine.guest.destroy()
+    write(state, b"new")
+
+    site.done(site.client.snapshots.revert(machine.id))
+
+    assert machine.state() == "running"
+    assert state.read_bytes() == old
+    assert (site.copy_of("snapshot", machine) / "tpm.permall").read_bytes() == old
+    site.remove(machine)
