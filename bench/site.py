@@ -32,7 +32,7 @@ from shared.hypervisor.watchdog import Watchdog
 
 TOO_LONG_S = 600
 ASKED, APART_S = 5, 0.5
-"""A second freeze soon after one is cheaper."""
+"""A second freeze soon after one is cheaper, and workers look after what was deleted."""
 
 
 @dataclass(frozen=True)
@@ -237,8 +237,10 @@ class Site:
                 self.guest.start()
 
     def settle(self) -> None:
-        """What a deletion leaves to be done is not the next run's."""
+        """What a deletion leaves to be done, to the disk and to the workers, is not the next
+        run's, whoever's that is."""
         subprocess.run(["sync", "-f", str(self.folder)], check=True)
+        time.sleep(APART_S)
 
     def used(self) -> int:
         """Bytes of the file system in use, everything written out.
