@@ -15,6 +15,7 @@ from pathlib import Path
 
 from shared.disks.durable import sync
 from shared.disks.errors import CopyFailed, InsufficientSpace
+from shared.disks.qemu_img import writing
 from shared.disks.space import FLOOR, FloorWatch, full_is_said, says_full
 from shared.errors import Cancelled
 
@@ -75,19 +76,15 @@ def _convert(
 ) -> None:
     """Run qemu-img; what `check` raises ends it."""
     cache = ["-t", "none", "-T", "none"] if _direct(src) and _direct(dst.parent) else []
-    command = ["qemu-img", "convert", "-p", *_PARALLEL, *cache, *options]
+    command = writing("convert", "-p", *_PARALLEL, *cache, *options)
     command += ["-f", formats[0], "-O", formats[1], str(src), str(dst)]
-    try:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            process_group=0,
-            umask=0o077,
-        )
-    except FileNotFoundError as error:
-        raise CopyFailed("qemu-img is not installed; install qemu-utils.") from error
-    with process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        process_group=0,
+        umask=0o077,
+    ) as process:
         try:
             complaint = _follow(process, progress, check)
         except BaseException:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from shared.disks.errors import CopyFailed, ImageDamaged, InsufficientSpace
 from shared.disks.qcow2 import plainly_sound
+from shared.disks.qemu_img import writing
 from shared.disks.space import says_full
 
 # Formats that qemu-img can check; raw and others have no structure to check.
@@ -119,12 +120,13 @@ def count_anew(path: Path, image_format: str) -> None:
 
     So it is with `lazy_refcounts`: QEMU marks the image as dirty, and counts when it closes it,
     or, where it was killed, when it opens it again. What nobody writes and is not dirty is left
-    as it is. Whether the outcome is sound is for `check` to say. Raises InsufficientSpace.
+    as it is. Whether the outcome is sound is for `check` to say. Raises InsufficientSpace,
+    CopyFailed where there is no qemu-img.
     """
     header = _header(path) if image_format == "qcow2" else None
     if header is None or not header.features & _DIRTY:
         return
-    command = ["qemu-img", "check", "-q", "-r", "all", "-f", image_format, str(path)]
+    command = writing("check", "-q", "-r", "all", "-f", image_format, str(path))
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
     ) as process:

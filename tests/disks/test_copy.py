@@ -1,13 +1,19 @@
 """Full copies by qemu-img, and the room they need."""
 
 import os
+import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from operations.waiting import wait_for
 
 from lab.filesystems import size
+from lab.processes import is_gone
+from lab.qemu_img import slowed
 from shared.disks import images
 from shared.disks.copy import stream_copy
 from shared.disks.errors import CopyFailed, ImageDamaged, InsufficientSpace
@@ -106,6 +112,49 @@ def test_cancel_ends_it_within_a_second_and_leaves_nothing(
         stream_copy(source, target, "raw", "raw", quiet, once_begun)
     assert time.monotonic() - asked[0] < 1.4
     assert not target.exists()
+
+
+@pytest.fixture
+def copying(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker of its own that is inside `stream_copy`, which will take it minutes."""
+    script = """
+from pathlib import Path
+from shared.disks.copy import stream_copy
+stream_copy(Path("a.raw"), Path("b.raw"), "raw", "raw", lambda _part: None, lambda: False)
+"""
+    raw(tmp_path / "a.raw", 16)
+    (tmp_path / "bin").mkdir()
+    environment = {"PATH": slowed(tmp_path / "bin"), "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment) as worker:
+        yield worker
+        worker.kill()
+
+
+def test_a_killed_worker_takes_its_qemu_img_along(
+    tmp_path: Path, copying: subprocess.Popen[bytes]
+) -> None:
+    """What undoes the copy, or makes it anew, has the file for itself."""
+    children = Path(f"/proc/{copying.pid}/task/{copying.pid}/children")
+    wait_for(lambda: (tmp_path / "b.raw").exists())
+    (qemu_img,) = map(int, children.read_text().split())
+    try:
+        copying.kill()
+        wait_for(lambda: is_gone(qemu_img), seconds=20)
+    finally:
+        if not is_gone(qemu_img):
+            os.kill(qemu_img, signal.SIGKILL)
+
+
+def test_a_missing_qemu_img_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to be installed is said, and nothing is left."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "setpriv").symlink_to("/usr/bin/setpriv")
+    source = raw(tmp_path / "a.raw")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(CopyFailed, match="install qemu-utils"):
+        stream_copy(source, tmp_path / "b", "raw", "raw", quiet, never)
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, ext4: Path) -> None:
