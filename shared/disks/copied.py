@@ -1,11 +1,13 @@
-"""What must hold before a copy counts: the server stood still, and each file is its whole disk."""
+"""What must hold before a copy counts: it is of the disks that the server has, a stopped one stood
+still, and each file is its whole disk."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from shared.disks import images
-from shared.disks.errors import CopyFailed
+from shared.disks.errors import CopyFailed, ServerChanged
 from shared.disks.planning import Plan, SourceDisk
+from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.domains import Domain
 
 
@@ -28,11 +30,11 @@ class Unchanged:
         self._before = self._stamps()
 
     def verify(self) -> None:
-        """Raises CopyFailed."""
+        """Raises ServerChanged."""
         if self.chosen.state != "stopped":
             return
         if self.domain.state != "stopped" or self._stamps() != self._before:
-            raise CopyFailed(
+            raise ServerChanged(
                 f"{self.domain.name} was started or its disks were written while it was being "
                 "copied, so the copy is not kept. The server was not touched; try again."
             )
@@ -40,6 +42,19 @@ class Unchanged:
     def _stamps(self) -> list[tuple[int, int]]:
         stats = [source.path.stat() for source in self.chosen.sources]
         return [(status.st_mtime_ns, status.st_size) for status in stats]
+
+
+def refuse_other_disks(chosen: Plan, definition: str) -> None:
+    """Raise ServerChanged unless what the server has, by its definition at the copy's instant, are
+    the disks of the plan: its owner may have plugged one in, or put one on an overlay or back."""
+    now = {disk for disk in DomainDefinition.parse(definition).disks if not disk.left_out_because}
+    planned = {source.disk for source in chosen.sources}
+    if now != planned:
+        others = ", ".join(sorted({disk.target for disk in now ^ planned}))
+        raise ServerChanged(
+            f"{chosen.live.name} was given other disks, or others of their files ({others}), while "
+            "it was being copied, so the copy is not kept. It is as that left it; try again."
+        )
 
 
 def copied(source: SourceDisk, path: Path) -> CopiedDisk:

@@ -18,7 +18,7 @@ from typing import Literal
 from shared import faults
 from shared.disks.beside import SWTPM, Beside, beside_of
 from shared.disks.catching_up import CatchingUp, catch_up, finish, follow
-from shared.disks.copied import CopiedDisk, Unchanged, copied
+from shared.disks.copied import CopiedDisk, Unchanged, copied, refuse_other_disks
 from shared.disks.copy import stream_copy
 from shared.disks.errors import InsufficientSpace, PauseTooLong
 from shared.disks.planning import Choice, Plan, Way, definition_of, plan, refuse_memory
@@ -95,8 +95,8 @@ def capture(
     Raises InsufficientSpace (before anything is touched, or when the room is taken up meanwhile:
     by stream as soon as less than `free_floor` is left), Cancelled, PauseFailed, PauseTooLong,
     QuiesceFailed, ServerNotRunning, MemoryNeedsReflink, MemoryNotSaved, BackupFailed,
-    ImageDamaged, CopyFailed and what `plan` raises; then no file is left and the guest is as it
-    was.
+    ServerChanged, ImageDamaged, CopyFailed and what `plan` raises; then no file is left and the
+    guest is as it was.
     """
     order = _Order(
         domain,
@@ -272,15 +272,17 @@ def _reflink(job: _Job) -> _Shot:
         elif order.quiesce != "never":  # the less is left to write out, the shorter is the freeze
             for copy in copies:
                 os.fdatasync(copy.source)
-        shot = _shared(job, copies)
+        shot, definition = _shared(job, copies)
         faults.point("reflink:resumed")
         if job.plan.state != "stopped":
             order.before("released")
+    refuse_other_disks(job.plan, definition)
     return shot
 
 
-def _shared(job: _Job, copies: list[CatchingUp]) -> _Shot:
-    """The one instant: frozen, paused, the rest of the disks shared, resumed, thawed."""
+def _shared(job: _Job, copies: list[CatchingUp]) -> tuple[_Shot, str]:
+    """The one instant: frozen, paused, the rest of the disks shared, resumed, thawed. With it
+    the definition that the server had there."""
     order = job.order
 
     def close_in() -> None:
@@ -307,10 +309,12 @@ def _shared(job: _Job, copies: list[CatchingUp]) -> _Shot:
         with hold as pause:
             taken_at = datetime.now(UTC)
             faults.point("reflink:paused")
+            # Files that are the live ones here are so until the guest writes again.
+            definition = order.domain.live_definition()
             finish(copies, order.pause_budget_ms)
             job.beside.take()
             faults.point("reflink:shared")
-    return _Shot(taken_at, consistency, pause.ms)
+    return _Shot(taken_at, consistency, pause.ms), definition
 
 
 def _stream(job: _Job) -> _Shot:
@@ -320,18 +324,19 @@ def _stream(job: _Job) -> _Shot:
 
 def _stream_active(job: _Job) -> _Shot:
     """QEMU copies; also from a guest its owner paused, since QEMU holds its images open."""
-    shots: list[_Shot] = []
+    order, shots = job.order, list[_Shot]()
 
     @contextlib.contextmanager
     def instant() -> Iterator[None]:
-        with job.order.frozen(job.plan.state) as consistency:
+        with order.frozen(job.plan.state) as consistency:
             faults.point("stream:frozen")
             shots.append(_Shot(datetime.now(UTC), consistency))
             yield
             faults.point("stream:begun")
+            definition = order.domain.live_definition()
             job.beside.take()
+        refuse_other_disks(job.plan, definition)
 
-    order = job.order
     order.before("backup")
     copies = {s.disk.target: (job.targets[s.disk.target], s.copy_format) for s in job.plan.sources}
     try:
@@ -379,6 +384,7 @@ def _stream_stopped(job: _Job) -> _Shot:
     # Nothing is frozen; it says what this is worth.
     with job.order.frozen("stopped") as consistency:
         shot = _Shot(datetime.now(UTC), consistency)
+    refuse_other_disks(job.plan, job.order.domain.live_definition())
     job.beside.take()
     faults.point("stream:begun")
     done = 0

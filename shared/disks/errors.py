@@ -17,6 +17,13 @@ class CopyFailed(DiskError):
     status = 500
 
 
+class ServerChanged(DiskError):
+    """The server was changed by somebody while it was copied"""
+
+    code = "server_changed"
+    status = 409
+
+
 class ReflinkRefused(DiskError):
     """The file system does not share these files' extents"""
 

@@ -18,7 +18,7 @@ from shared.disks import catching_up, engine, images
 from shared.disks.copied import CopiedDisk
 from shared.disks.copy import stream_copy
 from shared.disks.engine import capture
-from shared.disks.errors import CopyFailed, InsufficientSpace, PauseTooLong
+from shared.disks.errors import CopyFailed, InsufficientSpace, PauseTooLong, ServerChanged
 from shared.disks.extents import extent_count
 from shared.disks.materialise import materialise
 from shared.disks.planning import plan
@@ -234,7 +234,7 @@ def test_a_server_that_starts_meanwhile_is_not_copied(
 
     monkeypatch.setattr(catching_up, "clone_into_fd", start_in_between)
     try:
-        with pytest.raises(CopyFailed):
+        with pytest.raises(ServerChanged):
             capture(stopped, folder, watchdog=watchdog)
         assert list(folder.iterdir()) == []
     finally:
