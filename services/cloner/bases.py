@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared import faults
+from shared import errors, faults
 from shared.copying import write_out
 from shared.disks.durable import sync
 from shared.disks.overlays import OVERLAY_BYTES, base_path, create_overlay
 from shared.disks.reflink import can_reflink
 from shared.disks.space import ensure_space_for
+from shared.hypervisor.definition import DomainDefinition
 from shared.manifest import Manifest
 from shared.operations.context import Context
 from shared.settings import settings
@@ -65,6 +66,7 @@ def make(
     """
     if all(can_reflink(source, folders[disk.target]) for disk in manifest.disks):
         return None
+    _refuse_encrypted((source / manifest.definition).read_text())
     context.phase("copying the base")
     formats = {disk.target: disk.format for disk in manifest.disks}
     files = {
@@ -79,6 +81,17 @@ def make(
         sync(path.parent)
     faults.point("base:made")
     return Base(files, formats)
+
+
+def _refuse_encrypted(definition: str) -> None:
+    """Raise Unsupported where a disk is encrypted: no overlay is made on one without its key."""
+    original = DomainDefinition.parse(definition)
+    encrypted = [disk.target for disk in original.disks if disk.encrypted]
+    if encrypted:
+        raise errors.Unsupported(
+            f"{', '.join(encrypted)} of {original.name} is encrypted, and clones cannot be linked "
+            "to it. No clone was made; ask for independent ones."
+        )
 
 
 def _shared_names(source: Path, manifest: Manifest, files: Mapping[str, Path]) -> bool:

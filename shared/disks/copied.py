@@ -60,15 +60,14 @@ def refuse_other_disks(chosen: Plan, definition: str) -> None:
 def copied(source: SourceDisk, path: Path) -> CopiedDisk:
     """The finished copy of a disk. Raises ImageDamaged, or CopyFailed where it is not whole."""
     image_format = path.suffix.removeprefix(".")
-    if not source.disk.encrypted:
-        images.count_anew(path, image_format)
-        images.check(path, image_format)
-        about = images.info(path, image_format)
-        if about.depends_on is not None or about.virtual_bytes != source.virtual_bytes:
-            raise CopyFailed(
-                f"The copy of {source.disk.target} is not the whole disk and is not kept. "
-                "The server was not touched."
-            )
+    images.count_anew(path, image_format)
+    images.check(path, image_format)
+    about = images.info(path, image_format)
+    if about.depends_on is not None or about.virtual_bytes != source.virtual_bytes:
+        raise CopyFailed(
+            f"The copy of {source.disk.target} is not the whole disk and is not kept. "
+            "The server was not touched."
+        )
     return CopiedDisk(
         target=source.disk.target,
         path=path,

@@ -23,8 +23,9 @@ CHECKABLE = {"qcow2", "qed", "vdi", "vhdx", "vmdk", "parallels"}
 _TIMEOUT_S = 600
 _SECTOR = 512
 # docs/interop/qcow2.txt of QEMU: magic, version, offset and length of the backing file's name,
-# cluster bits, virtual size; for version 3 the features that a reader must know, at byte 72.
-_QCOW2 = struct.Struct(">4sIQIIQ")
+# cluster bits, virtual size, kind of encryption; for version 3 the features that a reader must
+# know, at byte 72.
+_QCOW2 = struct.Struct(">4sIQIIQI")
 _FEATURES = struct.Struct(">Q")
 _FEATURES_AT = 72
 _DIRTY = 0b1
@@ -35,11 +36,13 @@ _KNOWN_FEATURES = 0b11000 | _DIRTY
 @dataclass(frozen=True)
 class ImageInfo:
     """`virtual_bytes` is what the guest sees; `depends_on` names a backing or data file without
-    which the file is no disk."""
+    which the file is no disk. What is `encrypted` in the image's format qemu-img does not open
+    without its key, but for its header."""
 
     format: str
     virtual_bytes: int
     depends_on: str | None
+    encrypted: bool = False
 
 
 def info(path: Path, image_format: str) -> ImageInfo:
@@ -47,7 +50,7 @@ def info(path: Path, image_format: str) -> ImageInfo:
     if path.is_file():
         virtual = virtual_bytes(path, image_format, alone=True)
         if virtual is not None:
-            return ImageInfo(image_format, virtual, None)
+            return ImageInfo(image_format, virtual, None, is_encrypted(path, image_format))
     answer = _ask(["info", "-U", "-f", image_format, "--output=json"], path)
     extra = answer.get("format-specific", {}).get("data", {})
     return ImageInfo(
@@ -56,6 +59,7 @@ def info(path: Path, image_format: str) -> ImageInfo:
         depends_on=answer.get("full-backing-filename")
         or answer.get("backing-filename")
         or extra.get("data-file"),
+        encrypted=bool(answer.get("encrypted")),
     )
 
 
@@ -95,10 +99,17 @@ def virtual_bytes(path: Path, image_format: str, *, alone: bool = False) -> int 
     return header.virtual_bytes
 
 
+def is_encrypted(path: Path, image_format: str) -> bool:
+    """Whether it is a qcow2 that nothing is read from without its key. Raises OSError."""
+    header = _header(path) if image_format == "qcow2" else None
+    return header is not None and header.encryption != 0
+
+
 class _Header(NamedTuple):
     version: int
     backing: int
     virtual_bytes: int
+    encryption: int
     features: int
     """None of them below version 3."""
 
@@ -107,12 +118,12 @@ def _header(path: Path) -> _Header | None:
     """The start of a qcow2; None if it is none. Raises OSError."""
     with path.open("rb") as file:
         data = file.read(_FEATURES_AT + _FEATURES.size)
-    magic, version, backing, _, _, size = _QCOW2.unpack_from(data.ljust(_QCOW2.size, b"\0"))
+    data = data.ljust(_FEATURES_AT + _FEATURES.size, b"\0")
+    magic, version, backing, _, _, size, encryption = _QCOW2.unpack_from(data)
     if magic != b"QFI\xfb":
         return None
-    data = data.ljust(_FEATURES_AT + _FEATURES.size, b"\0")
     (features,) = _FEATURES.unpack_from(data, _FEATURES_AT)
-    return _Header(version, backing, size, features if version >= 3 else 0)
+    return _Header(version, backing, size, encryption, features if version >= 3 else 0)
 
 
 def count_anew(path: Path, image_format: str) -> None:
@@ -120,11 +131,11 @@ def count_anew(path: Path, image_format: str) -> None:
 
     So it is with `lazy_refcounts`: QEMU marks the image as dirty, and counts when it closes it,
     or, where it was killed, when it opens it again. What nobody writes and is not dirty is left
-    as it is. Whether the outcome is sound is for `check` to say. Raises InsufficientSpace,
-    CopyFailed where there is no qemu-img.
+    as it is, and what is encrypted for QEMU to count. Whether the outcome is sound is for `check`
+    to say. Raises InsufficientSpace, CopyFailed where there is no qemu-img.
     """
     header = _header(path) if image_format == "qcow2" else None
-    if header is None or not header.features & _DIRTY:
+    if header is None or header.encryption or not header.features & _DIRTY:
         return
     command = writing("check", "-q", "-r", "all", "-f", image_format, str(path))
     with subprocess.Popen(
@@ -149,9 +160,10 @@ def check(path: Path, image_format: str) -> None:
 def check_by_qemu(path: Path, image_format: str) -> None:
     """Have qemu-img check an image that nobody writes. Raises ImageDamaged.
 
-    Leaked clusters waste space and harm nothing: qemu-img's exit status 3 passes.
+    Leaked clusters waste space and harm nothing: qemu-img's exit status 3 passes. So does what is
+    encrypted, which qemu-img cannot judge.
     """
-    if image_format not in CHECKABLE:
+    if image_format not in CHECKABLE or is_encrypted(path, image_format):
         return
     command = ["qemu-img", "check", "-f", image_format, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)

@@ -71,8 +71,7 @@ def materialise(
                     stream_copy(
                         file.path,
                         path,
-                        file.format,
-                        wanted[file.target],
+                        *_streamed(file, wanted[file.target]),
                         tell,
                         cancelled,
                         free_floor=free_floor,
@@ -93,12 +92,13 @@ def needed_bytes(
     folders: Mapping[str, Path],
     formats: Mapping[str, str] | None = None,
 ) -> dict[str, int]:
-    """What writing each disk once into its folder takes, by target."""
+    """What writing each disk once into its folder takes, by target. Raises CopyFailed for one that
+    cannot be."""
     wanted = {file.target: (formats or {}).get(file.target, file.format) for file in files}
     return {
         file.target: _REFLINK_BYTES
         if _shares(file, folders, wanted)
-        else images.measure(file.path, file.format, wanted[file.target])
+        else images.measure(file.path, *_streamed(file, wanted[file.target]))
         for file in files
     }
 
@@ -106,6 +106,22 @@ def needed_bytes(
 def _shares(file: CopiedDisk, folders: Mapping[str, Path], wanted: Mapping[str, str]) -> bool:
     same = wanted[file.target] == file.format
     return same and can_reflink(file.path.parent, folders[file.target])
+
+
+def _streamed(file: CopiedDisk, wanted: str) -> tuple[str, str]:
+    """The formats that qemu-img reads a disk as and writes it in.
+
+    It opens none that is encrypted: such a disk's file is copied as it is. Raises CopyFailed where
+    that is not what is wanted.
+    """
+    if not images.is_encrypted(file.path, file.format):
+        return file.format, wanted
+    if wanted != file.format:
+        raise CopyFailed(
+            f"{file.target} is encrypted, and a {wanted} cannot be made of its {file.format} "
+            "without its key. Nothing was written."
+        )
+    return "raw", "raw"
 
 
 def _verify(file: CopiedDisk, path: Path, image_format: str) -> None:

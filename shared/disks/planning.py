@@ -38,13 +38,14 @@ _TARGET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 @dataclass(frozen=True)
 class SourceDisk:
     """One disk to copy; `copy_format` is what its copy will be, `needed_bytes` what it takes at
-    most where it shares nothing."""
+    most where it shares nothing. Of an `encrypted` one QEMU reads nothing without its key."""
 
     disk: DiskDefinition
     path: Path
     virtual_bytes: int
     depends_on: str | None
     copy_format: str
+    encrypted: bool
     needed_bytes: int = 0
 
 
@@ -103,7 +104,7 @@ def plan(
             catching_up=pieces * SHARE_COST_MS > CATCH_UP_FROM_MS and writes_elsewhere(destination),
         )
     for source in sources:
-        if source.disk.encrypted:
+        if source.encrypted:
             raise DiskNotCopyable(
                 f"Disk {source.disk.target} of {domain.name} is encrypted and can be copied by "
                 f"reflink alone; that is not possible here: {obstacle or reason}.",
@@ -176,11 +177,11 @@ def _source(disk: DiskDefinition) -> SourceDisk:
             f"Disk {disk.target} is {path}, which does not exist. Nothing was copied.",
             disk=disk.target,
         )
-    # An encrypted image's contents need its secret; its header does not.
-    about = images.info(path, "raw" if disk.encrypted and disk.format == "raw" else disk.format)
+    about = images.info(path, disk.format)
+    encrypted = disk.encrypted or about.encrypted
     depends_on = about.depends_on or ("its backing file" if disk.has_backing else None)
     copy_format = disk.format if disk.format in ("raw", "qcow2") else "qcow2"
-    return SourceDisk(disk, path, about.virtual_bytes, depends_on, copy_format)
+    return SourceDisk(disk, path, about.virtual_bytes, depends_on, copy_format, encrypted)
 
 
 def _obstacle_to_reflink(sources: Sequence[SourceDisk], destination: Path) -> str | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import libvirt
 import pytest
 from live_site import Machine, Site, digests, wait_for
 from triptych import Problem
 
 from lab.filesystems import MIB
-from lab.guest import attach
+from lab.guest import Guest, attach
+from lab.qemu_img import as_encrypted, encrypted, rewrite
 
 pytestmark = pytest.mark.vm
 on_xfs = pytest.mark.parametrize("site", ["xfs"], indirect=True)
@@ -171,6 +173,32 @@ def test_memory_that_cannot_be_had_is_refused(site: Site, stopped: Machine) -> N
     with pytest.raises(Problem) as refusal:
         site.client.snapshots.take(stopped.id, replace=True, with_memory=True, quiesce="require")
     assert refusal.value.code == "unsupported"
+
+
+@pytest.mark.parametrize("what", ["revert", "restore"])
+@on_xfs
+def test_an_encrypted_disk_is_put_back(site: Site, what: str) -> None:
+    """Byte by byte, by those who do not have its key; and its copy verifies."""
+    disk = encrypted(site.disks / f"luks-{what}.qcow2")
+    guest = Guest.create(site.hypervisor, site.disks, disks=[str(disk)])
+    definition = guest.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    guest.connection.defineXML(as_encrypted(definition, disk))
+    machine = Machine(site, guest, "stopped", site.register(guest), words=0)
+    before = disk.read_bytes()
+
+    if what == "revert":
+        site.done(site.client.snapshots.take(machine.id))
+        rewrite(disk, fill=9)
+        site.done(site.client.snapshots.revert(machine.id))
+    else:
+        image = site.done(site.client.images.create(machine.id))["result"]["image"]
+        rewrite(disk, fill=9)
+        site.done(site.client.images.restore(image))
+        verified = site.done(site.client.images.verify(image))["result"]
+        assert verified["verified"] == "passed"
+
+    assert disk.read_bytes() == before
+    site.remove(machine)
 
 
 @on_xfs
