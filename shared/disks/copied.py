@@ -1,6 +1,8 @@
 """What must hold before a copy counts: it is of the disks that the server has, a stopped one stood
 still, and each file is its whole disk."""
 
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,17 +33,37 @@ class Unchanged:
 
     def verify(self) -> None:
         """Raises ServerChanged."""
-        if self.chosen.state != "stopped":
-            return
-        if self.domain.state != "stopped" or self._stamps() != self._before:
+        if self.chosen.state == "stopped":
+            self._refuse_if(self.domain.state != "stopped")
+            self.look()
+
+    def look(self) -> None:
+        """What `verify` can tell at any time, without libvirt. Raises ServerChanged."""
+        self._refuse_if(self._stamps() != self._before)
+
+    def _refuse_if(self, changed: bool) -> None:
+        if changed:
             raise ServerChanged(
                 f"{self.domain.name} was started or its disks were written while it was being "
                 "copied, so the copy is not kept. The server was not touched; try again."
             )
 
-    def _stamps(self) -> list[tuple[int, int]]:
-        stats = [source.path.stat() for source in self.chosen.sources]
-        return [(status.st_mtime_ns, status.st_size) for status in stats]
+    def _stamps(self) -> list[tuple[str, ...]]:
+        return [_stamp(source.path) for source in self.chosen.sources]
+
+
+def _stamp(path: Path) -> tuple[str, ...]:
+    """What is another one once the disk has been written to.
+
+    A device's node has its times, and libvirt gives each QEMU nodes of its own: of a device count
+    the requests to write and the sectors written (Documentation/block/stat.rst).
+    """
+    status = path.stat()
+    if not stat.S_ISBLK(status.st_mode):
+        return str(status.st_mtime_ns), str(status.st_size)
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    counts = Path(f"/sys/dev/block/{number}/stat").read_text().split()
+    return counts[4], counts[6]
 
 
 def refuse_other_disks(chosen: Plan, definition: str) -> None:

@@ -38,13 +38,15 @@ def stream_copy(
     *,
     free_floor: float = FLOOR,
     compress: bool = False,
+    unlocked: bool = False,
 ) -> None:
     """Copy `src` with its whole chain into `dst`, a new file of mode 0600; synced.
 
     `progress` gets the part that is done, from 0 to 1. `src` may be a block device. `compress` a
-    qcow2 `dst` with zstd (QEMU 5.1 or newer reads it). Raises
-    FileExistsError, Cancelled (within a second of `cancelled()` turning true),
-    InsufficientSpace (also as soon as less than `free_floor` of the file system is
+    qcow2 `dst` with zstd (QEMU 5.1 or newer reads it). `unlocked` lets QEMU write to `src`
+    meanwhile: to notice that is the caller's. Raises
+    FileExistsError, Cancelled (within a second of `cancelled()` turning true), what `cancelled`
+    raises, InsufficientSpace (also as soon as less than `free_floor` of the file system is
     left) or CopyFailed; nothing of `dst` is left then.
     """
     if dst.exists():
@@ -57,7 +59,8 @@ def stream_copy(
         room.check()
 
     try:
-        _convert(src, dst, (src_format, dst_format), _ZSTD if compress else [], progress, check)
+        options = [*(_ZSTD if compress else []), *(["-U"] if unlocked else [])]
+        _convert(src, dst, (src_format, dst_format), options, progress, check)
         with full_is_said(dst.parent):
             dst.chmod(0o600)
             sync(dst)

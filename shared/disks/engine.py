@@ -141,8 +141,8 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
     targets = {
         s.disk.target: destination / f"{s.disk.target}.{s.copy_format}" for s in chosen.sources
     }
-    job = _Job(order, chosen, targets, beside)
     guard = Unchanged(domain, chosen)
+    job = _Job(order, chosen, targets, beside, guard)
     try:
         with full_is_said(destination):
             if chosen.state == "stopped":
@@ -210,6 +210,7 @@ class _Job:
     plan: Plan
     targets: dict[str, Path]
     beside: Beside
+    guard: Unchanged
 
     @property
     def memory(self) -> Path:
@@ -381,6 +382,12 @@ def _compressed(target: Path, order: _Order) -> None:
 
 
 def _stream_stopped(job: _Job) -> _Shot:
+    """Without QEMU's locks, which would keep the owner from starting it: then the copy ends."""
+
+    def cancelled() -> bool:
+        job.guard.look()
+        return job.order.cancelled()
+
     # Nothing is frozen; it says what this is worth.
     with job.order.frozen("stopped") as consistency:
         shot = _Shot(datetime.now(UTC), consistency)
@@ -400,9 +407,10 @@ def _stream_stopped(job: _Job) -> _Shot:
             image_format,
             source.copy_format,
             tell,
-            job.order.cancelled,
+            cancelled,
             free_floor=job.order.free_floor,
             compress=job.order.compress,
+            unlocked=True,
         )
         done += source.needed_bytes
         faults.point("stream:disk-copied")
