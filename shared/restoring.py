@@ -16,6 +16,7 @@ from shared.copying import write_out
 from shared.database import now, reading
 from shared.disks import setaside
 from shared.disks.beside import make_state_folder
+from shared.disks.errors import ServerChanged
 from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
 from shared.hypervisor.definition import DomainDefinition, renamed
@@ -41,12 +42,6 @@ class ServerTransient(errors.Conflict):
     """The server is gone once it is stopped"""
 
     code = "server_transient"
-
-
-class ServerChanged(errors.Conflict):
-    """The server was changed by somebody else meanwhile"""
-
-    code = "server_changed"
 
 
 class TpmFolderMissing(errors.Conflict):

@@ -23,6 +23,7 @@ from shared.commands import DeleteClone, DeleteFarm
 from shared.copying import vault
 from shared.database import now, reading, transaction
 from shared.disks import removal, setaside
+from shared.disks.errors import ServerChanged
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import DomainMissing
@@ -32,7 +33,7 @@ from shared.models import Clone, Farm, Operation, Server
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import handles
-from shared.restoring import ServerChanged, ServerTransient
+from shared.restoring import ServerTransient
 from shared.settings import settings
 from shared.using import Users
 

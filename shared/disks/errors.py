@@ -18,7 +18,7 @@ class CopyFailed(DiskError):
 
 
 class ServerChanged(DiskError):
-    """The server was changed by somebody while it was copied"""
+    """The server was changed by somebody else meanwhile"""
 
     code = "server_changed"
     status = 409
