@@ -3,13 +3,13 @@
 Each tolerates that its step never happened, or that it was carried out already.
 """
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
 
-from shared import using
+from shared import faults, using
 from shared.disks import beside, removal, setaside
 from shared.hypervisor import undo as hypervisor
 from shared.hypervisor.connection import connect
@@ -109,9 +109,13 @@ def swap_back(
     One that somebody started on what the operation had brought is started anew.
     """
     files = _paths(live)
-    had_none = {target: files[target] for target in missing}
+    had_none = {
+        target: files[target]
+        for target in missing
+        if files[target].exists() and not setaside.new_path(files[target], operation_id).exists()
+    }
     brought = {**setaside.swapped(files, operation_id), **had_none}
-    with _without(uuid, brought.values()):
+    with _without(uuid, files, brought.values(), operation_id):
         setaside.swap_back(files, operation_id)
         setaside.take_away(had_none, operation_id)
 
@@ -122,12 +126,13 @@ def swap_again(live: dict[str, str], operation_id: str, uuid: str | None = None)
 
     Only those that an undo had moved aside: the others, perhaps all, are live still.
     """
+    files = _paths(live)
     moved = {
         target: path
-        for target, path in _paths(live).items()
+        for target, path in files.items()
         if setaside.new_path(path, operation_id).exists()
     }
-    with _without(uuid, moved.values()):
+    with _without(uuid, files, moved.values(), operation_id):
         setaside.swap(moved, operation_id)
 
 
@@ -154,11 +159,28 @@ def discard_removed(files: list[str], operation_id: str, kept: list[str]) -> Non
     removal.discard(map(Path, files), operation_id, map(Path, kept))
 
 
-def _without(uuid: str | None, files: Iterable[Path]) -> AbstractContextManager[None]:
+@contextmanager
+def _without(
+    uuid: str | None, files: Mapping[str, Path], going: Iterable[Path], operation_id: str
+) -> Iterator[None]:
+    """No domain runs on those of the files that are `going`, nor wakes on what comes instead: one
+    that somebody started is off meanwhile, and started anew, by whoever comes to that."""
     if uuid is None:
-        return nullcontext()
-    present = [path for path in files if path.exists()]
-    return hypervisor.without(settings().libvirt_uri, uuid, present)
+        yield
+        return
+    uri, note = settings().libvirt_uri, setaside.note_of(files, operation_id)
+    if present := [path for path in going if path.exists()]:
+        if (state := hypervisor.state_on(uri, uuid, present)) != "stopped":
+            log.warning("server.started_anew", domain=uuid, files=[*map(str, present)])
+            setaside.write_note(note, state)
+            hypervisor.stop_domain(uri, uuid)
+            faults.point("without:off")
+        hypervisor.drop_saved_state(uri, uuid)
+    yield
+    if note.exists():
+        if all(path.exists() for path in files.values()):  # else it cannot be started
+            hypervisor.start_domain(uri, uuid, paused=note.read_text() == "paused")
+        note.unlink()
 
 
 def _paths(live: dict[str, str]) -> dict[str, Path]:

@@ -304,6 +304,9 @@ def _start(context: Context, domain: Domain, state: State) -> None:
 
 def _resume(context: Context, domain: Domain, saved: Path) -> State:
     context.undo("stop_domain", uuid=domain.uuid)
+    if domain.is_active:  # it is not ours
+        context.strike("stop_domain")
+    _refuse_started(domain)
     resume_from(domain, saved)
     faults.point("started")
     return "running"

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from shared import faults
+from shared.disks.durable import sync
 from shared.disks.errors import DiskError, SetAsideConflict
 from shared.disks.space import full_is_said
 
@@ -166,6 +167,17 @@ def discard(live: Mapping[str, Path], operation_id: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(folder)
         sync_folder(path.parent)
+
+
+def note_of(live: Mapping[str, Path], operation_id: str) -> Path:
+    """A file that says, while it is there, in what state the domain is to be started again."""
+    return folder_of(next(iter(live.values())), operation_id) / "started"
+
+
+def write_note(note: Path, text: str) -> None:
+    note.write_text(text)
+    sync(note)
+    sync(note.parent)
 
 
 def _swapped(path: Path, old: Path) -> bool:

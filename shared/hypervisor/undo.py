@@ -9,7 +9,7 @@ that the caller tries again later.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import libvirt
 from shared.hypervisor.agent import FREEZE_TIMEOUT_S, agent_ready, unanswered
 from shared.hypervisor.backup import job_files
 from shared.hypervisor.connection import connect
-from shared.hypervisor.domains import Domain, define, find
+from shared.hypervisor.domains import Domain, State, define, find
 from shared.hypervisor.errors import DomainMissing, LibvirtBusy, LibvirtFailed
 from shared.hypervisor.locks import is_open
 from shared.hypervisor.watchdog_helper import saving
@@ -172,21 +172,21 @@ def stop_domain(uri: str, uuid: str) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def without(uri: str, uuid: str, files: Iterable[Path]) -> Iterator[None]:
-    """A domain that has one of `files` open is off meanwhile, and started again after it.
-
-    For files that are about to be exchanged, under a domain that somebody else started.
-    """
+def state_on(uri: str, uuid: str, files: Iterable[Path]) -> State:
+    """The state of a domain that has one of `files` open; "stopped" if it has none."""
     domain = _find(uri, uuid)
     state = domain.state if domain else "stopped"
-    if domain is None or state == "stopped" or not any(map(is_open, files)):
-        yield
-        return
-    log.warning("%s was started on disks that are exchanged now: it is started anew.", domain.name)
-    domain.destroy()
-    yield
-    domain.start(paused=state == "paused", discard_saved_state=True)
+    return state if state != "stopped" and any(map(is_open, files)) else "stopped"
+
+
+def drop_saved_state(uri: str, uuid: str) -> bool:
+    """Drop the memory that a domain that is off was saved with: its disks are to be others."""
+    domain = _find(uri, uuid)
+    if domain is None or not domain.has_managed_save:
+        return False
+    log.warning("%s was saved on disks that are exchanged now: its memory is dropped.", domain.name)
+    domain.remove_managed_save()
+    return True
 
 
 def _find(uri: str, uuid: str) -> Domain | None:

@@ -132,7 +132,7 @@ def thaw_owed(uri: str, holds: Path) -> None:
     operation's journal tells.
     """
     for note in holds.glob(f"*{OWED}"):
-        thaw = partial(give_back, uri, note.stem, "thaw", 0.0, holds)
+        thaw = partial(give_back, uri, note.stem, "thaw", holds=holds)
         threading.Thread(target=_noted, args=(note, thaw), daemon=True).start()
 
 
@@ -157,7 +157,7 @@ def give_back(
     With `holds`, nothing is done while somebody alive holds the domain. Resumes only a domain
     that is paused because somebody asked for it. Uses connections of its own, without an event
     loop, so that nothing but libvirtd can be in its way. Gives up `linger_s` seconds after it
-    first saw nothing to do, or a day after it started.
+    first saw nothing to do, or a day after it started; a paused guest is yet to be thawed.
     """
     begun, reached, pause_s = time.monotonic(), 0.0, 0.05
     while time.monotonic() - begun < GIVE_UP_S:
@@ -173,7 +173,7 @@ def give_back(
             if outcome is not None:
                 _say(f"{action} {uuid}: {'done' if outcome else 'nothing to do'}")
                 return outcome
-            if ours:
+            if ours and action != "thaw":
                 reached = reached or time.monotonic()
         if reached and time.monotonic() - reached > linger_s:
             _say(f"{action} {uuid}: nothing to do")

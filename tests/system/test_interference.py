@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from xml.etree import ElementTree
 
 import libvirt
@@ -96,28 +97,102 @@ def test_a_server_started_between_two_swaps_has_no_disks_of_two_instants(site: S
     site.remove(machine)
 
 
+def held_before_undo(site: Site, ask: Callable[[], Any], at: str, action: str) -> Any:
+    """An operation that swapped the disks, ended in an error, and waits to put them back."""
+    site.points.arm((at, "raise"), (f"undo:{action}", "wait"))
+    operation = ask()
+    wait_for(lambda: site.points.reached, f"it comes to {action}")
+    return operation
+
+
 @on_ext4
 @pytest.mark.parametrize("undoing", [False, True], ids=["revert", "its undo"])
+@pytest.mark.parametrize("killed", [False, True], ids=["", "killed"])
 def test_a_server_started_before_an_undo_is_not_left_on_disks_that_go(
-    site: Site, reverted: Machine, undoing: bool
+    site: Site, reverted: Machine, undoing: bool, killed: bool
 ) -> None:
     """The disks were swapped and the server off when the work ended in an error, and its owner
-    started it before all was put back. It is started anew on the disks that it has in the end."""
-    expected, step = "after", "undo:swap_back"
-    revert = site.client.snapshots.revert
+    started it before all was put back. It is started anew on the disks that it has in the end,
+    also where the worker dies between."""
+    asks = site.client.snapshots.revert, site.client.operations.undo
+    expected, at, action, of = "after", "swap:replaced", "swap_back", reverted.id
     if undoing:
-        done = site.done(revert(reverted.id))
-        expected, step = "before", "undo:swap_again"
-    site.points.arm(("journalled:stop_domain", "raise"), (step, "wait"))
-    operation = site.client.operations.undo(done["id"]) if undoing else revert(reverted.id)
-    wait_for(lambda: site.points.reached, f"it comes to {step}")
+        of = site.done(asks[0](reverted.id))["id"]
+        expected, at, action = "before", "swap_back:replaced", "swap_again"
+    reverted.guest.destroy()  # so that nothing else in the journal starts it
+    operation = held_before_undo(site, lambda: asks[undoing](of), at, action)
     reverted.guest.start(wait=False)
+    if killed:
+        site.points.arm(("without:off", "kill"))
     site.points.go()
 
     assert site.ended(operation)["state"] == "failed"
     assert reverted.state() == "running"
     assert reverted.read() == {expected}
     assert_lasting(reverted)
+
+
+@on_ext4
+def test_a_state_saved_before_an_undo_is_not_woken_on_other_disks(
+    site: Site, reverted: Machine
+) -> None:
+    """The owner had started the server on disks that go, and saved it there."""
+    operation = held_before_undo(
+        site,
+        lambda: site.client.snapshots.revert(reverted.id),
+        "journalled:stop_domain",
+        "swap_back",
+    )
+    reverted.guest.start()
+    reverted.guest.domain.managedSave()
+    site.points.go()
+
+    assert site.ended(operation)["state"] == "failed"
+    assert reverted.read() == {"after"}
+    assert_lasting(reverted)
+
+
+@on_ext4
+def test_a_server_whose_lost_disk_came_back_meanwhile_runs_on(site: Site) -> None:
+    """What its owner put there was not brought by the restore, and is not taken away."""
+    machine = site.machine(["raw", "raw"], "stopped")
+    image = site.done(site.client.images.create(machine.id))["result"]["image"]
+    machine.write("newer")
+    lost = machine.disks[0]
+    elsewhere = lost.rename(lost.with_suffix(".elsewhere"))
+    with site.points.held(
+        lambda: site.client.images.restore(image), "journalled:swap_back"
+    ) as operation:
+        elsewhere.rename(lost)
+        machine.guest.start(wait=False)
+        since = machine.guest.domain.ID()
+
+    assert site.refused(operation) == "server_changed"
+    assert machine.guest.domain.ID() == since
+    machine.guest.destroy()
+    assert machine.read() == {"newer"}
+    site.remove(machine)
+
+
+@on_xfs
+def test_a_server_started_before_its_memory_is_resumed_is_not_forced_off(site: Site) -> None:
+    """It was off, and is its owner's, started anew on its own disks."""
+    machine = site.machine(["qcow2"], "running")
+    machine.write("before")
+    site.done(site.client.snapshots.take(machine.id, with_memory=True))
+    machine.write("after")
+    machine.guest.run("sync")
+    machine.guest.destroy()
+    with site.points.held(
+        lambda: site.client.snapshots.revert(machine.id, with_memory=True),
+        "journalled:stop_domain",
+    ) as operation:
+        machine.guest.start(wait=False)
+
+    assert site.refused(operation) == "server_changed"
+    assert machine.state() == "running"
+    assert machine.read() == {"after"}
+    site.remove(machine)
 
 
 def assert_lasting(machine: Machine) -> None:
