@@ -11,12 +11,11 @@ import libvirt
 import pytest
 
 from lab.guest import Guest
-from shared.hypervisor import agent, undo
+from shared.hypervisor import agent, undo, watchdog_helper
 from shared.hypervisor.agent import agent_ready, frozen
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.errors import LibvirtBusy, LibvirtFailed, QuiesceFailed
 from shared.hypervisor.watchdog import Watchdog
-from shared.hypervisor.watchdog_helper import OWED, thaw_owed
 from tests.hypervisor.test_pause import wait_until, worker
 
 pytestmark = pytest.mark.vm
@@ -209,21 +208,37 @@ def test_a_killed_workers_guest_is_thawed_within_two_seconds(guest: Guest) -> No
     assert wait_until(lambda: not is_frozen(guest), 2) < 2
 
 
+@pytest.mark.parametrize("held", [False, True], ids=["running", "paused"])
 def test_what_a_killed_helper_owed_is_thawed_by_the_next_worker(
-    guest: Guest, domain: Domain, tmp_path: Path
+    guest: Guest,
+    domain: Domain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    held: bool,
 ) -> None:
-    """The container goes while its helper still tries, for which no journal has an entry."""
+    """The container goes while its helper still tries, for which no journal has an entry. A guest
+    that is paused by then is waited for."""
     watchdog = Watchdog("qemu+unix:///system?socket=/nowhere", tmp_path)
     watchdog.fire(watchdog.arm(domain.uuid, "thaw"))
     assert watchdog.pid
     os.kill(watchdog.pid, signal.SIGKILL)
     watchdog.close()
     guest.agent("guest-fsfreeze-freeze")
+    looks: list[bool | None] = []
+    real = watchdog_helper._attempt
+    monkeypatch.setattr(
+        watchdog_helper, "_attempt", lambda *given: looks.append(found := real(*given)) or found
+    )
+    if held:
+        domain.suspend()
 
-    thaw_owed(domain.uri, tmp_path)
+    watchdog_helper.thaw_owed(domain.uri, tmp_path)
 
+    if held:
+        wait_until(lambda: len(looks) > 1, 60)
+        domain.resume()
     wait_until(lambda: not is_frozen(guest), 60)
-    wait_until(lambda: not list(tmp_path.glob(f"*{OWED}")), 60)
+    wait_until(lambda: not list(tmp_path.glob(f"*{watchdog_helper.OWED}")), 60)
 
 
 def test_undo_is_not_done_while_the_agent_does_not_answer(
