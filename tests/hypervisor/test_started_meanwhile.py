@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from operations.waiting import wait_for
 
-from lab.guest import Guest, make_disk
+from lab.guest import Guest
 from lab.libvirtd import Hypervisor
 from lab.qemu_img import slowed
 from shared.disks.engine import capture
@@ -23,6 +23,7 @@ from shared.hypervisor.domains import find_by_name
 from shared.hypervisor.watchdog import Watchdog
 
 pytestmark = pytest.mark.vm
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -75,7 +76,8 @@ def test_a_device_that_was_written_meanwhile_is_noticed(
 ) -> None:
     """As by a server that was started and is off again: libvirt gives its QEMU a node of its own
     for the device, and the host's has no newer time stamp."""
-    file = make_disk(xfs, "raw", "data", name="device.raw")
+    file = xfs / "device.raw"
+    file.write_bytes(os.urandom(16 * MIB))  # slowed, that takes minutes to copy
     losetup = ["losetup", "--find", "--show", str(file)]
     device = subprocess.run(losetup, check=True, capture_output=True, text=True).stdout.strip()
     node = workspace / "node"
