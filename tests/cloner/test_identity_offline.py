@@ -85,7 +85,14 @@ Fake = Callable[..., Path]
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     """Puts a guestfish on PATH that does `first`, and `command` when told to run one; gives the
-    directory with what it was `told`. The host has no KVM."""
+    directory with what it was `told`. The host has no KVM. Time stands still until it hangs:
+    patience is lost with that alone, not with a slow machine."""
+    began, hangs = time.monotonic(), tmp_path / "hangs"
+
+    def clock() -> float:
+        return time.monotonic() if hangs.exists() and hangs.stat().st_size else began
+
+    monkeypatch.setattr(offline, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
     monkeypatch.setattr(offline, "_KVM", tmp_path / "kvm")
     monkeypatch.setattr(offline, "_found", None)
     monkeypatch.delenv("LIBGUESTFS_BACKEND_SETTINGS", raising=False)
