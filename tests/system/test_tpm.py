@@ -167,16 +167,16 @@ def test_a_state_that_cannot_be_read_is_named(site: Site, locked: Machine) -> No
 def test_memory_and_state_are_of_one_instant(site: Site) -> None:
     """A revert with memory loads the TPM from QEMU's stream; the file says the same."""
     machine = site.machine(["raw"], "running", devices=TPM)
-    machine.write("old")  # it has booted: nobody writes to the TPM any more
+    machine.write("old")
     site.done(site.client.snapshots.take(machine.id, with_memory=True))
-    state = state_of(site, machine.guest)
-    old = state.read_bytes()
+    copy = site.copy_of("snapshot", machine) / "tpm.permall"
+    old = copy.read_bytes()
     machine.guest.destroy()
+    state = state_of(site, machine.guest)
     write(state, b"new")
 
     site.done(site.client.snapshots.revert(machine.id))
 
     assert machine.state() == "running"
-    assert state.read_bytes() == old
-    assert (site.copy_of("snapshot", machine) / "tpm.permall").read_bytes() == old
+    assert state.read_bytes() == copy.read_bytes() == old
     site.remove(machine)
