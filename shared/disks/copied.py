@@ -37,6 +37,10 @@ class Unchanged:
             self._refuse_if(self.domain.state != "stopped")
             self.look()
 
+    def refuse_running(self) -> None:
+        """Of one that went off before it was to be held. Raises ServerChanged."""
+        self._refuse_if(self.domain.state == "running")
+
     def look(self) -> None:
         """What `verify` can tell at any time, without libvirt. Raises ServerChanged."""
         self._refuse_if(self._stamps() != self._before)

@@ -315,6 +315,8 @@ def _shared(job: _Job, copies: list[CatchingUp]) -> tuple[_Shot, str]:
             finish(copies, order.pause_budget_ms)
             job.beside.take()
             faults.point("reflink:shared")
+    if job.plan.state == "running" and not pause.was_running:
+        job.guard.refuse_running()
     return _Shot(taken_at, consistency, pause.ms), definition
 
 

@@ -40,17 +40,16 @@ def paused(
     `deadline_s` seconds the watchdog resumes the guest although we live.
 
     Raises WatchdogUnavailable (guest untouched), or PauseFailed: the guest could
-    not be paused, was resumed or started by somebody else in between (what was copied is
+    not be paused, was resumed by somebody else in between (what was copied is
     then no picture of one instant), or does not resume (the watchdog goes on
     trying). An error raised inside passes through once the guest is resumed.
     """
     state = domain.state
     if state != "running":
         yield Pause(was_running=False)
-        if domain.state not in (state, "stopped"):
-            did = "resumed" if state == "paused" else "started"
+        if state == "paused" and domain.state == "running":
             raise PauseFailed(
-                f"{domain.name} was {state} and was {did} while it was being copied, so the copy "
+                f"{domain.name} was paused and was resumed while it was being copied, so the copy "
                 "is not one instant and is not kept. The server was not touched; try again."
             )
         return

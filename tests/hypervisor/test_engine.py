@@ -222,6 +222,35 @@ def test_an_owners_pause_is_copied_and_kept(
         domain.resume()
 
 
+def test_a_server_that_went_off_and_starts_meanwhile_is_not_copied(
+    guest: Guest,
+    domain: Domain,
+    watchdog: Watchdog,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that went off after its copy was planned is not held; its copy is no instant either."""
+    clone, create = catching_up.clone_into_fd, engine.create_target
+
+    def off(source: int, target: Path) -> int:
+        domain.destroy()
+        return create(source, target)
+
+    def start_in_between(source: int, target: int) -> None:
+        clone(source, target)
+        domain.start()
+
+    monkeypatch.setattr(engine, "create_target", off)
+    monkeypatch.setattr(catching_up, "clone_into_fd", start_in_between)
+    try:
+        with pytest.raises(ServerChanged):
+            capture(domain, folder, watchdog=watchdog)
+    finally:
+        domain.start()
+        guest.wait_ready()
+    assert list(folder.iterdir()) == []
+
+
 def test_a_server_that_starts_meanwhile_is_not_copied(
     stopped: Domain, watchdog: Watchdog, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,23 +100,6 @@ def test_resumed_by_somebody_else_is_an_error(domain: Domain, watchdog: Watchdog
     assert domain.state == "running"
 
 
-def test_started_by_somebody_else_is_an_error(
-    guest: Guest, domain: Domain, watchdog: Watchdog
-) -> None:
-    """So is one that went off after its copy was planned, and was started in the middle of it."""
-    guest.destroy()
-    try:
-        with paused(domain, watchdog):
-            pass
-        with pytest.raises(PauseFailed, match="was started"), paused(domain, watchdog):
-            guest.start(wait=False)
-    finally:
-        if guest.state() == "stopped":
-            guest.start(wait=False)
-        guest.wait_ready()
-    assert domain.state == "running"
-
-
 def test_resume_is_tried_again(
     domain: Domain, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
