@@ -204,16 +204,22 @@ def assert_lasting(machine: Machine) -> None:
     wait_for(lambda: all(map(is_open, machine.disks)), "its disks are open by their names")
 
 
-@on_ext4
-def test_a_failed_restore_of_a_lost_disk_leaves_none_behind(site: Site) -> None:
-    """The disk that was lost is lost again, and the other one is what it was."""
+def with_a_lost_disk(site: Site) -> tuple[Machine, str, bytes]:
+    """A server whose first disk was lost after its image; and what is on the other one since."""
     machine = site.machine(["raw", "raw"], "stopped")
     machine.write("image")
     image = site.done(site.client.images.create(machine.id))["result"]["image"]
     machine.write("newer")
     lost, kept = machine.disks
-    newer = kept.read_bytes()
     lost.unlink()
+    return machine, image, kept.read_bytes()
+
+
+@on_ext4
+def test_a_failed_restore_of_a_lost_disk_leaves_none_behind(site: Site) -> None:
+    """The disk that was lost is lost again, and the other one is what it was."""
+    machine, image, newer = with_a_lost_disk(site)
+    lost, kept = machine.disks
     site.points.arm(("committing", "raise"))
 
     site.refused(site.client.images.restore(image))
@@ -314,13 +320,8 @@ def test_a_renamed_domain_is_restored_under_its_new_name(site: Site, stopped: Ma
 @on_xfs
 def test_undoing_the_restore_of_a_lost_disk_is_no_mix(site: Site) -> None:
     """The disk that was lost is lost again, the other one is as it was before the restore."""
-    machine = site.machine(["raw", "raw"], "stopped")
-    machine.write("image")
-    image = site.done(site.client.images.create(machine.id))["result"]["image"]
-    machine.write("newer")
+    machine, image, newer = with_a_lost_disk(site)
     lost, kept = machine.disks
-    newer = kept.read_bytes()
-    lost.unlink()
     restored = site.done(site.client.images.restore(image))
 
     site.done(site.client.operations.undo(restored["id"]))
