@@ -1,6 +1,8 @@
 # Everything a newcomer needs: `make demo` to see it, `make up` to use it, `make test` to trust it.
 PYTHON := .venv/bin/python
 export PORT ?= 8000
+# Where it is set, each process that a test starts would compile all of our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Tests that compute, start no VM and have no time to keep: they run beside the others, in what
 # these leave of the machine.
 PATIENT := tests/disks/test_qcow2.py $(filter-out \

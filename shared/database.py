@@ -31,7 +31,6 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlmodel import Session
 
-from shared import postgres
 from shared.settings import settings
 
 if TYPE_CHECKING:  # a tenth of a worker's start, and no worker needs it
@@ -137,6 +136,8 @@ def _write_ahead(connection: Any) -> None:
 def _postgresql(url: URL) -> Engine:
     """An engine that asks a connection whether it lives, and what its clock says, only where it
     has been idle for a while: one that was used a moment ago need not pay for each use."""
+    from shared import postgres  # a twentieth of a worker's start, and SQLite's need it not
+
     made = create_engine(
         url,
         pool_size=_MOST_CONNECTIONS,
@@ -172,6 +173,8 @@ def _postgresql(url: URL) -> Engine:
 
 
 def _ask(connection: Any, record: Any) -> None:
+    from shared import postgres
+
     asked = datetime.now(UTC)
     _compare_clocks(asked, postgres.clock(connection))
     record.info["used"] = record.info["asked"] = time.monotonic()
