@@ -259,12 +259,23 @@ class Guest:
                 return self
             except libvirt.libvirtError as error:
                 if _AGENT_LOST in str(error):
-                    self.destroy()
-                    self.domain.create()
+                    self._boot_anew()
                 if time.monotonic() > deadline:
                     tail = self.console[-2000:]
                     raise GuestNotReady(f"{self.name} ({self.state()}): {error}\n{tail}") from None
             time.sleep(0.05)
+
+    def _boot_anew(self) -> None:
+        """Again, where libvirt takes the old QEMU's end for that of the new one."""
+        for last in (False, False, True):
+            self.destroy()
+            try:
+                self.domain.create()
+                return
+            except libvirt.libvirtError:
+                if last:
+                    raise
+                time.sleep(1)
 
     def wait_state(self, state: str, timeout: float = 60) -> None:
         """Return once it is in `state`; raise TimeoutError after `timeout` seconds."""

@@ -34,10 +34,9 @@ OF_THE_GUEST = (
 OF_FARMS = ("farm.delete", "clone.delete", "farm.retry", "farm.start", "farm.stop")
 """Those about its clones, in which libvirtd does the work."""
 
-KILLED, UNDONE, GONE, HELD, ALL, OWNERS = (
+KILLED, UNDONE, HELD, ALL, OWNERS = (
     "test_worker_killed_at_every_point",
     "test_worker_killed_at_every_point_of_an_undo",
-    "test_guest_or_libvirtd_gone_at_every_point",
     "test_worker_and_watchdog_die_while_the_guest_is_held",
     "test_all_workers_and_the_broker_die_while_the_guest_is_held",
     "test_a_pause_that_its_owner_asks_for_later_stays",
@@ -99,8 +98,7 @@ def _where(item: Any) -> tuple[str, str]:
 
 def _share(item: Any) -> int:
     """Of about equal time; the servers of a share are its own."""
-    is_long = item.originalname == GONE and _where(item) == ("ext4", "running")
-    return 1 if _where(item) == ("xfs", "running") or is_long else 2
+    return 1 if _where(item) == ("xfs", "running") else 2
 
 
 def _is_wanted(item: Any) -> bool:
@@ -111,7 +109,9 @@ def _is_wanted(item: Any) -> bool:
         return False
     if not WHOLE:
         return (name, kind) in PART[where]
-    if chosen.get("fault") in ("qemu", "power"):
+    if chosen.get("fault") == "power":  # to a copy by QEMU it is what "qemu" is
+        return where == ("xfs", "running") and kind in OF_THE_GUEST
+    if chosen.get("fault") == "qemu":
         return where[1] == "running" and kind in OF_THE_GUEST
     if name == "test_disk_full_at_every_point":
         return where[1] == "stopped"  # a running guest stops on the write that finds no room

@@ -45,8 +45,8 @@ WITH_MEMORY = (("xfs", "running"),)
 """It takes a guest that runs, and shared extents."""
 LINKED = (("ext4", "stopped"),)
 """It takes a file system that shares none."""
-POWER = (("xfs", "stopped"), ("xfs", "running"))
-"""What touches no disk needs but one file system."""
+ONE_WAY = (("xfs", "stopped"), ("xfs", "running"))
+"""What copies no disk does the same whichever way they are copied."""
 
 
 @dataclass
@@ -243,11 +243,17 @@ KINDS = {
             lambda site, m: site.client.operations.undo(m.last),
             _reverted,
             failed="before",
+            where=ONE_WAY,
         ),
         Kind(
             "snapshot.promote", lambda site, m: site.client.snapshots.promote(m.id), _with_snapshot
         ),
-        Kind("snapshot.delete", lambda site, m: site.client.snapshots.delete(m.id), _with_snapshot),
+        Kind(
+            "snapshot.delete",
+            lambda site, m: site.client.snapshots.delete(m.id),
+            _with_snapshot,
+            where=ONE_WAY,
+        ),
         Kind("image.create", lambda site, m: site.client.images.create(m.id)),
         Kind(
             "image.restore",
@@ -259,6 +265,7 @@ KINDS = {
             "image.delete",
             lambda site, m: site.client.images.delete(_newest_image(site, m)),
             _with_image,
+            where=ONE_WAY,
         ),
         Kind("clone.server", _clone, check=_made),
         Kind(
@@ -291,12 +298,14 @@ KINDS = {
             lambda site, m: site.client.farms.delete(_herds[m.id].id),
             _with_farm,
             check=_farm_is_as_told,
+            where=ONE_WAY,
         ),
         Kind(
             "clone.delete",
             lambda site, m: site.client.clones.delete(_herds[m.id].clones[0]["id"]),
             partial(_with_farm, on=(0,)),
             check=_farm_is_as_told,
+            where=ONE_WAY,
         ),
         Kind(
             "farm.retry",
@@ -309,14 +318,14 @@ KINDS = {
             lambda site, m: site.client.farms.start(_herds[m.id].id),
             _with_farm,
             check=partial(_farm_is_as_told, done="running", between={"running"}),
-            where=POWER,
+            where=ONE_WAY,
         ),
         Kind(
             "farm.stop",
             _stop_farm,
             _with_farm_that_runs,
             check=partial(_farm_is_as_told, done="stopped", between={"stopped"}),
-            where=POWER,
+            where=ONE_WAY,
         ),
     )
 }
@@ -387,6 +396,7 @@ class Walk:
     def _disturb(self, kind: Kind, case: Case) -> None:
         """One case: prepared, disturbed at the point, ended, and all of it checked."""
         point, fault = case.point, case.fault
+        self._switch_on()  # a case that failed may have left it off
         kind.prepare(self.site, self.machine)
         self.site.mark_logs()
         first = [(case.at, "raise")] if fault == "raise, kill" else []
@@ -429,8 +439,7 @@ class Walk:
             wait_for(self._tidy, "nothing is left over")
         site.assert_tidy()
         succeeded = ended["state"] == "succeeded"
-        if machine.power == "running" and machine.state() == "stopped":
-            machine.guest.start()  # a test had cut its power, or it came back without it
+        self._switch_on()  # a test had cut its power, or it came back without it
         assert machine.state() == machine.power
         expected = {kind.succeeded if succeeded else kind.failed}
         assert machine.read() == expected, (machine.read(), ended)
@@ -439,6 +448,10 @@ class Walk:
         assert len(bases) == (len(machine.disks) if kind.linked and succeeded else 0), bases
         for base in bases:
             base.unlink()
+
+    def _switch_on(self) -> None:
+        if self.machine.power == "running" and self.machine.state() == "stopped":
+            self.machine.guest.start()
 
     def watchdogs(self, worker: int) -> list[int]:
         """The pids of the helpers of a worker process."""
