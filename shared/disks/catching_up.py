@@ -25,7 +25,8 @@ SHRINKS = 0.7
 """A round that leaves more than this part of the one before is the last."""
 TICK_NS = 20_000_000
 """More than a tick of the clock that the kernel stamps files with (10 ms at the most)."""
-NEGLIGIBLE_MS = 1.0
+NEGLIGIBLE_MS = 3.0
+"""Less than that in the pause is not worth a wait, in which a frozen guest cannot write."""
 _TO_THE_END = (1 << 64) - 1
 
 
