@@ -3,7 +3,7 @@
 Each tolerates that its step never happened, or that it was carried out already.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from shared.disks import beside, removal, setaside
 from shared.hypervisor import undo as hypervisor
 from shared.hypervisor.connection import connect
 from shared.hypervisor.errors import HypervisorError, LibvirtBusy, LibvirtUnavailable
+from shared.manifest import TPM
 from shared.operations.journal import action
 from shared.settings import settings
 from shared.vault import PARTIAL, Vault
@@ -101,7 +102,7 @@ def swap_back(
     live: dict[str, str],
     operation_id: str,
     uuid: str | None = None,
-    missing: Iterable[str] = (),
+    missing: Collection[str] = (),
 ) -> None:
     """The files that a revert or restore replaced become live again; of the `missing` there were
     none. Entries of an earlier version name no domain.
@@ -112,12 +113,15 @@ def swap_back(
     had_none = {
         target: files[target]
         for target in missing
-        if files[target].exists() and not setaside.new_path(files[target], operation_id).exists()
+        if setaside.is_brought(files[target], operation_id)
     }
     brought = {**setaside.swapped(files, operation_id), **had_none}
     with _without(uuid, files, brought.values(), operation_id):
         setaside.swap_back(files, operation_id)
         setaside.take_away(had_none, operation_id)
+        if TPM in missing:  # with an empty directory it would start without certificates
+            setaside.discard({TPM: files[TPM]}, operation_id)
+            beside.remove_state_folder(files[TPM].parent)
 
 
 @action
@@ -143,7 +147,7 @@ def discard_set_aside(live: dict[str, str], operation_id: str) -> None:
 
 @action
 def remove_state_folder(folder: str) -> None:
-    """The directory that a TPM's state was to be in, unless one is."""
+    """The directory that a TPM's state was to be in, unless one is; of an earlier version."""
     beside.remove_state_folder(Path(folder))
 
 
@@ -168,7 +172,9 @@ def _without(
     if uuid is None:
         yield
         return
-    uri, note = settings().libvirt_uri, setaside.note_of(files, operation_id)
+    uri = settings().libvirt_uri
+    needed = {target: path for target, path in files.items() if target != TPM}  # libvirt makes it
+    note = setaside.note_of(needed, operation_id)
     if present := [path for path in going if path.exists()]:
         if (state := hypervisor.state_on(uri, uuid, present)) != "stopped":
             log.warning("server.started_anew", domain=uuid, files=[*map(str, present)])
@@ -178,7 +184,7 @@ def _without(
         hypervisor.drop_saved_state(uri, uuid)
     yield
     if note.exists():
-        if all(path.exists() for path in files.values()):  # else it cannot be started
+        if all(path.exists() for path in needed.values()):  # else it cannot be started
             hypervisor.start_domain(uri, uuid, paused=note.read_text() == "paused")
         note.unlink()
 

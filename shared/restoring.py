@@ -15,7 +15,7 @@ from shared import errors, events, faults, linked, lookups
 from shared.copying import write_out
 from shared.database import now, reading
 from shared.disks import setaside
-from shared.disks.beside import make_state_folder
+from shared.disks.beside import copy_small, make_state_folder
 from shared.disks.errors import ServerChanged
 from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
@@ -127,13 +127,13 @@ def put_back(
         _refuse_other_disks(wanted, (folder / manifest.definition).read_text(), manifest)
     live = _live_files(wanted, manifest)
     missing = [target for target, path in live.items() if not path.exists()]
+    late = _without_folder(live)
 
     context.phase("copying")
     journalled = {target: str(path) for target, path in live.items()}
-    if TPM in live:
-        _make_room_for_tpm(context, live[TPM].parent)
     context.undo("discard_set_aside", live=journalled, operation_id=context.id)
-    destinations = setaside.prepare(live, context.id)
+    early = {target: path for target, path in live.items() if target not in late}
+    destinations = setaside.prepare(early, context.id)
     way = write_out(context, folder, manifest, destinations, _formats(wanted))
 
     context.phase("swapping")
@@ -146,7 +146,8 @@ def put_back(
         missing=missing,
     )
     _refuse_started(domain)
-    setaside.swap(live, context.id)
+    _prepare_late(context, folder, manifest, late)
+    setaside.swap(late | live, context.id)  # what is late comes first
     domain = _define(context, connection, server, previous, wanted)
     if saved:
         state = _resume(context, domain, saved)
@@ -224,19 +225,35 @@ def _live_files(definition: str, manifest: Manifest) -> dict[str, Path]:
     return live
 
 
-def _make_room_for_tpm(context: Context, folder: Path) -> None:
-    """Make the directory of the TPM's state where it went with the domain."""
-    if folder.is_dir():
-        return
-    swtpm = settings().swtpm.resolve()
+def _without_folder(live: dict[str, Path]) -> dict[str, Path]:
+    """The TPM's state, by TPM, where its directory went with the domain.
+
+    Raises TpmFolderMissing where that cannot be made.
+    """
+    if TPM not in live or live[TPM].parent.is_dir():
+        return {}
+    folder, swtpm = live[TPM].parent, settings().swtpm.resolve()
     if not swtpm.is_dir() or not folder.is_relative_to(swtpm):
         raise TpmFolderMissing(
             f"The copy holds the state of the server's TPM, and {folder}, where that belongs, is "
             "no directory here. Nothing was changed; make it, or mount it into the workers' "
             "containers, and ask again."
         )
-    context.undo("remove_state_folder", folder=str(folder))
-    make_state_folder(folder, swtpm)
+    return {TPM: live[TPM]}
+
+
+def _prepare_late(
+    context: Context, folder: Path, manifest: Manifest, late: dict[str, Path]
+) -> None:
+    """Make the TPM's directory, with the new state prepared in it.
+
+    With one that holds no state libvirt starts a server with a TPM that has no certificates
+    (decision 0034): it is made when the server is off, and its state is live a moment later.
+    """
+    for path in late.values():
+        make_state_folder(path.parent, settings().swtpm.resolve())
+    for target, path in setaside.prepare(late, context.id).items():
+        copy_small(folder / manifest.beside[target], path)
 
 
 def _stop(

@@ -18,6 +18,8 @@ NVRAM_FILE, TPM_FILE = "nvram.fd", "tpm.permall"
 """Their names in the vault."""
 SWTPM = Path("/var/lib/libvirt/swtpm")
 """Where libvirt keeps the state of emulated TPMs, as packages build it."""
+_SWTPM_LOCK = ".lock"
+"""Seen of swtpm 0.7: it stays beside the state when swtpm ends."""
 
 
 class SmallFile:
@@ -115,8 +117,10 @@ def make_state_folder(folder: Path, swtpm: Path) -> None:
 
 
 def remove_state_folder(folder: Path) -> None:
-    """Remove such a directory, as far as it is empty."""
+    """Remove such a directory, as far as it is empty but for the lock that swtpm leaves there."""
     with contextlib.suppress(OSError):
+        if [each.name for each in folder.iterdir()] == [_SWTPM_LOCK]:
+            (folder / _SWTPM_LOCK).unlink()
         folder.rmdir()
         folder.parent.rmdir()
 

@@ -97,6 +97,15 @@ def swap(live: Mapping[str, Path], operation_id: str) -> None:
             sync_folder(new.parent)
 
 
+def is_brought(path: Path, operation_id: str) -> bool:
+    """Whether what was prepared is live, for a file that had nothing before it.
+
+    What somebody else put there is not, before it was prepared or while it is.
+    """
+    prepared = folder_of(path, operation_id).is_dir()
+    return prepared and path.exists() and not new_path(path, operation_id).exists()
+
+
 def refuse_lost(live: Mapping[str, Path], operation_id: str) -> None:
     """Raise SetAsideConflict where an old file is gone: the others are of another instant."""
     lost = sorted(

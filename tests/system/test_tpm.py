@@ -7,10 +7,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import libvirt
 import pytest
-from live_site import Machine, Site
+from live_site import Machine, Site, wait_for
 
 from lab.guest import Guest, attach
 
@@ -23,6 +25,14 @@ FORGET = libvirt.VIR_DOMAIN_UNDEFINE_TPM
 def state_of(site: Site, guest: Guest) -> Path:
     """Where swtpm keeps the state of its TPM."""
     return site.hypervisor.swtpm / guest.domain.UUIDString() / "tpm2" / "tpm2-00.permall"
+
+
+def certificate(state: Path) -> bytes:
+    """A part of one that is in the state of a TPM that libvirt has had made properly: its issuer,
+    and the key that no other TPM has."""
+    data = state.read_bytes()
+    at = data.index(b"swtpm-localca")
+    return data[at : at + 400]
 
 
 def write(path: Path, data: bytes) -> None:
@@ -106,6 +116,90 @@ def test_a_restore_that_fails_leaves_no_directory(site: Site, locked: Machine) -
     assert site.points.reached
     assert not state.parent.parent.exists()
     locked.guest.connection.defineXML(xml)
+
+
+@pytest.fixture
+def lost(site: Site, locked: Machine) -> Path:
+    """Where the TPM's state of that server was, which it has lost since its image."""
+    site.done(site.client.images.create(locked.id))
+    state = state_of(site, locked.guest)
+    assert certificate(state)
+    shutil.rmtree(state.parent.parent)
+    return state
+
+
+def restore(site: Site, machine: Machine) -> Any:
+    return site.client.images.restore(site.client.servers.get(machine.id)["newest_image"])
+
+
+def test_a_server_that_is_started_while_disks_are_copied_has_a_whole_tpm(
+    site: Site, locked: Machine, lost: Path
+) -> None:
+    """The directory of its state is not there before the server is off: libvirt makes it."""
+    with site.points.held(lambda: restore(site, locked), "materialise:written") as operation:
+        assert not lost.parent.parent.exists()
+        locked.guest.start(wait=False)
+        own = certificate(lost)
+    restored = site.done(operation)
+
+    assert certificate(lost) != own
+    assert locked.state() == "running"
+    locked.guest.destroy()
+    site.done(site.client.operations.undo(restored["id"]))
+    assert certificate(lost) == own
+
+
+@pytest.mark.parametrize("at", ["journalled:swap_back", "swap:linked", "committing"])
+def test_a_server_that_is_started_again_has_a_whole_tpm(
+    site: Site, locked: Machine, lost: Path, at: str
+) -> None:
+    """Where a restore fails, its directory is gone again before that. The server ran without a
+    TPM, and was to have one with its next start."""
+    xml = locked.guest.xml
+    connection, definition = locked.guest.connection, locked.guest.domain.XMLDesc()
+    xml.find("devices").remove(xml.find("devices/tpm"))  # type: ignore[union-attr, arg-type]
+    connection.defineXML(ElementTree.tostring(xml, encoding="unicode"))
+    locked.guest.start(wait=False)
+    connection.defineXML(definition)
+    site.points.arm((at, "raise"))
+
+    assert site.ended(restore(site, locked))["state"] == "failed"
+
+    assert site.points.reached
+    assert locked.state() == "running"
+    assert certificate(lost) != certificate(site.copy_of("image", locked) / "tpm.permall")
+    locked.guest.destroy()
+
+
+def test_a_server_that_is_started_anew_has_a_whole_tpm(
+    site: Site, locked: Machine, lost: Path
+) -> None:
+    """Its owner had started it on what a restore that failed was about to take away again."""
+    site.points.arm(("committing", "raise"), ("undo:swap_back", "wait"))
+    operation = restore(site, locked)
+    wait_for(lambda: site.points.reached, "it comes to putting back")
+    locked.guest.start(wait=False)
+    first = certificate(lost)
+    site.points.go()
+
+    assert site.ended(operation)["state"] == "failed"
+    assert locked.state() == "running"
+    assert certificate(lost) != first
+    locked.guest.destroy()
+
+
+def test_a_tpm_that_came_meanwhile_is_not_taken_away(
+    site: Site, locked: Machine, lost: Path
+) -> None:
+    """The owner started the server before the restore had made a directory for its TPM."""
+    with site.points.held(lambda: restore(site, locked), "journalled:swap_back") as operation:
+        locked.guest.start(wait=False)
+        own = certificate(lost)
+
+    assert site.refused(operation) == "server_changed"
+    assert locked.state() == "running"
+    assert certificate(lost) == own
+    locked.guest.destroy()
 
 
 def test_the_state_is_that_of_the_held_instant(site: Site, locked: Machine) -> None:
