@@ -3,6 +3,7 @@ still, and each file is its whole disk."""
 
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Unchanged:
 
     def __init__(self, domain: Domain, chosen: Plan) -> None:
         self.domain, self.chosen = domain, chosen
+        self._files = list(_files(chosen))
         self._before = self._stamps()
 
     def verify(self) -> None:
@@ -53,16 +55,27 @@ class Unchanged:
             )
 
     def _stamps(self) -> list[tuple[str, ...]]:
-        return [_stamp(source.path) for source in self.chosen.sources]
+        return [_stamp(path) for path in self._files]
+
+
+def _files(chosen: Plan) -> Iterator[Path]:
+    """What the disks are read from; of a server that is off, with all that they stand on."""
+    for source in chosen.sources:
+        yield source.path
+        if chosen.state == "stopped" and source.depends_on is not None:
+            yield from images.chain(source.path, source.disk.format)
 
 
 def _stamp(path: Path) -> tuple[str, ...]:
-    """What is another one once the disk has been written to.
+    """What is another one once the disk has been written to, or is gone.
 
     A device's node has its times, and libvirt gives each QEMU nodes of its own: of a device count
     the requests to write and the sectors written (Documentation/block/stat.rst).
     """
-    status = path.stat()
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return ()
     if not stat.S_ISBLK(status.st_mode):
         return str(status.st_mtime_ns), str(status.st_size)
     number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"

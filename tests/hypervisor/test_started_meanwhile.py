@@ -71,6 +71,22 @@ def test_it_can_be_started(
         made.write("/root/word", "written")
 
 
+def test_a_backing_file_that_was_written_meanwhile_is_noticed(
+    hypervisor: Hypervisor, xfs: Path, streaming: Callable[[Guest], object]
+) -> None:
+    """Far down, as by `qemu-img commit` or another server that stands on it: nobody writes to the
+    disk's own file then."""
+    with Guest.create(hypervisor, xfs / "chained", disks=["qcow2"]) as made:
+        (disk,) = made.disks
+        base = below = disk.rename(disk.with_suffix(".base"))
+        for overlay in (disk.with_suffix(".middle"), disk):
+            command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(below), "-F", "qcow2"]
+            subprocess.run([*command, str(overlay)], check=True)
+            below = overlay
+        with streaming(made), base.open("r+b") as file:
+            file.write(b"QFI")  # what it begins with
+
+
 def test_a_device_that_was_written_meanwhile_is_noticed(
     hypervisor: Hypervisor, xfs: Path, workspace: Path, streaming: Callable[[Guest], object]
 ) -> None:
