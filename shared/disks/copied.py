@@ -4,11 +4,12 @@ still, and each file is its whole disk."""
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from shared.disks import images
-from shared.disks.errors import CopyFailed, ServerChanged
+from shared.disks.errors import CopyFailed, ImageDamaged, ServerChanged
 from shared.disks.planning import Plan, SourceDisk
 from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.domains import Domain
@@ -38,6 +39,20 @@ class Unchanged:
         if self.chosen.state == "stopped":
             self._refuse_if(self.domain.state != "stopped")
             self.look()
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """A copy that fails in the block since its server is changed meanwhile says that: qemu-img
+        then finds tables of two instants. Raises ServerChanged."""
+        try:
+            yield
+        except (CopyFailed, ImageDamaged) as error:
+            try:
+                if self.chosen.state == "stopped":
+                    self.look()
+            except ServerChanged as changed:
+                raise changed from error
+            raise
 
     def refuse_running(self) -> None:
         """Of one that went off before it was to be held. Raises ServerChanged."""

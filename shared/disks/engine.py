@@ -144,7 +144,7 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
     guard = Unchanged(domain, chosen)
     job = _Job(order, chosen, targets, beside, guard)
     try:
-        with full_is_said(destination):
+        with full_is_said(destination), guard.blamed():
             if chosen.state == "stopped":
                 refuse_if_open((source.path for source in chosen.sources), "copied")
             shot = _reflink(job) if chosen.way == "reflink" else _stream(job)

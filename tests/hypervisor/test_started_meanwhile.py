@@ -16,8 +16,9 @@ from operations.waiting import wait_for
 from lab.guest import Guest
 from lab.libvirtd import Hypervisor
 from lab.qemu_img import slowed
+from shared.disks import engine
 from shared.disks.engine import capture
-from shared.disks.errors import ServerChanged
+from shared.disks.errors import CopyFailed, ServerChanged
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import find_by_name
 from shared.hypervisor.watchdog import Watchdog
@@ -69,6 +70,35 @@ def test_it_can_be_started(
             made.start()
         assert made.state() == "running"
         made.write("/root/word", "written")
+
+
+@pytest.mark.parametrize(
+    ("written", "refusal"), [(True, ServerChanged), (False, CopyFailed)], ids=["written", "broken"]
+)
+def test_a_copy_that_fails_of_it_says_so(
+    hypervisor: Hypervisor,
+    xfs: Path,
+    watchdog: Watchdog,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    written: bool,
+    refusal: type[Exception],
+) -> None:
+    """qemu-img may read tables that the guest is changing before anybody looks again. Where nobody
+    wrote, the copy has failed as such."""
+
+    def fail(source: Path, *_arguments: object, **_options: object) -> None:
+        if written:
+            with source.open("r+b") as file:
+                file.write(b"QFI")  # what it begins with
+        raise CopyFailed(f"{source.name} could not be copied: Image is corrupt.")
+
+    monkeypatch.setattr(engine, "stream_copy", fail)
+    with Guest.create(hypervisor, xfs / f"failing-{written}", disks=["qcow2"]) as made:
+        domain = find_by_name(connect(hypervisor.uri), made.name)
+        with pytest.raises(refusal):
+            capture(domain, folder, watchdog=watchdog, way="stream")
+    assert list(folder.iterdir()) == []
 
 
 def test_a_backing_file_that_was_written_meanwhile_is_noticed(
