@@ -93,8 +93,9 @@ def start_domain(uuid: str, paused: bool = False) -> None:
 
 
 @action
-def stop_domain(uuid: str) -> None:
-    hypervisor.stop_domain(settings().libvirt_uri, uuid)
+def stop_domain(uuid: str, resumed: bool = False) -> None:
+    """Entries of an earlier version do not tell whether it was `resumed` from its memory."""
+    hypervisor.stop_domain(settings().libvirt_uri, uuid, resumed=resumed)
 
 
 @action

@@ -320,7 +320,7 @@ def _start(context: Context, domain: Domain, state: State) -> None:
 
 
 def _resume(context: Context, domain: Domain, saved: Path) -> State:
-    context.undo("stop_domain", uuid=domain.uuid)
+    context.undo("stop_domain", uuid=domain.uuid, resumed=True)
     if domain.is_active:  # it is not ours
         context.strike("stop_domain")
     _refuse_started(domain)

@@ -106,6 +106,13 @@ class Domain:
         return bool(state == libvirt.VIR_DOMAIN_PAUSED and reason in HELD_BY_SAVE)
 
     @property
+    def was_booted(self) -> bool:
+        """Whether it runs, and was neither resumed from a saved memory nor paused since."""
+        state, reason = self.call("Reading the state of", lambda handle: handle.state())
+        booted = libvirt.VIR_DOMAIN_RUNNING_BOOTED
+        return bool(state == libvirt.VIR_DOMAIN_RUNNING and reason == booted)
+
+    @property
     def was_shut_down(self) -> bool:
         """Whether it is off because its guest shut down in an orderly way."""
         state, reason = self.call("Reading the state of", lambda handle: handle.state())

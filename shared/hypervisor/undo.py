@@ -163,10 +163,10 @@ def start_domain(uri: str, uuid: str, *, paused: bool = False) -> bool:
     return True
 
 
-def stop_domain(uri: str, uuid: str) -> bool:
-    """Force a domain off."""
+def stop_domain(uri: str, uuid: str, *, resumed: bool = False) -> bool:
+    """Force a domain off; if it was `resumed` from its memory, not one that was booted since."""
     domain = _find(uri, uuid)
-    if domain is None or not domain.is_active:
+    if domain is None or not domain.is_active or (resumed and domain.was_booted):
         return False
     domain.destroy()
     return True

@@ -16,7 +16,7 @@ from shared.hypervisor.domains import Domain, define, find, find_by_name
 from shared.hypervisor.duplicate import clone_definition
 from shared.hypervisor.errors import DomainMissing, LibvirtFailed, LibvirtUnavailable
 from shared.hypervisor.inventory import scan, watch
-from shared.hypervisor.memory import memory_saved
+from shared.hypervisor.memory import memory_saved, resume_from
 from shared.hypervisor.pause import paused
 from shared.hypervisor.watchdog import Watchdog
 from tests.hypervisor.test_pause import wait_until
@@ -132,6 +132,7 @@ def test_undo_of_power(box: Domain) -> None:
     """Crash recovery starts and stops, and says when there was nothing to do."""
     assert undo.start_domain(box.uri, box.uuid)
     assert not undo.start_domain(box.uri, box.uuid)
+    assert not undo.stop_domain(box.uri, box.uuid, resumed=True)
     assert undo.stop_domain(box.uri, box.uuid)
     assert not undo.stop_domain(box.uri, box.uuid)
     assert not undo.stop_domain(box.uri, NOBODY)
@@ -250,6 +251,26 @@ def test_libvirtd_may_be_restarted_at_any_time(own: Hypervisor, workspace: Path)
             stop.set()
             thread.join(60)
             watchdog.close()
+
+
+def test_a_boot_is_told_from_a_resume(own: Hypervisor, workspace: Path) -> None:
+    """Also after a restart of libvirtd; only the one that was resumed is stopped as such."""
+    workspace.chmod(0o711)
+    saved = workspace / "memory.save"
+    with Guest.create(own, workspace / "g") as made:
+        made.start(wait=False)
+        domain = find_by_name(connect(own.uri), made.name)
+        own.stop(kill=True)
+        own.start()
+        assert domain.was_booted
+        assert not undo.stop_domain(own.uri, domain.uuid, resumed=True)
+        domain.call("Saving", lambda handle: handle.save(str(saved)))
+        resume_from(domain, saved)
+        own.stop(kill=True)
+        own.start()
+        assert (domain.state, domain.was_booted) == ("running", False)
+        assert undo.stop_domain(own.uri, domain.uuid, resumed=True)
+        assert domain.state == "stopped"
 
 
 def test_libvirtd_dies_while_a_guest_is_held_with_its_memory(

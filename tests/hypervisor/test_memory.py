@@ -71,6 +71,7 @@ def test_memory_and_disks_are_one_instant(
         on_disk = int(guest.disks[1].read_bytes()[8:16])
         resume_from(domain, taken.memory)
 
+        assert not domain.was_booted
         first = _count(guest)
         assert 0 < on_disk <= first
         wait_until(lambda: _count(guest) > first)

@@ -178,25 +178,71 @@ def test_a_server_whose_lost_disk_came_back_meanwhile_runs_on(site: Site) -> Non
     site.remove(machine)
 
 
+@pytest.fixture
+def remembered(site: Site) -> Iterator[Machine]:
+    """A server that is off: `before` in its snapshot with memory, then `after` on its disk."""
+    made = site.machine(["qcow2"], "running")
+    made.write("before")
+    site.done(site.client.snapshots.take(made.id, with_memory=True))
+    made.write("after")
+    made.guest.run("sync")
+    made.guest.destroy()
+    yield made
+    site.remove(made)
+
+
 @on_xfs
-def test_a_server_started_before_its_memory_is_resumed_is_not_forced_off(site: Site) -> None:
+def test_a_server_started_before_its_memory_is_resumed_is_not_forced_off(
+    site: Site, remembered: Machine
+) -> None:
     """It was off, and is its owner's, started anew on its own disks."""
-    machine = site.machine(["qcow2"], "running")
-    machine.write("before")
-    site.done(site.client.snapshots.take(machine.id, with_memory=True))
-    machine.write("after")
-    machine.guest.run("sync")
-    machine.guest.destroy()
     with site.points.held(
-        lambda: site.client.snapshots.revert(machine.id, with_memory=True),
+        lambda: site.client.snapshots.revert(remembered.id, with_memory=True),
         "journalled:stop_domain",
     ) as operation:
-        machine.guest.start(wait=False)
+        remembered.guest.start(wait=False)
 
     assert site.refused(operation) == "server_changed"
-    assert machine.state() == "running"
-    assert machine.read() == {"after"}
-    site.remove(machine)
+    assert remembered.state() == "running"
+    assert remembered.read() == {"after"}
+
+
+@on_xfs
+def test_a_server_started_after_a_crash_is_not_taken_for_a_resumed_one(
+    site: Site, remembered: Machine
+) -> None:
+    """The worker died before it resumed the memory of a server that was off, and the owner started
+    the server before all was put back. It runs on its own disks, also where nothing is tried
+    again."""
+    site.points.arm(("journalled:stop_domain", "kill"), ("undo:stop_domain", "wait"))
+    operation = site.client.snapshots.revert(remembered.id, with_memory=True)
+    wait_for(lambda: site.points.reached, "it comes to undoing")
+    remembered.guest.start(wait=False)
+    site.client.operations.cancel(operation["id"])
+    site.points.go()
+
+    assert site.ended(operation)["state"] == "cancelled"
+    assert remembered.state() == "running"
+    assert remembered.read() == {"after"}
+    assert_lasting(remembered)
+
+
+@on_xfs
+def test_a_server_that_was_resumed_when_its_worker_died_is_off_again(
+    site: Site, remembered: Machine
+) -> None:
+    """Nobody but the revert had started it."""
+    site.points.arm(("started", "kill"), ("undo:stop_domain", "wait"))
+    operation = site.client.snapshots.revert(remembered.id, with_memory=True)
+    wait_for(lambda: site.points.reached, "it comes to undoing")
+    assert remembered.state() == "running"
+    site.client.operations.cancel(operation["id"])
+    site.points.go()
+
+    assert site.ended(operation)["state"] == "cancelled"
+    assert remembered.state() == "stopped"
+    remembered.guest.start()
+    assert remembered.read() == {"after"}
 
 
 def assert_lasting(machine: Machine) -> None:
