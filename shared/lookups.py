@@ -1,8 +1,10 @@
 """Finding things by id or name, with the error a person needs when there is none."""
 
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, SQLModel
 
 from shared import errors
@@ -29,6 +31,16 @@ def host(session: Session, name: str) -> Host:
             f"No host named {name!r} has reported. `triptych host list` shows those that have; "
             "a host appears when its workers start."
         )
+    return found
+
+
+def reporting_host(session: Session, name: str) -> Host:
+    """The row of the host that this process is of; made where there is none yet."""
+    found = session.get(Host, name)
+    if found is None:
+        with suppress(IntegrityError), session.begin_nested():  # its workers start at once
+            session.add(Host(name=name))
+        found = session.get_one(Host, name)
     return found
 
 

@@ -14,11 +14,11 @@ from typing import Any
 from sqlalchemy import select
 from sqlmodel import Session
 
-from shared import events
+from shared import events, lookups
 from shared.copying import Stored
 from shared.database import now
 from shared.manifest import Manifest, VaultError, read_manifest
-from shared.models import Host, Image, JournalEntry, Server, Snapshot
+from shared.models import Image, JournalEntry, Server, Snapshot
 from shared.settings import settings
 from shared.vault import Vault
 
@@ -35,9 +35,7 @@ class Finding:
 
 def rescan(session: Session, vault: Vault) -> list[Finding]:
     """Compare the vault with the rows of this host, and add what has none; see the module."""
-    if session.get(Host, settings().host) is None:
-        session.add(Host(name=settings().host))
-        session.flush()
+    lookups.reporting_host(session, settings().host)
     found = []
     for folder in vault.copies():
         if folder.parent.parent.name == "farms":
