@@ -9,11 +9,12 @@ import json
 import sys
 from dataclasses import asdict
 
-from shared import doctor, logs
-from shared.copying import vault
+from shared import doctor, logs, mounted
 from shared.database import transaction
+from shared.errors import VaultNotMounted
 from shared.rescan import rescan
 from shared.settings import settings
+from shared.vault import Vault
 
 BAD = ("conflict", "unreadable", "missing", "deleted")
 """Verdicts that somebody has to look at."""
@@ -41,6 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     scan.add_argument("--dry-run", action="store_true", help="say what would be done, do nothing")
     scan.set_defaults(run=_rescan)
+    replaced = verbs.add_parser(
+        "adopt",
+        help="take what is at TRIPTYCH_VAULT for the host's vault from now on",
+        description=mounted.adopt.__doc__,
+    )
+    replaced.set_defaults(run=_adopt)
     look = nouns.add_parser(
         "doctor",
         help="compare database, libvirt and disks of this host",
@@ -54,15 +61,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _rescan(asked: argparse.Namespace) -> int:
-    if not vault().root.is_dir():
+def _adopt(_: argparse.Namespace) -> int:
+    _refuse_no_directory()
+    print(f"{settings().vault} ({mounted.adopt()}) is the vault of host {settings().host} now")
+    print("`vault rescan` tells which copies are in it")
+    return 0
+
+
+def _refuse_no_directory() -> None:
+    if not settings().vault.is_dir():
         _parser().error(
             f"{settings().vault} is no directory; TRIPTYCH_VAULT names this host's vault"
         )
+
+
+def _rescan(asked: argparse.Namespace) -> int:
+    _refuse_no_directory()
+    try:
+        mounted.look()
+    except VaultNotMounted as error:
+        print(error.detail, file=sys.stderr)
+        return 1
     found = []
     try:
         with transaction() as session:
-            found = rescan(session, vault())
+            found = rescan(session, Vault(settings().vault))
             if asked.dry_run:
                 raise _DryRun
     except _DryRun:

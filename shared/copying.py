@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from shared import mounted
 from shared.database import by_database_clock
 from shared.disks import engine
 from shared.disks.beside import copy_small
@@ -112,6 +113,8 @@ class Stored:
 
 
 def vault() -> Vault:
+    """This host's vault. Raises VaultNotMounted."""
+    mounted.ensure()
     return Vault(settings().vault)
 
 
@@ -130,8 +133,8 @@ def copy_server(
     Raises what the engine raises; then nothing is left and the guest is as it was.
     """
     context.phase("checking")
-    domain = domains.find(connect(settings().libvirt_uri), server.domain_uuid)
     folder = vault().folder(kind, server.id, copy_id)
+    domain = domains.find(connect(settings().libvirt_uri), server.domain_uuid)
     context.undo("remove_copy", folder=str(folder))
     with vault().begin(kind, server.id, copy_id) as partial:
         context.phase("copying")

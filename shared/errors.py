@@ -223,6 +223,13 @@ class HostNotAnswering(TriptychError):
     status = 503
 
 
+class VaultNotMounted(TriptychError):
+    """What is in the vault's place is not the host's vault"""
+
+    code = "vault_not_mounted"
+    status = 503
+
+
 class Cancelled(TriptychError):
     """The operation was cancelled"""
 

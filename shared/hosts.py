@@ -13,17 +13,20 @@ from typing import Any
 
 import structlog
 from sqlalchemy import delete, select
-from sqlmodel import Session
 
+from shared import errors, lookups, mounted
 from shared.copying import vault, version
 from shared.database import database_now, transaction
 from shared.disks.reflink import can_reflink
 from shared.hypervisor import inventory
 from shared.hypervisor.connection import connect
-from shared.models import Domain, Host
+from shared.models import Domain
 from shared.settings import settings
 
 log = structlog.get_logger()
+
+AGAIN_S = 5.0
+"""Until a vault that is not there is looked for again."""
 
 
 class HostReporter(threading.Thread):
@@ -37,14 +40,29 @@ class HostReporter(threading.Thread):
         self._stopped.set()
 
     def run(self) -> None:
-        vault().create()
-        lock = os.open(
-            vault().root / ".reporter.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600
-        )
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        inventory.watch(
-            settings().libvirt_uri, self._changed, self._stopped, on_lost=self._unreachable
-        )
+        while not self._has_vault():  # where the lock is
+            if self._stopped.wait(AGAIN_S):
+                return
+        path = settings().vault / ".reporter.lock"
+        lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            inventory.watch(
+                settings().libvirt_uri, self._changed, self._stopped, on_lost=self._unreachable
+            )
+        finally:
+            os.close(lock)
+
+    def _has_vault(self) -> bool:
+        try:
+            mounted.ensure()
+        except errors.VaultNotMounted as error:
+            self._tell(error.detail)
+        except Exception as error:
+            log.warning("host.report_failed", reason=str(error))
+        else:
+            return True
+        return False
 
     def _changed(self) -> None:
         try:
@@ -53,13 +71,14 @@ class HostReporter(threading.Thread):
             log.warning("host.report_failed", reason=str(error))
 
     def _unreachable(self, reason: str) -> None:
+        self._tell(f"libvirt does not answer: {reason}")
+
+    def _tell(self, problem: str) -> None:
+        """Write down what is wrong: it is not the workers that are away."""
         try:
             with transaction() as session:
-                host = _host_row(session)
-                host.last_seen_at = database_now(
-                    session
-                )  # it is libvirt that is away, not the workers
-                host.problem = f"libvirt does not answer: {reason}"
+                host = lookups.reporting_host(session, settings().host)
+                host.last_seen_at, host.problem = database_now(session), problem
         except Exception as error:
             log.warning("host.report_failed", reason=str(error))
 
@@ -68,10 +87,15 @@ def report() -> None:
     """Write what this host can do and the domains it has."""
     connection = connect(settings().libvirt_uri)
     seen = {facts.uuid: facts for facts in inventory.scan(connection)}
-    facts = _facts(connection)
+    problem, facts = None, None
+    try:
+        facts = _facts(connection)
+    except errors.VaultNotMounted as error:
+        problem = error.detail
     with transaction() as session:
-        host = _host_row(session)
-        host.last_seen_at, host.problem, host.facts = database_now(session), None, facts
+        host = lookups.reporting_host(session, settings().host)
+        host.last_seen_at, host.problem = database_now(session), problem
+        host.facts = facts or host.facts
         known = {
             row.uuid: row
             for row in session.scalars(select(Domain).where(Domain.host == host.name))  # type: ignore[arg-type]
@@ -84,17 +108,9 @@ def report() -> None:
             session.merge(Domain(host=host.name, **{**asdict(domain), "uuid": uuid}))
 
 
-def _host_row(session: Session) -> Host:
-    host = session.get(Host, settings().host)
-    if host is None:
-        host = Host(name=settings().host)
-        session.add(host)
-        session.flush()
-    return host
-
-
 def _facts(connection: Any) -> dict[str, Any]:
-    root = settings().vault
+    """Raises VaultNotMounted."""
+    root = vault().root
     usage = shutil.disk_usage(root)
     shares = can_reflink(root, root)
     return {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import structlog
 
-from shared import faults, using
+from shared import faults, mounted, using
 from shared.disks import beside, removal, setaside
 from shared.hypervisor import undo as hypervisor
 from shared.hypervisor.connection import connect
@@ -25,6 +25,7 @@ log = structlog.get_logger()
 @action
 def remove_copy(folder: str) -> None:
     """A snapshot's, image's or farm's folder in the vault, whole or half-made."""
+    mounted.ensure()  # else it would be taken for gone
     vault, path = Vault(settings().vault), Path(folder)
     for each in (path.with_name(path.name + PARTIAL), path):
         vault.remove(each)

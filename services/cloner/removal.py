@@ -18,7 +18,7 @@ from sqlalchemy import and_, or_, select
 from sqlmodel import Session
 
 from services.cloner.farms import Member, at_once, hold, members, refuse_if_none
-from shared import errors, events, farms, faults, forgetting, linked, lookups, using
+from shared import errors, events, farms, faults, forgetting, linked, lookups, mounted, using
 from shared.commands import DeleteClone, DeleteFarm
 from shared.copying import vault
 from shared.database import now, reading, transaction
@@ -98,6 +98,7 @@ def _delete(
     expired: bool = False,
 ) -> Outcome:
     context.phase("checking")
+    mounted.ensure()  # a clone's snapshot goes with it
     leaving = hold(context, leaving)
     connection = connect(settings().libvirt_uri)
     users = using.users(connection) if leaving else {}

@@ -18,12 +18,12 @@ from pathlib import Path
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import DatabaseError, SQLAlchemyError
 
-from shared import recovery  # noqa: F401  registers the journal's actions
+from shared import mounted, recovery  # noqa: F401  registers the journal's actions
 from shared.database import reading
 from shared.doctor import bases, clones, copies, guests, kept, leftovers, work
 from shared.doctor.findings import Finding
 from shared.doctor.site import Site
-from shared.errors import TriptychError
+from shared.errors import TriptychError, VaultNotMounted
 from shared.hypervisor import inventory
 from shared.hypervisor.connection import connect
 from shared.hypervisor.errors import LibvirtUnavailable
@@ -114,12 +114,26 @@ def _not_the_workers_vault(site: Site) -> Finding | None:
         detail = "it is no directory"
     elif theirs and Path(theirs) != root:  # the journal has paths as the workers name them
         detail = f"the workers of host {site.host} have their vault at {theirs}"
+    elif found := _not_the_hosts():
+        detail = f"it is not the vault of host {site.host}: {found}"
     elif any(each.owner for each in site.running()) and not presence.folder().is_dir():
         detail = "an operation is running, and its worker's lock is not here"
     if not detail:
         return None
-    remedy = "give TRIPTYCH_VAULT and TRIPTYCH_HOST as the workers have them, mount it, run again"
-    return Finding("vault", str(root), detail, f"{remedy}: nothing was looked at")
+    remedy = (
+        "give TRIPTYCH_VAULT and TRIPTYCH_HOST as the workers have them, mount it (or say that it "
+        "was replaced, with `vault adopt`), run again: nothing was looked at"
+    )
+    return Finding("vault", str(root), detail, remedy)
+
+
+def _not_the_hosts() -> str | None:
+    """What there is instead of the host's vault."""
+    try:
+        mounted.look()
+    except VaultNotMounted as error:
+        return str(error.extra["found"])
+    return None
 
 
 def _database_away(url: URL, reason: str) -> Finding:

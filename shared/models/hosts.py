@@ -20,9 +20,11 @@ class Host(SQLModel, table=True):
     created_at: datetime = CreatedAt()
     last_seen_at: datetime | None = Moment(default=None)
     problem: str | None = None
-    """Why the inventory is not current, e.g. libvirtd does not answer."""
+    """Why it cannot do its work, e.g. libvirtd does not answer; the inventory may be old then."""
     facts: dict[str, Any] = Document(dict)
     """libvirt, qemu, vault, reflink, free_bytes, total_bytes."""
+    vault_id: str | None = None
+    """The mark of its vault (`shared.mounted`); None until its workers have seen that."""
     draining_since: datetime | None = Moment(default=None)
     """Since when it takes no new work; None while it does."""
 

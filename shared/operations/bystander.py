@@ -13,6 +13,7 @@ import threading
 import structlog
 from sqlalchemy import select
 
+from shared import mounted
 from shared.database import database_now, reading, transaction
 from shared.models import Operation
 from shared.operations import claim, journal, presence
@@ -43,6 +44,7 @@ class Bystander(threading.Thread):
         while not self._stopped.wait(pause):
             pause = EVERY_S
             try:
+                mounted.ensure()  # there are the files of the living
                 if first:
                     dead |= _left_behind()
                     first = False

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
+from shared import mounted
 from shared.settings import settings
+
+UNSEEN = "?"
+"""After the host's name in that of an owner without a file."""
 
 
 def folder() -> Path:
@@ -33,7 +37,13 @@ def _made() -> Path:
 
 @contextmanager
 def attempt(service: str) -> Iterator[str]:
-    """The name, as an owner, of what this block does."""
+    """The name, as an owner, of what this block does.
+
+    Where the vault is not there, it is one of which nothing is known but its lease.
+    """
+    if not mounted.is_there():
+        yield f"{settings().host}{UNSEEN}/{service}/{uuid4().hex}"
+        return
     owner = f"{settings().host}/{service}/{uuid4().hex}"
     _made()
     path = _file(owner)
@@ -69,12 +79,12 @@ def left(owner: str) -> bool:
 
 
 def of(owner: str, *, sweep: bool = True) -> Literal["alive", "dead", "unknown"]:
-    """What is known of an owner; `unknown` for those of other hosts.
+    """What is known of an owner; `unknown` for those of other hosts, and without the vault.
 
     The file of a dead one is removed. Without `sweep` it stays: the bystander, who learns of the
     death from that file, may not have seen it yet.
     """
-    if owner.split("/")[0] != settings().host:
+    if owner.split("/")[0] != settings().host or not mounted.seems_there():
         return "unknown"
     path = _file(owner)
     try:

@@ -11,6 +11,7 @@ import structlog
 from sqlalchemy import and_, exists, or_, select
 from sqlalchemy.orm import aliased
 
+from shared import mounted
 from shared.database import database_now, now, transaction
 from shared.models import Operation
 from shared.operations import presence
@@ -57,6 +58,7 @@ def reconcile() -> int:
 def adopt_orphans(service: str) -> int:
     """At a worker's start: wake this host's operations whose worker process is dead, and
     those next in line, whose message may have died with a worker that had just taken it."""
+    mounted.is_there()  # to be known when it is asked who lives
     row: Any = Operation
     mine = and_(row.service == service, row.host == settings().host)
     with transaction() as session:

@@ -8,6 +8,8 @@ import threading
 
 import structlog
 
+from shared import mounted
+
 log = structlog.get_logger()
 
 EVERY_S = 5.0
@@ -31,6 +33,7 @@ class Tender(threading.Thread):
     def run(self) -> None:
         while not self.stopping():
             try:
+                mounted.ensure()
                 self.turn()
             except Exception as error:  # the database is away, the vault is not mounted
                 log.warning("tender.waits", tender=self.name, reason=str(error))

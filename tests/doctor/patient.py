@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from operations.spine import HOST, World
+from operations.spine import HOST, World, vault_of_its_own
 from sqlalchemy import select
 
 from lab.guest import Guest, make_disk
@@ -23,7 +23,6 @@ from shared.manifest import Manifest, ManifestAbout, ManifestDisk, ManifestServe
 from shared.models import Operation, Server
 from shared.operations import claim, journal, presence
 from shared.settings import settings
-from shared.vault import Vault
 
 SIZE = 64 * 1024
 
@@ -36,8 +35,7 @@ class Patient:
         self.hypervisor = hypervisor
         self.disks = folder / "disks"
         self.disks.mkdir()
-        self.vault = Vault(settings().vault)
-        self.vault.create()
+        self.vault = vault_of_its_own()
         self.guests: list[Guest] = []
 
     def remove(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from operations.spine import HOST, Killed, World
+from operations.spine import HOST, Killed, World, vault_of_its_own
 from sqlalchemy import select
 
 from lab.guest import Guest, attach, make_disk
@@ -23,8 +23,6 @@ from shared.database import reading, transaction
 from shared.disks.overlays import create_overlay
 from shared.models import Clone, Farm, JournalEntry, Operation, Server
 from shared.operations import runner
-from shared.settings import settings
-from shared.vault import Vault
 
 SIZE = 64 * 1024
 
@@ -64,7 +62,7 @@ class Farmed:
         self.hypervisor = hypervisor
         self.disks = folder / "disks"
         self.disks.mkdir()
-        Vault(settings().vault).create()
+        vault_of_its_own()
         self.source = world.server("golden")
         self.guests: list[Guest] = []
 

@@ -286,6 +286,20 @@ def test_one_that_cannot_be_started_again_keeps_no_other(
     assert made[0].guest.state() == "running"
 
 
+def test_clones_stay_while_the_vault_is_not_mounted(farmed: Farmed) -> None:
+    """Their snapshots would have to go with them: it is refused before anything is stopped."""
+    farm, (made,) = farmed.farm(1)
+    root = settings().vault
+    root.rename(root.with_name("mounted"))
+    root.mkdir()
+
+    ended = farmed.done(DeleteFarm(farm=farm.id))
+
+    assert (ended.error or {})["code"] == "vault_not_mounted"
+    assert made.is_whole
+    assert list(root.iterdir()) == []
+
+
 def test_what_hangs_on_a_clone(farmed: Farmed) -> None:
     """Its snapshot, its schedules and what a revert kept go with it; its images stay. The end of
     the time to undo, which comes later, brings nothing back."""

@@ -23,7 +23,7 @@ from operations.servers import Broker, Postgres
 from operations.waiting import wait_for  # noqa: F401
 from sqlalchemy import event, select, update
 
-from shared import broker, database
+from shared import broker, database, mounted
 from shared.celery_app import publisher
 from shared.commands import Command, TakeSnapshot
 from shared.database import now, transaction
@@ -32,6 +32,7 @@ from shared.operations import journal, runner
 from shared.operations.context import Outcome
 from shared.operations.submit import submit
 from shared.settings import settings
+from shared.vault import Vault
 
 HOST = "kvm-1"
 NOBODY_LISTENS = "redis://127.0.0.1:1/0"
@@ -146,6 +147,7 @@ class World:
         with transaction() as session:
             session.add(Host(name=HOST))
             session.add(Host(name="kvm-2"))
+        mounted.ensure()
 
     def server(self, name: str = "web", **fields: Any) -> Server:
         server = Server(name=name, domain_uuid=str(uuid4()), **{"host": HOST, **fields})
@@ -214,6 +216,14 @@ class World:
     def add(self, *rows: Any) -> None:
         with transaction() as session:
             session.add_all(rows)
+
+
+def vault_of_its_own() -> Vault:
+    """The host's vault, where the settings have it by now."""
+    made = Vault(settings().vault)
+    made.create()
+    mounted.adopt()
+    return made
 
 
 def nothing(context: Any, command: Any) -> Outcome:

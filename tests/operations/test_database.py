@@ -123,7 +123,8 @@ def test_rows_outlive_the_migrations(empty: str) -> None:
 
     database.migrate()
     unmeasured = {"unique_bytes": None, "measured_at": None}
-    later = {"host": {"draining_since": None}, "snapshot": unmeasured, "image": unmeasured}
+    later = {"host": {"draining_since": None, "vault_id": None}}
+    later |= {"snapshot": unmeasured, "image": unmeasured}
     later["schedule"] = {"require": "complete", "start_at": None}
     later |= {"server": {"held_by": None}, "journal": {"unit": None}}
     later["clone"] = {"farm_id": "frm_1", "files": None, "linked_to": []}

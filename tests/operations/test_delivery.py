@@ -61,7 +61,6 @@ class Worker:
 
 @contextlib.contextmanager
 def working(*apps: str) -> Iterator[list[Worker]]:
-    settings().vault.mkdir(parents=True)
     workers = [Worker(settings().vault, app) for app in apps]
     try:
         yield workers

@@ -10,7 +10,6 @@ from shared.database import now, reading, transaction
 from shared.models import Host
 from shared.models.hosts import SILENCE
 from shared.operations.drain import drain
-from shared.settings import settings
 
 
 def row() -> Host:
@@ -36,7 +35,6 @@ def test_report_leaves_a_drain_as_it_is(world: World, any_database: str) -> None
     """A host that drains goes on draining, whatever it reports and whoever restarts."""
     with transaction() as session:
         since = drain(session, "kvm-1").draining_since
-    settings().vault.mkdir(parents=True)
 
     hosts.report()
 

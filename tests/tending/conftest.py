@@ -13,6 +13,7 @@ from operations.spine import (  # noqa: F401
     database_url,
     environment,
     forget_caches,
+    vault_of_its_own,
     world,
 )
 
@@ -44,9 +45,7 @@ def vault(
     root = xfs / tmp_path.name
     monkeypatch.setenv("TRIPTYCH_VAULT", str(root))
     forget_caches()
-    made = Vault(root)
-    made.create()
-    return made
+    return vault_of_its_own()
 
 
 class Copies:

@@ -61,7 +61,7 @@ def read(session: Session) -> Iterator[Metric]:
 
 
 def _hosts(hosts: list[Host]) -> Iterator[Metric]:
-    up = Gauge("host_up", "1 where the host's workers and its libvirt answer", ["host"])
+    up = Gauge("host_up", "1 where the host's workers answer and have no problem", ["host"])
     seen = Gauge("host_last_seen_timestamp_seconds", "When the host last reported", ["host"])
     free = Gauge("vault_free_bytes", "Room left on the vault's file system", ["host"])
     size = Gauge("vault_size_bytes", "Size of the vault's file system", ["host"])

@@ -1,0 +1,459 @@
+"""A vault whose mount is missing is not taken for an empty one (docs/decisions/0036)."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from operations.spine import (  # noqa: F401
+    World,
+    any_database,
+    database_url,
+    environment,
+    forget_caches,
+    listening,
+    outputs,
+    python,
+    world,
+)
+from operations.waiting import wait_for
+from sqlalchemy import select, update
+
+from lab import filesystems
+from lab.guest import Guest, make_disk
+from lab.libvirtd import Hypervisor
+from services.imager import images  # noqa: F401  registers the handlers
+from services.snapshotter import snapshots  # noqa: F401  registers the handlers
+from shared import admin, doctor, errors, hosts, mounted, recovery  # noqa: F401
+from shared.commands import (
+    Command,
+    CreateImage,
+    DeleteImage,
+    DeleteSnapshot,
+    PromoteSnapshot,
+    RestoreImage,
+    RevertSnapshot,
+    TakeSnapshot,
+    UndoRestore,
+    VerifyImage,
+)
+from shared.database import reading, transaction
+from shared.hypervisor.connection import forget
+from shared.models import Host, Image, Operation, Server, Snapshot
+from shared.operations import claim, journal, presence, runner
+from shared.operations.bystander import Bystander
+from shared.settings import settings
+from shared.tending import tender
+from shared.tending.tender import Tender
+
+SIZE = 64 * 1024
+CODE = "vault_not_mounted"
+
+
+def host() -> Host:
+    with reading() as session:
+        return session.get_one(Host, "kvm-1")
+
+
+def copies() -> list[Any]:
+    """The rows of all copies: id, whether it is deleted, state."""
+    with reading() as session:
+        return [
+            (each.id, each.deleted_at, getattr(each, "state", None))
+            for model in (Image, Snapshot)
+            for each in session.scalars(select(model))
+        ]
+
+
+def refused(root: Path) -> str:
+    """What is said of the vault, once nothing was found to be written there."""
+    before = below(root)
+    with pytest.raises(errors.VaultNotMounted) as caught:
+        mounted.ensure()
+    assert before == below(root)
+    return caught.value.detail
+
+
+def below(root: Path) -> list[Path]:
+    return sorted(root.rglob("*"))
+
+
+def admin_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
+) -> tuple[int, str]:
+    """Exit status and output of `triptych-admin`."""
+    monkeypatch.setattr(sys, "argv", ["triptych-admin", *words])
+    status = admin.main()
+    printed = capsys.readouterr()
+    return status, printed.out + printed.err
+
+
+# On the real thing
+
+
+class Live:
+    """A host with a server that is off, and its vault on a file system of its own."""
+
+    def __init__(self, world: World, guest: Guest, disk: Path, device: Path, at: Path) -> None:  # noqa: F811
+        self.world, self.guest, self.disk, self.device, self.root = world, guest, disk, device, at
+        self.server = Server(name=guest.name, host="kvm-1", domain_uuid=guest.domain.UUIDString())
+        world.add(self.server)
+
+    def mount(self) -> None:
+        subprocess.run(["mount", "--bind", self.device, self.root], check=True)
+
+    def unmount(self) -> None:
+        filesystems.unmount(self.root)
+
+    def done(self, command: Command) -> Operation:
+        operation = self.world.submit(command)
+        runner.run(operation)
+        return self.world.row(operation)
+
+    def fails(self, command: Command) -> None:
+        """Demand that it ends with the error, and nothing is written or forgotten."""
+        before = copies(), self.disk.read_bytes()
+        ended = self.done(command)
+        assert (ended.state, (ended.error or {})["code"]) == ("failed", CODE), ended.error
+        assert "Nothing was touched. Mount" in (ended.error or {})["message"]
+        assert (copies(), self.disk.read_bytes()) == before
+        assert below(self.root) == []
+
+    def succeeds(self, command: Command) -> dict[str, Any]:
+        ended = self.done(command)
+        assert ended.state == "succeeded", ended.error
+        return ended.result or {}
+
+
+@pytest.fixture
+def live(
+    world: World,  # noqa: F811
+    hypervisor: Hypervisor,
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Live]:
+    if not filesystems.can_mount():
+        pytest.skip("mounting a loop device needs root")
+    root = workspace / "vault"
+    root.mkdir()
+    monkeypatch.setenv("TRIPTYCH_LIBVIRT_URI", hypervisor.uri)
+    monkeypatch.setenv("TRIPTYCH_VAULT", str(root))
+    settings.cache_clear()
+    disk = make_disk(workspace, "raw", "blank", SIZE)
+    guest = Guest.create(hypervisor, workspace, None, [str(disk)])
+    with filesystems.ext4(64 * filesystems.MIB) as device:
+        made = Live(world, guest, disk, device, root)
+        made.mount()
+        mounted.adopt()
+        yield made
+        made.unmount()
+    guest.remove()
+    forget(hypervisor.uri)
+
+
+@pytest.mark.vm
+def test_nothing_is_done_while_the_mount_is_missing(live: Live) -> None:
+    """Whatever would copy, read or remove a copy fails at once, and works again, in the same
+    process, once it is mounted: rows, copies and the server's disk are as they were."""
+    image = live.succeeds(CreateImage(server=live.server.id))["image"]
+    snapshot = live.succeeds(TakeSnapshot(server=live.server.id))["snapshot"]
+    live.unmount()
+
+    for command in (
+        CreateImage(server=live.server.id),
+        TakeSnapshot(server=live.server.id, replace=True),
+        PromoteSnapshot(server=live.server.id),
+        RevertSnapshot(server=live.server.id),
+        RestoreImage(image=image),
+        VerifyImage(image=image),
+        DeleteSnapshot(server=live.server.id, snapshot=snapshot, expired=True),
+        DeleteImage(image=image),
+    ):
+        live.fails(command)
+
+    live.mount()
+    assert live.succeeds(VerifyImage(image=image))["verified"] == "passed"
+    live.succeeds(CreateImage(server=live.server.id))
+    live.succeeds(DeleteImage(image=image))
+    live.succeeds(RevertSnapshot(server=live.server.id))
+    live.unmount()
+    assert below(live.root) == []
+
+
+@pytest.mark.vm
+def test_restore_can_be_undone_without_the_vault(live: Live) -> None:
+    """What was set aside is beside the disks: a lost vault does not keep it from its server."""
+    image = live.succeeds(CreateImage(server=live.server.id))["image"]
+    live.disk.write_bytes(b"later".ljust(SIZE, b"."))
+    restore = live.done(RestoreImage(image=image))
+    assert not live.disk.read_bytes().startswith(b"later")
+    live.unmount()
+
+    live.succeeds(UndoRestore(operation=restore.id))
+
+    assert live.disk.read_bytes().startswith(b"later")
+    assert below(live.root) == []
+
+
+@pytest.mark.vm
+def test_host_says_that_its_vault_is_not_mounted(live: Live) -> None:
+    """For as long as it is so; the rest of what is known of it stays."""
+    hosts.report()
+    facts = host().facts
+    live.unmount()
+
+    hosts.report()
+    assert "is not the vault of host kvm-1: it has no mark" in (host().problem or "")
+    assert (host().answering, host().silent, host().facts) == (False, False, facts)
+    assert below(live.root) == []
+
+    live.mount()
+    hosts.report()
+    assert (host().answering, host().problem) == (True, None)
+
+
+@pytest.mark.vm
+def test_worker_that_starts_before_the_mount_waits_for_it(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a reboot: it says so, makes no directory, and goes on by itself."""
+    monkeypatch.setattr(hosts, "AGAIN_S", 0.1)
+    monkeypatch.setattr(mounted, "_known", None)
+    live.unmount()
+    reporter, bystander = hosts.HostReporter(), Bystander()
+    reporter.start()
+    bystander.start()
+    try:
+        wait_for(lambda: "no mark" in (host().problem or ""))
+        assert below(live.root) == []
+        live.mount()
+        wait_for(lambda: host().answering)
+    finally:
+        for each in (reporter, bystander):
+            each.stop()
+            each.join(10)
+
+
+@pytest.mark.vm
+def test_doctor_and_rescan_take_no_copy_for_gone(
+    live: Live, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They look at nothing, so that --fix has nothing to mark."""
+    live.succeeds(CreateImage(server=live.server.id))
+    before = copies()
+    live.unmount()
+
+    (found,) = doctor.examine()
+    assert (found.check, found.repair) == ("vault", None)
+    assert "has no mark" in found.detail
+    assert "vault adopt" in found.remedy
+    doctor.repair([found])
+    status, printed = admin_says(monkeypatch, capsys, "vault", "rescan")
+    assert (status, "is not the vault of host kvm-1" in printed) == (1, True)
+    assert (copies(), below(live.root)) == (before, [])
+
+    live.mount()
+    assert doctor.examine() == []
+    assert admin_says(monkeypatch, capsys, "vault", "rescan")[0] == 0
+
+
+# What is the host's vault
+
+
+@pytest.fixture
+def root(world: World) -> Path:  # noqa: F811
+    """The directory of a vault that is known."""
+    return settings().vault
+
+
+@pytest.fixture
+def empty(root: Path) -> Path:
+    """The same where the mount is missing; what was mounted is beside it."""
+    root.rename(root.with_name("mounted"))
+    root.mkdir()
+    return root
+
+
+def forget_vault() -> None:
+    """As an earlier version left the row, and a worker that has just started knows nothing."""
+    with transaction() as session:
+        session.execute(update(Host).values(vault_id=None))
+    mounted._known = None
+
+
+def test_check_asks_no_database(root: Path) -> None:
+    """As long as the mark is what it was: it is on the way of every copy."""
+    with listening() as sent:
+        mounted.ensure()
+        assert mounted.is_there()
+    assert sent == []
+
+
+def test_older_installation_is_marked_by_itself(root: Path) -> None:
+    """With its copies, or without any, at the first look after the upgrade."""
+    for copy in (root / "images" / "srv_1" / "img_1", None):
+        forget_vault()
+        (root / mounted.MARK).unlink()
+        if copy:
+            copy.mkdir(parents=True)
+        mounted.ensure()
+        assert (root / mounted.MARK).read_text().startswith(f"{host().vault_id}\n")
+
+
+def test_older_installation_is_not_marked_below_a_missing_mount(
+    world: World,  # noqa: F811
+    empty: Path,
+    any_database: str,  # noqa: F811
+) -> None:
+    """The database knows copies, and there is none; one that it has as missing is none."""
+    forget_vault()
+    server = world.server()
+    image = Image(server_id=server.id, name="golden", consistency="crash", way="reflink", bytes=1)
+    world.add(image)
+    assert "the database knows copies of this host" in refused(empty)
+    assert host().vault_id is None
+    with transaction() as session:
+        session.get_one(Image, image.id).state = "missing"
+    mounted.ensure()
+    assert host().vault_id
+
+
+def test_database_that_was_restored_takes_the_mark_that_is_there(root: Path) -> None:
+    """Its backup is older than the mark, or it was lost altogether."""
+    known = host().vault_id
+    forget_vault()
+    mounted.ensure()
+    assert host().vault_id == known is not None
+
+
+def test_vault_that_is_no_directory_is_not_made(root: Path) -> None:
+    """The file system may be mounted further up."""
+    root.rename(root.with_name("mounted"))
+    assert "no such directory" in refused(root)
+    assert not root.exists()
+
+
+def test_vault_that_was_replaced_is_used_once_that_is_said(
+    empty: Path,
+    any_database: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With or without a mark of its own; then the former one is another, also for those who
+    had known it."""
+    assert "no mark" in refused(empty)
+    status, printed = admin_says(monkeypatch, capsys, "vault", "adopt")
+    assert (status, str(empty) in printed) == (0, True)
+    mounted.ensure()
+
+    empty.rename(empty.with_name("second"))
+    empty.with_name("mounted").rename(empty)
+    assert "the mark of another one" in refused(empty)
+    assert admin_says(monkeypatch, capsys, "vault", "adopt")[0] == 0
+    mounted.ensure()
+
+
+def test_adoption_of_no_directory_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is to be mounted first."""
+    shutil.rmtree(root)
+    with pytest.raises(SystemExit):
+        admin_says(monkeypatch, capsys, "vault", "adopt")
+    assert not root.exists()
+
+
+def test_workers_that_start_at_once_agree_on_a_mark(
+    root: Path,
+    any_database: str,  # noqa: F811
+) -> None:
+    """The three of a new host, of which the database has no row yet."""
+    shutil.rmtree(root)
+    with transaction() as session:
+        session.delete(session.get_one(Host, "kvm-1"))
+    code = "from shared import mounted; mounted.ensure(); print(mounted._known)"
+    told = outputs([python(code) for _ in range(3)])  # the last line is no log
+    assert {each.splitlines()[-1] for each in told} == {host().vault_id}
+
+
+# Who lives
+
+
+def test_living_worker_is_not_taken_for_dead_without_the_vault(
+    world: World,  # noqa: F811
+    root: Path,
+) -> None:
+    """Its lock is in the vault: without that its lease alone tells, also of one that began then."""
+    operations = [world.snapshot_of(world.server(name)) for name in ("before", "after")]
+    with presence.attempt("snapshotter") as owner:
+        assert claim.claim(operations[0], owner)
+        root.rename(root.with_name("mounted"))
+        root.mkdir()
+        with presence.attempt("snapshotter") as other:
+            assert claim.claim(operations[1], other)
+            assert [presence.of(each) for each in (owner, other)] == ["unknown"] * 2
+            root.rmdir()
+            root.with_name("mounted").rename(root)
+            mounted.ensure()
+            assert [presence.of(each) for each in (owner, other)] == ["alive", "unknown"]
+            assert claim.take_over(operations[1], "kvm-1/snapshotter/x") is None
+            world.expire(operations[1])
+            assert claim.take_over(operations[1], "kvm-1/snapshotter/x")
+
+
+def test_guest_is_given_back_without_the_vault_and_the_folder_later(
+    world: World,  # noqa: F811
+    empty: Path,
+    any_database: str,  # noqa: F811
+) -> None:
+    """A worker died and the mount went: the half-made copy waits until it can be removed."""
+    mine = empty.with_name("mounted")
+    partial = mine / "snapshots" / "srv_1" / "snp_1.partial"
+    partial.mkdir(parents=True)
+    operation = world.snapshot_of(world.server())
+    assert claim.claim(operation, "kvm-1/snapshotter/dead")
+    with transaction() as session:
+        folder = str(empty / "snapshots" / "srv_1" / "snp_1")
+        journal.write(session, operation, "undo", "remove_copy", folder=folder)
+        journal.write(session, operation, "undo", "note", step="resumed")
+    world.change(operation, attempt=settings().max_attempts)
+    world.expire(operation)
+
+    runner.run(operation)
+    row = world.row(operation)
+    assert (row.state, world.played) == ("running", ["resumed"])
+    assert (row.error or {})["code"] == "not_cleared_up"
+    assert below(empty) == []
+
+    empty.rmdir()
+    mine.rename(empty)
+    world.expire(operation)
+    runner.run(operation)
+    assert (world.row(operation).error or {})["code"] == "worker_lost"
+    assert below(empty / "snapshots") == []
+
+
+def test_background_work_rests_without_the_vault(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is measured of copies that cannot be seen."""
+    turns: list[bool] = []
+    monkeypatch.setattr(tender, "EVERY_S", 0.02)
+    monkeypatch.setattr(Tender, "turn", lambda self: turns.append(mounted.seems_there()))
+    thread = Tender("test")
+    thread.start()
+    try:
+        thread.join(0.5)
+        assert turns == []
+        empty.rmdir()
+        empty.with_name("mounted").rename(empty)
+        wait_for(lambda: turns)
+    finally:
+        thread.stop()
+        thread.join(10)
+    assert all(turns)
