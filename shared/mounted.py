@@ -77,8 +77,11 @@ def adopt() -> str:
         return host.vault_id
 
 
-def _agreed() -> str:
-    """The id in row and mark; written where one has none. Raises VaultNotMounted."""
+def _agreed() -> str | None:
+    """The id in row and mark; written where one has none. Raises VaultNotMounted.
+
+    None where the mark cannot be written: also a vault that is full is one, and is made room in.
+    """
     with reading() as session:
         known, _ = _compared(session)
     if known is not None:
@@ -90,7 +93,11 @@ def _agreed() -> str:
             known = found
             if known is None:
                 settings().vault.mkdir(parents=True, exist_ok=True)
-                known = _marked()
+                try:
+                    known = _marked()
+                except OSError as error:
+                    log.warning("vault.not_marked", vault=str(settings().vault), reason=str(error))
+                    return None
             host.vault_id = known
             log.info("vault.known", vault=str(settings().vault), id=known)
         return known

@@ -305,6 +305,21 @@ def test_older_installation_is_marked_by_itself(root: Path) -> None:
         assert (root / mounted.MARK).read_text().startswith(f"{host().vault_id}\n")
 
 
+def test_older_installation_that_is_full_is_used_without_a_mark(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else no copy could be deleted to make room; it is marked once there is some."""
+    forget_vault()
+    (root / mounted.MARK).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(mounted, "MARK", f"{'x' * 256}")  # no file system takes such a name
+        assert mounted.is_there()
+    assert host().vault_id is None
+
+    mounted.ensure()
+    assert (root / mounted.MARK).read_text().startswith(f"{host().vault_id}\n")
+
+
 def test_older_installation_is_not_marked_below_a_missing_mount(
     world: World,  # noqa: F811
     empty: Path,
