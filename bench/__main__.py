@@ -56,7 +56,7 @@ def main() -> int:
         signal.signal(stop, signal.default_int_handler)
     book = Book((OUT if SHRUNK else HERE / "results") / "latest.json", _tell)
     spent = Run(book).measure([name for name in PARTS if name in only])
-    report.write(OUT, _in_order(book.results), machine())
+    report.write(OUT, _in_order(book.results), machine(), list(PARTS))
     for what, seconds in spent.items():
         console.print(f"{what}: {seconds:.0f} s")
     for name, reason in book.failures.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,26 +20,36 @@ text { font: 12px system-ui, sans-serif; fill: #1f2328 }
   .ours { fill: #4493f8 } }"""
 
 
-def write(folder: Path, results: Figures, machine: dict[str, Any]) -> None:
-    """Bring `README.md` and `plots/` in `folder` up to date; text around the table stays."""
+def write(
+    folder: Path, results: Figures, machine: dict[str, Any], order: Sequence[str] = ()
+) -> None:
+    """Bring `README.md` and `plots/` in `folder` up to date with the parts that are in `results`.
+
+    The text around the tables stays, and so do the sections of other parts, as an earlier run
+    left them, here or elsewhere. They stand in the `order` of the parts that it names.
+    """
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
-    for old in plots.glob("*.svg"):
-        old.unlink()
-    parts = by_part(results)
-    drawn = {part: plot(figures) for part, figures in parts.items()}
-    for part, svg in drawn.items():
-        if svg:
-            (plots / f"{part}.svg").write_text(svg)
     readme = folder / "README.md"
     before = readme.read_text() if readme.exists() else f"{BEGIN}\n{END}\n"
-    made = [f"\nMachine: {_in_one_line(machine)}.\n"]
-    for part, figures in parts.items():
-        made.append(f"### {part}\n\n`make bench ONLY={part}`\n")
-        if drawn[part]:
-            made.append(f"![{part}: ours and its peers](plots/{part}.svg)\n")
-        made.append(table(figures))
-    readme.write_text(between_marks(before, "\n".join(made)))
+    made = sections(before)
+    for part, figures in by_part(results).items():
+        told = [f"`make bench ONLY={part}`, on {_in_one_line(machine)}."]
+        (plots / f"{part}.svg").unlink(missing_ok=True)
+        if svg := plot(figures):
+            (plots / f"{part}.svg").write_text(svg)
+            told.append(f"![{part}: ours and its peers](plots/{part}.svg)")
+        made[part] = "\n\n".join([*told, table(figures)])
+    place = {part: number for number, part in enumerate(order)}
+    parts = sorted(made, key=lambda part: place.get(part, len(place)))
+    readme.write_text(between_marks(before, "\n".join(f"\n### {p}\n\n{made[p]}" for p in parts)))
+
+
+def sections(text: str) -> dict[str, str]:
+    """What stands between the marks, by the part that it is of."""
+    between = text.partition(BEGIN)[2].partition(END)[0]
+    found = (each.partition("\n") for each in between.split("\n### ")[1:])
+    return {part: f"{told.strip()}\n" for part, _, told in found}
 
 
 def by_part(results: Figures) -> dict[str, Figures]:

@@ -66,6 +66,33 @@ def test_the_table_is_put_between_its_marks(tmp_path: Path) -> None:
     assert (tmp_path / "plots" / "image.svg").exists()
 
 
+def test_parts_that_were_not_measured_stay_in_the_readme(tmp_path: Path) -> None:
+    """A run of one part, in a clone without the results of the others, leaves their sections."""
+    book = Book(tmp_path / "latest.json")
+    for part, name in (("clone", "clone_cold_1"), ("revert", "restore"), ("image", "image_8g")):
+        book.part = part
+        book.record(name, Result(1, 2, "bare", 1))
+    order = ["image", "revert", "clone"]
+    report.write(tmp_path, book.results, {"cpus": 2}, order)
+    there = report.sections((tmp_path / "README.md").read_text())
+    again = Book(tmp_path / "another.json")
+    again.part = "revert"
+    again.record("restore", Result(3, 2, "bare", 1))
+
+    report.write(tmp_path, again.results, {"cpus": 64}, order)
+
+    text = (tmp_path / "README.md").read_text()
+    now = report.sections(text)
+    assert list(now) == order
+    assert {part: now[part] for part in ("image", "clone")} == {
+        part: there[part] for part in ("image", "clone")
+    }
+    assert "on cpus 64." in now["revert"] and "cpus 2" not in now["revert"]
+    assert (tmp_path / "plots" / "clone.svg").exists()
+    report.write(tmp_path, again.results, {"cpus": 64}, order)
+    assert (tmp_path / "README.md").read_text() == text
+
+
 def test_a_readme_without_marks_is_refused() -> None:
     """Rather than a table at a place that nobody chose."""
     with pytest.raises(ValueError, match="there is no"):
