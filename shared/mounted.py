@@ -42,7 +42,6 @@ def ensure() -> None:
     """
     global _known
     if not seems_there():
-        _known = None
         _known = _agreed()
 
 
@@ -61,6 +60,11 @@ def is_there() -> bool:
     return True
 
 
+def known() -> str | None:
+    """The id of the host's vault, as this process saw it last."""
+    return _known
+
+
 def seems_there() -> bool:
     """Whether the vault of which this process knows already is there; asks no database."""
     return _known is not None and _mark() == _known
@@ -77,30 +81,26 @@ def adopt() -> str:
         return host.vault_id
 
 
-def _agreed() -> str | None:
-    """The id in row and mark; written where one has none. Raises VaultNotMounted.
-
-    None where the mark cannot be written: also a vault that is full is one, and is made room in.
-    """
+def _agreed() -> str:
+    """The id in row and mark; written where one has none. Raises VaultNotMounted."""
     with reading() as session:
-        known, _ = _compared(session)
-    if known is not None:
-        return known
+        agreed, _ = _compared(session)
+    if agreed is not None:
+        return agreed
     with transaction() as session:  # the host's three workers start at once
         host = _locked(session)
-        known, found = _compared(session)
-        if known is None:
-            known = found
-            if known is None:
-                settings().vault.mkdir(parents=True, exist_ok=True)
+        agreed, found = _compared(session)
+        if agreed is None:
+            agreed = found
+            if agreed is None:
                 try:
-                    known = _marked()
+                    settings().vault.mkdir(parents=True, exist_ok=True)
+                    agreed = _marked()
                 except OSError as error:
-                    log.warning("vault.not_marked", vault=str(settings().vault), reason=str(error))
-                    return None
-            host.vault_id = known
-            log.info("vault.known", vault=str(settings().vault), id=known)
-        return known
+                    raise _refusal(f"its mark ({MARK}) cannot be written: {error}") from error
+            host.vault_id = agreed
+            log.info("vault.known", vault=str(settings().vault), id=agreed)
+        return agreed
 
 
 def _locked(session: Session) -> Host:
@@ -113,17 +113,17 @@ def _compared(session: Session) -> tuple[str | None, str | None]:
     """The id in the host's row, and that of the mark; raises VaultNotMounted if they clash."""
     root = settings().vault
     host, found = session.get(Host, settings().host), _mark()
-    known = host.vault_id if host else None
-    if known is None:
+    expected = host.vault_id if host else None
+    if expected is None:
         if found is None and _has_copies(session) and not any(root.glob("*/*/*")):
             raise _refusal("the database knows copies of this host, and none is there")
     elif not root.is_dir():
         raise _refusal("there is no such directory")
     elif found is None:
         raise _refusal(f"it has no mark ({MARK}), as below a mount that is missing")
-    elif found != known:
-        raise _refusal(f"it has the mark of another one ({found} in {MARK} instead of {known})")
-    return known, found
+    elif found != expected:
+        raise _refusal(f"it has the mark of another one ({found} in {MARK} instead of {expected})")
+    return expected, found
 
 
 def _refusal(found: str) -> errors.VaultNotMounted:

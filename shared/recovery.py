@@ -121,7 +121,9 @@ def swap_back(
     with _without(uuid, files, brought.values(), operation_id):
         setaside.swap_back(files, operation_id)
         setaside.take_away(had_none, operation_id)
-        if TPM in missing:  # with an empty directory it would start without certificates
+        # With an empty directory it would start without certificates; one that its owner has
+        # started is at making its own.
+        if TPM in missing and not (uuid and hypervisor.is_on(settings().libvirt_uri, uuid)):
             setaside.discard({TPM: files[TPM]}, operation_id)
             beside.remove_state_folder(files[TPM].parent)
 

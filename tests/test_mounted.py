@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -46,7 +48,7 @@ from shared.database import reading, transaction
 from shared.hypervisor.connection import forget
 from shared.models import Host, Image, Operation, Server, Snapshot
 from shared.operations import claim, journal, presence, runner
-from shared.operations.bystander import Bystander
+from shared.operations.bystander import Bystander, _left_behind
 from shared.settings import settings
 from shared.tending import tender
 from shared.tending.tender import Tender
@@ -305,15 +307,15 @@ def test_older_installation_is_marked_by_itself(root: Path) -> None:
         assert (root / mounted.MARK).read_text().startswith(f"{host().vault_id}\n")
 
 
-def test_older_installation_that_is_full_is_used_without_a_mark(
+def test_older_installation_that_cannot_be_marked_is_refused(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else no copy could be deleted to make room; it is marked once there is some."""
+    """Say a full one, with the reason; it is marked once that can be done."""
     forget_vault()
     (root / mounted.MARK).unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(mounted, "MARK", f"{'x' * 256}")  # no file system takes such a name
-        assert mounted.is_there()
+        patch.setattr(mounted, "MARK", "x" * 256)  # no file system takes such a name
+        assert "cannot be written: " in refused(root)
     assert host().vault_id is None
 
     mounted.ensure()
@@ -416,9 +418,59 @@ def test_living_worker_is_not_taken_for_dead_without_the_vault(
             root.with_name("mounted").rename(root)
             mounted.ensure()
             assert [presence.of(each) for each in (owner, other)] == ["alive", "unknown"]
-            assert claim.take_over(operations[1], "kvm-1/snapshotter/x") is None
             world.expire(operations[1])
+            assert claim.take_over(operations[1], "kvm-1/snapshotter/x") is None
+            world.expire(operations[1], claim.STALLED * settings().lease)
             assert claim.take_over(operations[1], "kvm-1/snapshotter/x")
+
+
+def test_living_worker_is_not_taken_for_dead_where_its_vault_was_replaced(
+    world: World,  # noqa: F811
+    root: Path,
+) -> None:
+    """Its container still has the old one: in the new one its lock is not looked for."""
+    operation = world.snapshot_of(world.server())
+    with presence.attempt("snapshotter") as owner:
+        assert claim.claim(operation, owner)
+        root.rename(root.with_name("old"))
+        root.mkdir()
+        mounted.adopt()
+        mounted.ensure()
+        world.expire(operation)
+
+        assert presence.of(owner) == "unknown"
+        assert _left_behind() == set()
+        assert claim.take_over(operation, "kvm-1/snapshotter/x") is None
+
+
+@pytest.mark.parametrize("obstacle", ["read-only", "full"])
+def test_work_goes_on_where_no_lock_can_be_made(
+    world: World,  # noqa: F811
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    obstacle: str,
+) -> None:
+    """Else the guest of a killed worker would not be given back until the disk is mended."""
+    dead = f"kvm-1/snapshotter/dead@{mounted.known()}"
+    presence._made()
+    presence._file(dead).touch()
+    real = os.open
+
+    def refusing(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if str(path).startswith(str(presence.folder())):
+            if obstacle == "read-only" and flags & (os.O_RDWR | os.O_CREAT):
+                raise OSError(errno.EROFS, "Read-only file system")
+            if obstacle == "full" and flags & os.O_CREAT:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    assert presence.of(dead, sweep=False) == "dead"
+    operation = world.snapshot_of(world.server())
+    assert claim.claim(operation, dead)
+    with presence.attempt("snapshotter") as owner:
+        assert presence.of(owner) == "unknown"
+        assert claim.take_over(operation, owner)
 
 
 def test_guest_is_given_back_without_the_vault_and_the_folder_later(
@@ -437,7 +489,7 @@ def test_guest_is_given_back_without_the_vault_and_the_folder_later(
         journal.write(session, operation, "undo", "remove_copy", folder=folder)
         journal.write(session, operation, "undo", "note", step="resumed")
     world.change(operation, attempt=settings().max_attempts)
-    world.expire(operation)
+    world.expire(operation, claim.STALLED * settings().lease)
 
     runner.run(operation)
     row = world.row(operation)

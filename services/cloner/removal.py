@@ -119,11 +119,13 @@ def _delete(
         steps = [step for each in gone for step in _gone(session, each, context.id, moment)]
         steps += _release(session, gone, users)
         _end(session, farm_id, only, moment, expired)
-        # Those that could not be deleted are as they were; started last, since one that cannot
-        # be holds up what comes after it.
+        # Those that could not be deleted are as they were; started late, since one that cannot
+        # be holds up what comes after it, as does a vault that has gone meanwhile.
         again = [each for each in leaving if each.failed and each.state != "stopped"]
         outcome.result["clones"] = [each.outcome("deleted") for each in leaving]
-        return [*steps, *(each.starting() for each in again)]
+        copies = [step for step in steps if step[0] == "remove_copy"]
+        first = [step for step in steps if step not in copies]
+        return [*first, *(each.starting() for each in again), *copies]
 
     outcome.apply = apply
     return refuse_if_none([*leaving], outcome)

@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlmodel import Session
 
-from shared import events, lookups
+from shared import events, lookups, mounted
 from shared.commands import VerifyImage
 from shared.copying import vault
 from shared.database import now, reading
@@ -88,7 +88,9 @@ def _faults(context: Context, folder: Path) -> list[dict[str, Any]]:
             found[name] = digest(folder / name)
         except OSError as error:
             faults.append({"file": name, "fault": str(error)})
-    if not faults:  # what was not known yet is, from now on
+    if faults:
+        mounted.ensure()  # what went with its mount is neither missing nor damaged
+    else:  # what was not known yet is, from now on
         manifest = vault().record(folder, found)
     for name, seen in found.items():
         if (recorded := manifest.digest_of(name)) not in (None, seen):

@@ -179,6 +179,12 @@ def state_on(uri: str, uuid: str, files: Iterable[Path]) -> State:
     return state if state != "stopped" and any(map(is_open, files)) else "stopped"
 
 
+def is_on(uri: str, uuid: str) -> bool:
+    """Whether there is such a domain, and it is not off."""
+    domain = _find(uri, uuid)
+    return domain is not None and domain.is_active
+
+
 def drop_saved_state(uri: str, uuid: str) -> bool:
     """Drop the memory that a domain that is off was saved with: its disks are to be others."""
     domain = _find(uri, uuid)

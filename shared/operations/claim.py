@@ -40,8 +40,9 @@ _HELD = (
     .with_for_update()
 )
 STALLED = 5
-"""A worker of this host that is silent but alive (the database is away, the disk is slow) keeps
-its operation for this many leases: two workers on one server's disks are the greater evil."""
+"""A worker of this host that is silent but alive (the database is away, the disk is slow), or may
+be (its vault is), keeps its operation for this many leases: two workers on one server's disks are
+the greater evil."""
 
 
 def claim(operation_id: str, owner: str) -> Operation | None:
@@ -64,8 +65,9 @@ def take_over(operation_id: str, owner: str) -> Operation | None:
         current = lookups.operation(session, operation_id)
         if current.state != "running":
             return None
+        ours = current.owner is not None and presence.is_ours(current.owner)
         known = presence.of(current.owner) if current.owner else "unknown"
-        patience = timedelta(seconds=settings().lease * STALLED if known == "alive" else 0)
+        patience = timedelta(seconds=settings().lease * STALLED if ours else 0)
         gone: Any = _mine.lease_expires_at < database_now(session) - patience
         if known == "dead":
             gone = _mine.owner == current.owner

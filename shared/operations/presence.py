@@ -6,6 +6,7 @@ need not wait for the lease to run out, and never takes a slow worker for a dead
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -14,11 +15,16 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
+import structlog
+
 from shared import mounted
+from shared.errors import VaultNotMounted
 from shared.settings import settings
 
+log = structlog.get_logger()
+
 UNSEEN = "?"
-"""After the host's name in that of an owner without a file."""
+"""Instead of the vault's id, in the name of an owner without a file there."""
 
 
 def folder() -> Path:
@@ -37,21 +43,27 @@ def _made() -> Path:
 
 @contextmanager
 def attempt(service: str) -> Iterator[str]:
-    """The name, as an owner, of what this block does.
+    """The name, as an owner, of what this block does, with the vault where its file is.
 
-    Where the vault is not there, it is one of which nothing is known but its lease.
+    Where there can be none, without the vault or on one that is read-only or full, it is one of
+    which nothing is known but its lease.
     """
-    if not mounted.is_there():
-        yield f"{settings().host}{UNSEEN}/{service}/{uuid4().hex}"
+    name = f"{settings().host}/{service}/{uuid4().hex}"
+    try:
+        mounted.ensure()
+        _made()
+        owner = f"{name}@{mounted.known()}"
+        path = _file(owner)
+        lock = _locked(path)
+    except (VaultNotMounted, OSError) as error:
+        log.warning("attempt.unseen", reason=str(error))
+        yield f"{name}@{UNSEEN}"
         return
-    owner = f"{settings().host}/{service}/{uuid4().hex}"
-    _made()
-    path = _file(owner)
-    lock = _locked(path)
     try:
         yield owner
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
         os.close(lock)
 
 
@@ -79,16 +91,17 @@ def left(owner: str) -> bool:
 
 
 def of(owner: str, *, sweep: bool = True) -> Literal["alive", "dead", "unknown"]:
-    """What is known of an owner; `unknown` for those of other hosts, and without the vault.
+    """What is known of an owner; `unknown` for those of other hosts, and without their vault.
 
     The file of a dead one is removed. Without `sweep` it stays: the bystander, who learns of the
     death from that file, may not have seen it yet.
     """
-    if owner.split("/")[0] != settings().host or not mounted.seems_there():
+    vault = owner.partition("@")[2]  # an earlier version did not tell
+    if not is_ours(owner) or not mounted.seems_there() or vault not in ("", mounted.known()):
         return "unknown"
     path = _file(owner)
     try:
-        lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        lock = _opened(path)
     except FileNotFoundError:
         return "dead"
     try:
@@ -99,8 +112,24 @@ def of(owner: str, *, sweep: bool = True) -> Literal["alive", "dead", "unknown"]
         with contextlib.suppress(FileNotFoundError):
             if not os.path.samestat(path.stat(), os.fstat(lock)):
                 return "alive"  # somebody else removed this one, and its owner made another
-            if sweep:
+        if sweep:
+            with contextlib.suppress(OSError):
                 path.unlink()
         return "dead"
     finally:
         os.close(lock)
+
+
+def is_ours(owner: str) -> bool:
+    """Whether it is, or was, at work on this host."""
+    return owner.partition("/")[0] == settings().host
+
+
+def _opened(path: Path) -> int:
+    """To be locked, also on a file system that has become read-only."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

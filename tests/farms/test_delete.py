@@ -300,6 +300,46 @@ def test_clones_stay_while_the_vault_is_not_mounted(farmed: Farmed) -> None:
     assert list(root.iterdir()) == []
 
 
+def test_clone_is_started_again_though_the_vault_is_gone(
+    farmed: Farmed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One could not be deleted; the folder of another's snapshot waits, and keeps nobody off."""
+    farm, made = farmed.farm(2)
+    made[0].guest.start(wait=False)
+    copied = {"server_id": made[1].server.id, "consistency": "crash", "way": "reflink", "bytes": 1}
+    snapshot = Snapshot(taken_at=now(), expires_at=now() + timedelta(days=2), **copied)
+    farmed.world.add(snapshot)
+    real, root, extra = removal._stop, settings().vault, farmed.disks / "extra.raw"
+    folder = root / "snapshots" / made[1].server.id / snapshot.id
+    folder.mkdir(parents=True)
+    make_disk(farmed.disks, "raw", "blank", SIZE).rename(extra)
+
+    def stop_and_change(*arguments: object) -> None:
+        real(*arguments)  # type: ignore[arg-type]
+        plug(made[0].guest, extra)
+
+    def lose(point: str) -> None:
+        if point == "committed":
+            root.rename(root.with_name("mounted"))
+            root.mkdir()
+
+    monkeypatch.setattr(removal, "_stop", stop_and_change)
+    monkeypatch.setattr(faults, "point", lose)
+    operation = farmed.world.submit(DeleteFarm(farm=farm.id))
+    runner.run(operation)
+
+    waiting = farmed.world.row(operation)
+    assert (waiting.state, (waiting.error or {})["code"]) == ("running", runner.NOT_CLEARED_UP)
+    assert made[0].guest.state() == "running"
+    monkeypatch.undo()
+    root.rmdir()
+    root.with_name("mounted").rename(root)
+    farmed.world.expire(operation)
+    runner.run(operation)
+    assert farmed.world.row(operation).state == "succeeded"
+    assert made[1].is_gone and not folder.exists()
+
+
 def test_what_hangs_on_a_clone(farmed: Farmed) -> None:
     """Its snapshot, its schedules and what a revert kept go with it; its images stay. The end of
     the time to undo, which comes later, brings nothing back."""

@@ -17,9 +17,10 @@ from services.imager import images, verification
 from shared import recovery  # noqa: F401  registers the journal's actions
 from shared.commands import PromoteSnapshot, VerifyImage
 from shared.database import reading
-from shared.manifest import read_manifest
+from shared.manifest import Manifest, read_manifest
 from shared.models import Image
 from shared.operations.runner import run
+from shared.settings import settings
 from shared.tending.digester import Digester
 
 
@@ -158,3 +159,28 @@ def test_a_promoted_snapshot_passes(
     known = {read_manifest(each).digest_of("vda.raw") for each in (snapshot, image)}
     assert (len(known) == 1, None in known) == (way == "reflink", way == "stream")
     assert verified(world, result["image"])["faults"] == []
+
+
+def test_an_image_that_went_with_its_mount_is_not_missing(
+    world: World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mount goes in the middle of a verification, which then says nothing of the image."""
+    root, real = settings().vault, verification.read_manifest
+
+    def lost(path: Path) -> Manifest:
+        manifest = real(path)
+        root.rename(root.with_name("mounted"))
+        root.mkdir()
+        return manifest
+
+    monkeypatch.setattr(verification, "read_manifest", lost)
+    operation = world.submit(VerifyImage(image="img_1"))
+    run(operation)
+    root.rmdir()
+    root.with_name("mounted").rename(root)
+
+    row = world.row(operation)
+    assert (row.state, (row.error or {})["code"]) == ("failed", "vault_not_mounted")
+    with reading() as session:
+        image = session.get_one(Image, "img_1")
+    assert (image.state, image.verified_at) == ("complete", None)
