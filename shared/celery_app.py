@@ -4,14 +4,37 @@ Why each setting is as it is: docs/explanation/queues.md.
 """
 
 from functools import cache
+from typing import Any
 
+import structlog
 from celery import Celery
 from kombu.entity import Queue
+from kombu.transport import redis
 
 from shared.settings import settings
 
+log = structlog.get_logger()
+
 TICKS = "ticks"
 """The queue of beat's own tasks: database work only, read by the beat process."""
+
+
+class LenientQoS(redis.QoS):
+    """Whose messages that were taken and not acknowledged do not keep a channel from closing.
+
+    kombu gives them back then. Where Redis has just died it may have no connection to do that
+    with, and the AttributeError of that ended Celery's worker (kombu 5.7, celery 5.7). They are
+    given back all the same after `visibility_timeout`, and operations are woken before.
+    """
+
+    def restore_unacked_once(self, stderr: Any = None) -> None:
+        try:
+            super().restore_unacked_once(stderr)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            log.warning("messages.not_given_back", reason=str(error))
+
+
+redis.Channel.QoS = LenientQoS
 
 
 def make_app(name: str, queues: list[str], imports: list[str]) -> Celery:

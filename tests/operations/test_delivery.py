@@ -250,3 +250,19 @@ def _all_ended(count: int) -> bool:
     with reading() as session:
         ended = select(func.count()).select_from(Operation).where(row.state == "succeeded")
         return session.scalar(ended) == count
+
+
+def test_channel_closes_with_a_message_that_cannot_be_given_back(
+    redis_broker: Broker, world: World
+) -> None:
+    """As where Redis dies between a worker's taking a message and its saying so: the error of that
+    ended the worker."""
+    with publisher().connection() as connection:
+        queue = connection.SimpleQueue("taken")
+        queue.put({})
+        queue.get(timeout=5)
+        connection.transport.client = None  # given up already, by an earlier close
+
+        queue.channel.close()
+
+        assert queue.channel.closed
