@@ -47,7 +47,7 @@ from shared.commands import (
 from shared.database import reading, transaction
 from shared.hypervisor.connection import forget
 from shared.models import Host, Image, Operation, Server, Snapshot
-from shared.operations import claim, journal, presence, runner
+from shared.operations import bystander, claim, journal, presence, runner
 from shared.operations.bystander import Bystander, _left_behind
 from shared.settings import settings
 from shared.tending import tender
@@ -441,6 +441,71 @@ def test_living_worker_is_not_taken_for_dead_where_its_vault_was_replaced(
         assert presence.of(owner) == "unknown"
         assert _left_behind() == set()
         assert claim.take_over(operation, "kvm-1/snapshotter/x") is None
+
+
+def lose(root: Path) -> None:
+    """The mount goes."""
+    root.rename(root.with_name("mounted"))
+    root.mkdir()
+
+
+def test_mount_that_goes_while_a_lock_is_looked_for_says_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was there a moment ago: its lock file is not missing for a death."""
+    real = presence._opened
+
+    def opened(path: Path) -> int:
+        lose(root)
+        return real(path)
+
+    with presence.attempt("snapshotter") as owner:
+        monkeypatch.setattr(presence, "_opened", opened)
+        assert presence.of(owner) == "unknown"
+
+
+def test_lock_made_below_a_mount_that_has_just_gone_is_none(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the vault is back nobody finds it, and its owner would look dead."""
+    real = presence._locked
+
+    def locked(path: Path) -> int:
+        lose(root)
+        path.parent.mkdir()
+        return real(path)
+
+    monkeypatch.setattr(presence, "_locked", locked)
+    with presence.attempt("snapshotter") as owner:
+        assert owner.endswith(f"@{presence.UNSEEN}")
+        root.joinpath(".workers").rename(root.with_name("below"))
+        root.rmdir()
+        root.with_name("mounted").rename(root)
+        mounted.ensure()
+        assert presence.of(owner) == "unknown"
+
+
+def test_guest_of_one_known_to_be_dead_waits_for_no_vault(
+    world: World,  # noqa: F811
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """libvirt was away at the first try, and at the second the vault is."""
+    dead = f"kvm-1/snapshotter/dead@{mounted.known()}"
+    operation = world.snapshot_of(world.server())
+    assert claim.claim(operation, dead)
+    with transaction() as session:
+        journal.write(session, operation, "undo", "note", step="resumed")
+    monkeypatch.setattr(bystander, "AT_ONCE", ("note",))
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "act", lambda entry: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bystander.attend(dead)
+    lose(root)
+
+    bystander.attend(dead)
+
+    assert world.played == ["resumed"]
 
 
 @pytest.mark.parametrize("obstacle", ["read-only", "full"])

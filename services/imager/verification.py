@@ -34,6 +34,7 @@ def verify(context: Context, command: VerifyImage) -> Outcome:
     folder = vault().folder("image", image.server_id, image.id)
     faults = _faults(context, folder)
     state = "complete" if not faults else "damaged" if folder.is_dir() else "missing"
+    _refuse_unseen(faults)
     result = state if faults else PASSED
 
     def apply(session: Session) -> None:
@@ -54,6 +55,7 @@ def require_whole(context: Context, image: Image) -> None:
     copied = context.latest()
     context.phase("verifying")
     if faults := _faults(context, vault().folder("image", image.server_id, image.id)):
+        _refuse_unseen(faults)
         found = "; ".join(f"{each['file']}: {each['fault']}" for each in faults)
         raise ImageDamaged(
             f"The new image did not pass its verification and was not kept ({found}). No older "
@@ -68,6 +70,12 @@ def require_whole(context: Context, image: Image) -> None:
 def tell(session: Session, image: Image) -> None:
     result = image.verified_result
     events.emit(session, "image.verified", image.server_id, image=image.id, result=result)
+
+
+def _refuse_unseen(faults: list[dict[str, Any]]) -> None:
+    """What went with its mount is neither missing nor damaged. Raises VaultNotMounted."""
+    if faults:
+        mounted.ensure()
 
 
 def _faults(context: Context, folder: Path) -> list[dict[str, Any]]:
@@ -88,9 +96,7 @@ def _faults(context: Context, folder: Path) -> list[dict[str, Any]]:
             found[name] = digest(folder / name)
         except OSError as error:
             faults.append({"file": name, "fault": str(error)})
-    if faults:
-        mounted.ensure()  # what went with its mount is neither missing nor damaged
-    else:  # what was not known yet is, from now on
+    if not faults:  # what was not known yet is, from now on
         manifest = vault().record(folder, found)
     for name, seen in found.items():
         if (recorded := manifest.digest_of(name)) not in (None, seen):

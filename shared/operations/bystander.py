@@ -9,6 +9,7 @@ all of them died, the first that starts again does so, whether or not the broker
 """
 
 import threading
+from datetime import timedelta
 
 import structlog
 from sqlalchemy import select
@@ -107,4 +108,6 @@ def _leave(operation_id: str, me: str, to: str | None) -> None:
         current.owner, current.lease_expires_at = to, database_now(session)
         if to is None:
             journal.strike(session, operation_id, *AT_ONCE)  # a later pause is the owner's own
+        else:  # whatever becomes of the vault, that one is dead
+            current.lease_expires_at -= timedelta(seconds=settings().lease * (claim.STALLED + 1))
         wake(session, current)

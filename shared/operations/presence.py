@@ -49,14 +49,18 @@ def attempt(service: str) -> Iterator[str]:
     which nothing is known but its lease.
     """
     name = f"{settings().host}/{service}/{uuid4().hex}"
+    lock = None
     try:
         mounted.ensure()
         _made()
         owner = f"{name}@{mounted.known()}"
         path = _file(owner)
         lock = _locked(path)
+        mounted.ensure()  # else it is below a mount that went in between
     except (VaultNotMounted, OSError) as error:
         log.warning("attempt.unseen", reason=str(error))
+        if lock is not None:
+            os.close(lock)
         yield f"{name}@{UNSEEN}"
         return
     try:
@@ -103,7 +107,7 @@ def of(owner: str, *, sweep: bool = True) -> Literal["alive", "dead", "unknown"]
     try:
         lock = _opened(path)
     except FileNotFoundError:
-        return "dead"
+        return "dead" if mounted.seems_there() else "unknown"
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
