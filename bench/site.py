@@ -46,8 +46,9 @@ class Kind:
     pieces: int = 0
     memory_mib: int = 192
     written: bool = False
-    """Whether each block of it was written before: the first write to one can take four times as
-    long, down to the machine's own disk, and who writes to which is chance."""
+    """Whether it is for copies of which each byte is written. Then the cache of the backing file is
+    passed by, and each block was written before: the first write to one can take four times as
+    long, down to the machine's own disk. Who writes to which is chance."""
 
     @property
     def room(self) -> int:
@@ -265,7 +266,8 @@ def opened(kind: Kind, hypervisor: Hypervisor) -> Iterator[Site]:
     """A site with its guest up and its Triptych ready."""
     with contextlib.ExitStack() as undo:
         file_system = getattr(filesystems, kind.file_system)
-        folder = undo.enter_context(file_system(kind.room))
+        direct = {"direct": True} if kind.written else {}
+        folder = undo.enter_context(file_system(kind.room, **direct))
         if kind.written:
             _write_all(folder)
         guest = undo.enter_context(_guest(kind, folder, hypervisor))
