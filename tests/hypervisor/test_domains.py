@@ -9,6 +9,7 @@ import pytest
 
 from lab.guest import Guest
 from lab.libvirtd import Hypervisor, libvirtd
+from shared import recovery
 from shared.hypervisor import inventory, undo
 from shared.hypervisor.connection import connect, forget
 from shared.hypervisor.definition import DomainDefinition
@@ -19,6 +20,7 @@ from shared.hypervisor.inventory import scan, watch
 from shared.hypervisor.memory import memory_saved, resume_from
 from shared.hypervisor.pause import paused
 from shared.hypervisor.watchdog import Watchdog
+from shared.settings import settings
 from tests.hypervisor.test_pause import wait_until
 
 pytestmark = pytest.mark.vm
@@ -128,12 +130,38 @@ def test_a_clone_runs_beside_its_source(box: Domain, workspace: Path) -> None:
     assert disk.exists()
 
 
+def test_a_tpm_s_directory_is_not_taken_from_under_its_owner_s_start(
+    box: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restore that was refused since its owner had started the server: libvirt is at making the
+    directory, in which there is no more than a lock yet. Once the server is off, it goes."""
+    monkeypatch.setenv("TRIPTYCH_LIBVIRT_URI", box.uri)
+    settings.cache_clear()
+    state = tmp_path / "uuid" / "tpm2" / "tpm2-00.permall"
+    state.parent.mkdir(parents=True)
+    (state.parent / ".lock").touch()
+    (tmp_path / "vda.raw").touch()
+    live = {"vda": str(tmp_path / "vda.raw"), "tpm": str(state)}
+
+    undo.start_domain(box.uri, box.uuid)
+    recovery.swap_back(live, "op_1", box.uuid, ["tpm"])
+    assert state.parent.is_dir() and (state.parent / ".lock").exists()
+
+    undo.stop_domain(box.uri, box.uuid)
+    recovery.swap_back(live, "op_1", box.uuid, ["tpm"])
+    settings.cache_clear()
+    assert not state.parent.exists()
+
+
 def test_undo_of_power(box: Domain) -> None:
     """Crash recovery starts and stops, and says when there was nothing to do."""
     assert undo.start_domain(box.uri, box.uuid)
     assert not undo.start_domain(box.uri, box.uuid)
+    assert undo.is_on(box.uri, box.uuid)
     assert not undo.stop_domain(box.uri, box.uuid, resumed=True)
     assert undo.stop_domain(box.uri, box.uuid)
+    assert not undo.is_on(box.uri, box.uuid)
+    assert not undo.is_on(box.uri, NOBODY)
     assert not undo.stop_domain(box.uri, box.uuid)
     assert not undo.stop_domain(box.uri, NOBODY)
     xml = box.definition()
