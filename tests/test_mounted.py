@@ -267,6 +267,17 @@ def test_doctor_and_rescan_take_no_copy_for_gone(
 # What is the host's vault
 
 
+def lose(root: Path) -> None:
+    """The mount goes; what was mounted is beside it."""
+    root.rename(root.with_name("mounted"))
+    root.mkdir()
+
+
+def regain(root: Path) -> None:
+    root.rmdir()
+    root.with_name("mounted").rename(root)
+
+
 @pytest.fixture
 def root(world: World) -> Path:  # noqa: F811
     """The directory of a vault that is known."""
@@ -275,9 +286,8 @@ def root(world: World) -> Path:  # noqa: F811
 
 @pytest.fixture
 def empty(root: Path) -> Path:
-    """The same where the mount is missing; what was mounted is beside it."""
-    root.rename(root.with_name("mounted"))
-    root.mkdir()
+    """The same where the mount is missing."""
+    lose(root)
     return root
 
 
@@ -409,13 +419,11 @@ def test_living_worker_is_not_taken_for_dead_without_the_vault(
     operations = [world.snapshot_of(world.server(name)) for name in ("before", "after")]
     with presence.attempt("snapshotter") as owner:
         assert claim.claim(operations[0], owner)
-        root.rename(root.with_name("mounted"))
-        root.mkdir()
+        lose(root)
         with presence.attempt("snapshotter") as other:
             assert claim.claim(operations[1], other)
             assert [presence.of(each) for each in (owner, other)] == ["unknown"] * 2
-            root.rmdir()
-            root.with_name("mounted").rename(root)
+            regain(root)
             mounted.ensure()
             assert [presence.of(each) for each in (owner, other)] == ["alive", "unknown"]
             world.expire(operations[1])
@@ -441,12 +449,6 @@ def test_living_worker_is_not_taken_for_dead_where_its_vault_was_replaced(
         assert presence.of(owner) == "unknown"
         assert _left_behind() == set()
         assert claim.take_over(operation, "kvm-1/snapshotter/x") is None
-
-
-def lose(root: Path) -> None:
-    """The mount goes."""
-    root.rename(root.with_name("mounted"))
-    root.mkdir()
 
 
 def test_mount_that_goes_while_a_lock_is_looked_for_says_nothing(
@@ -479,8 +481,7 @@ def test_lock_made_below_a_mount_that_has_just_gone_is_none(
     with presence.attempt("snapshotter") as owner:
         assert owner.endswith(f"@{presence.UNSEEN}")
         root.joinpath(".workers").rename(root.with_name("below"))
-        root.rmdir()
-        root.with_name("mounted").rename(root)
+        regain(root)
         mounted.ensure()
         assert presence.of(owner) == "unknown"
 
@@ -582,8 +583,7 @@ def test_background_work_rests_without_the_vault(
     try:
         thread.join(0.5)
         assert turns == []
-        empty.rmdir()
-        empty.with_name("mounted").rename(empty)
+        regain(empty)
         wait_for(lambda: turns)
     finally:
         thread.stop()
