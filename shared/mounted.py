@@ -46,7 +46,7 @@ def ensure() -> None:
 
 
 def look() -> None:
-    """The same, and nothing is marked or remembered; for those who only look."""
+    """The same by the row as it is now, and nothing is marked; for those who only look."""
     global _known
     with reading() as session:
         _known, _ = _compared(session)

@@ -46,7 +46,7 @@ def attempt(service: str) -> Iterator[str]:
     """The name, as an owner, of what this block does, with the vault where its file is.
 
     Where there can be none, without the vault or on one that is read-only or full, it is one of
-    which nothing is known but its lease.
+    which nothing is known but its lease; others give it five of them (`claim.STALLED`).
     """
     name = f"{settings().host}/{service}/{uuid4().hex}"
     lock = None
