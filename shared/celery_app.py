@@ -62,7 +62,7 @@ def make_app(name: str, queues: list[str], imports: list[str]) -> Celery:
         task_default_queue=queues[0] if queues else TICKS,
         task_queues=[Queue(queue) for queue in queues] or None,
         task_retry_on_worker_lost=True,
-        worker_pool="prefork",
+        worker_pool="shared.pool:TaskPool",
         worker_pool_start_method="spawn",
         worker_proc_alive_timeout=60,
         worker_concurrency=settings().concurrency,

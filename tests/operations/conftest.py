@@ -7,3 +7,4 @@ from operations.spine import (  # noqa: F401
     redis_broker,
     world,
 )
+from operations.workers import worker  # noqa: F401

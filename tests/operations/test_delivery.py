@@ -1,18 +1,12 @@
 """Real Celery workers on a real Redis: messages twice, nonsense, and workers that are killed."""
 
-import contextlib
 import itertools
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 from operations.spine import Broker, World, wait_for
+from operations.workers import Worker, ask, ended, working
 from sqlalchemy import func, select
 
 from shared import commands
@@ -24,72 +18,6 @@ from shared.operations import outbox, reconcile
 from shared.settings import settings
 
 QUEUE = "snapshots.kvm-1"
-ROOT = Path(__file__).resolve().parents[2]
-ENDED = ("succeeded", "failed", "cancelled")
-
-
-class Worker:
-    """A worker of pretended work, in a process group of its own."""
-
-    def __init__(self, vault: Path, app: str = "operations.fake_service") -> None:
-        self.vault, self.app = vault, app
-        self.log = vault / f"{app}.log"
-        self.start()
-
-    def start(self) -> None:
-        path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "celery", "-A", self.app, "worker"],
-                env={**os.environ, "PYTHONPATH": path},
-                cwd=self.vault,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def kill(self) -> None:
-        """All of it at once, as the kernel does when memory runs out."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def did(self) -> list[str]:
-        file = self.vault / "log"
-        return file.read_text().splitlines() if file.exists() else []
-
-
-@contextlib.contextmanager
-def working(*apps: str) -> Iterator[list[Worker]]:
-    workers = [Worker(settings().vault, app) for app in apps]
-    try:
-        yield workers
-    except BaseException:
-        print(*(worker.log.read_text() for worker in workers), sep="\n")
-        raise
-    finally:
-        for worker in workers:
-            worker.kill()
-
-
-@pytest.fixture
-def worker(redis_broker: Broker, world: World) -> Iterator[Worker]:
-    with working("operations.fake_service") as (only,):
-        yield only
-
-
-def ask(world: World, name: str, what: str = "work") -> str:
-    """An operation on a server of its own, and its message."""
-    server = world.server(name)
-    operation = world.submit(TakeSnapshot(server=server.id, description=what))
-    outbox.flush()
-    return operation
-
-
-def ended(world: World, operation: str) -> Operation:
-    """The row, once the operation has ended."""
-    wait_for(lambda: world.row(operation).state in ENDED, 90)
-    return world.row(operation)
 
 
 def test_each_message_is_done_once_whatever_else_comes(worker: Worker, world: World) -> None:
