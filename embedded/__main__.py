@@ -46,6 +46,7 @@ def _greet(stack: Stack) -> None:
     stop = "make down" if stack.state == STATE else f"python -m embedded down --state {stack.state}"
     print(
         f"Triptych is up at {stack.url} (API documentation: {stack.url}/docs).\n"
+        f"Copies go to {stack.environment['TRIPTYCH_VAULT']}\n"
         f"Use it:   . {env} && .venv/bin/triptych host list\n"
         f"Stop it:  {stop}"
     )

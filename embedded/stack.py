@@ -2,7 +2,7 @@
 
 Everything lies in one state directory: the database, Redis's data, logs, pids and `env`,
 the file (mode 0600) to source for the client. Settings that are set in the environment are
-taken as they are; the rest is filled in.
+taken as they are, and kept for the next start; the rest is filled in.
 """
 
 import contextlib
@@ -132,10 +132,14 @@ class Stack:
                 if not self._alive(name):
                     raise StackError(f"{name} ended at its start; see {self._log(name)}")
             ready = self._ask("/readyz").get("status") == "ok"
-            if ready and self._ask(f"/v1/hosts/{host}").get("answering"):
+            seen = self._ask(f"/v1/hosts/{host}") if ready else {}
+            if seen.get("answering"):
                 return
             time.sleep(0.1)
-        raise StackError(f"The stack did not come up in {timeout:.0f} s; see {self.state / 'log'}")
+        raise StackError(
+            seen.get("problem")
+            or f"The stack did not come up in {timeout:.0f} s; see {self.state / 'log'}"
+        )
 
     # Stopping
 
@@ -199,18 +203,25 @@ class Stack:
         path.write_text("".join(sorted(lines)))
 
     def _given(self) -> dict[str, str]:
-        """What the caller set. A shell that sourced our own `env` hands back what we had
-        filled in: that is not the caller's."""
+        """What the caller set, now or at an earlier start; set to nothing, it is filled in again.
+
+        A shell that sourced our own `env` hands back what we had filled in: that is not the
+        caller's.
+        """
+        before: dict[str, str] = {}
         ours: dict[str, str] = {}
         if (self.state / "filled-in").exists():
-            names = (self.state / "filled-in").read_text().split()
-            ours = {name: self.environment[name] for name in names if name in self.environment}
+            names = {"TRIPTYCH_URL", *(self.state / "filled-in").read_text().split()}
+            for name, value in self.environment.items():
+                (ours if name in names else before)[name] = value
         inherited = {
             name: value
             for name, value in os.environ.items()
             if name.startswith("TRIPTYCH_") and ours.get(name) != value
         }
-        return inherited | self.settings
+        now = inherited | self.settings
+        kept = {name: value for name, value in before.items() if _one_way(name) not in now}
+        return {name: value for name, value in (kept | now).items() if value}
 
     def _kept_secret(self, name: str) -> str:
         path = self.state / name
@@ -294,6 +305,11 @@ class Stack:
                 return body
         except (OSError, urllib.error.URLError, ValueError):
             return {}
+
+
+def _one_way(name: str) -> str:
+    """The other name by which the same is set: a secret, or the file that it is in."""
+    return name.removesuffix("_FILE") if name.endswith("_FILE") else f"{name}_FILE"
 
 
 def _refuse_taken_port(port: int) -> None:

@@ -193,3 +193,43 @@ def test_a_shell_that_sourced_env_keeps_what_the_caller_chose(story: Story) -> N
     for name in ("TRIPTYCH_LIBVIRT_URI", "TRIPTYCH_CONCURRENCY"):
         assert name not in story.second.filled_in
         assert story.first.environment[name] == story.second.environment[name]
+
+
+def test_what_was_given_once_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next `make up` needs no vault on its command line; set to nothing, it is filled in."""
+    vault = tmp_path / "vault of mine"
+
+    def environment(given: str | None) -> dict[str, str]:
+        with monkeypatch.context() as shell:
+            for name in [each for each in os.environ if each.startswith("TRIPTYCH_")]:
+                shell.delenv(name)
+            if given is not None:
+                shell.setenv("TRIPTYCH_VAULT", given)
+            stack = Stack(tmp_path / "state", port=free_port())
+            stack._write_environment()
+            return stack.environment
+
+    assert environment(str(vault))["TRIPTYCH_VAULT"] == str(vault)
+    kept = environment(None)
+    assert kept["TRIPTYCH_VAULT"] == str(vault)
+    assert kept["TRIPTYCH_BROKER_URL"] != environment(None)["TRIPTYCH_BROKER_URL"]  # a free port
+    assert environment("")["TRIPTYCH_VAULT"] == str(tmp_path / "state" / "vault")
+
+
+def test_a_secret_takes_the_place_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the other way round: what was kept does not stand beside what is given now."""
+    file = tmp_path / "secret"
+    file.write_text("s" * 32)
+    stack = Stack(tmp_path / "state")
+    for name, other, value in (
+        ("TRIPTYCH_TOKEN_FILE", "TRIPTYCH_TOKEN", str(file)),
+        ("TRIPTYCH_TOKEN", "TRIPTYCH_TOKEN_FILE", "t" * 32),
+    ):
+        with monkeypatch.context() as shell:
+            shell.delenv(other, raising=False)
+            shell.setenv(name, value)
+            stack._write_environment()
+        assert stack.environment[name] == value
+        assert other not in stack.environment
