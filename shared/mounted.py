@@ -130,7 +130,8 @@ def _refusal(found: str) -> errors.VaultNotMounted:
     return errors.VaultNotMounted(
         f"{settings().vault} is not the vault of host {settings().host}: {found}. Nothing was "
         "touched. Mount the vault's file system there and ask again; if it was replaced on "
-        "purpose, run `triptych-admin vault adopt` on the host.",
+        "purpose, run `scripts/triptych-admin vault adopt` on the host, or in a deployment "
+        "`docker compose exec imager python -m shared.admin vault adopt`.",
         found=found,
     )
 

@@ -78,7 +78,7 @@ IMAGE: dict[str, Any] = {
     "pause_ms": 11.2,
     "bytes": 4831838208,
     "unique_bytes": 402653184,
-    "verified": {"at": "2026-03-10T04:10:00.530000Z", "result": "ok"},
+    "verified": {"at": "2026-03-10T04:10:00.530000Z", "result": "passed"},
     "proof": {
         "at": None,
         "result": "not_run",

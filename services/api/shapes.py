@@ -20,7 +20,7 @@ Kind = Annotated[str, _one_of("daily", "weekly")]
 Way = Annotated[str, _one_of("reflink", "overlay", "stream")]
 Consistency = Annotated[str, _one_of("application", "file-system", "crash")]
 PauseMs = Annotated[
-    float | None, Field(description="how long the guest stood still; null when it did not run")
+    float | None, Field(description="how long the guest stood still; 0: it was off, or streamed")
 ]
 UNIQUE = Field(None, description="what deleting it would free; null: not measured yet")
 ServerId = Annotated[str, Field(description="the server's id")]
@@ -61,7 +61,7 @@ class Host(BaseModel):
     qemu: Any = Field(None, description="version")
     vault: Any = Field(None, description="the vault's directory")
     vault_usage: VaultUsage
-    reflink: Any = Field(None, description="whether disks and vault share extents")
+    reflink: Any = Field(None, description="whether the vault's file system shares extents")
     quiesce: Any = Field(None, description="whether guests can be asked to freeze")
     memory: Any = Field(False, description="whether copies can hold RAM")
     free_bytes: int | None = None

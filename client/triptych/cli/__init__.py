@@ -1,7 +1,7 @@
 """The command line. `main` runs it; every way out has its exit code and no traceback.
 
 0 done · 1 the operation failed · 2 usage · 3 refused by the API · 4 API unreachable ·
-130 interrupted.
+70 a bug · 130 interrupted.
 """
 
 import os

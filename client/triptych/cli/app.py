@@ -25,7 +25,7 @@ app = group(
     epilog=(
         "The options above work before or after any command.\n\n"
         "Exit codes: 0 done, 1 the operation failed, 2 usage, 3 refused by the API, "
-        "4 API unreachable, 130 interrupted.\n\n"
+        "4 API unreachable, 70 a bug, 130 interrupted.\n\n"
         "Start with: triptych login http://host:port"
     ),
 )

@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
     command(
         app,
         "login",
-        "triptych login http://127.0.0.1:8080",
+        "triptych login http://127.0.0.1:8000",
         "triptych login https://triptych.example.org < token.txt",
     )(login)
 

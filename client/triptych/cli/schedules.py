@@ -46,7 +46,8 @@ def set_schedule(
     catch_up: Annotated[
         int | None,
         typer.Option(
-            min=0,
+            min=60,
+            max=604800,
             metavar="SECONDS",
             help="How late a missed run may still start, in seconds.",
             show_default="6 h daily, 24 h weekly",
