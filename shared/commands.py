@@ -33,11 +33,11 @@ def _name_pattern(value: str) -> str:
 
 Name = Annotated[str, AfterValidator(_name)]
 NamePattern = Annotated[str, Field(max_length=80), AfterValidator(_name_pattern)]
-Reference = Annotated[str, Field(min_length=1, max_length=255)]
+Reference = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f]+$")]
 Quiesce = Literal["auto", "require", "never"]
 IdentityWay = Literal["auto", "agent", "cloud-init", "offline", "keep"]
 Description = Annotated[str, Field(max_length=1000)]
-Lifetime = Annotated[float, Field(gt=0, le=24 * 366, description="hours")]
+Lifetime = Annotated[float, Field(gt=0, le=24 * 366, allow_inf_nan=False, description="hours")]
 
 
 class Command(BaseModel):
@@ -64,6 +64,8 @@ class RevertSnapshot(Command):
     server: Reference
     with_memory: bool = True
     """Resume the memory where the snapshot holds it, instead of booting from the disks."""
+    snapshot: Reference | None = None
+    """Only this one; filled in at admission, so that a later snapshot is not meant."""
 
 
 class DeleteSnapshot(Command):
@@ -71,7 +73,7 @@ class DeleteSnapshot(Command):
 
     server: Reference
     snapshot: Reference | None = None
-    """Only this one; filled in at admission, so that a later snapshot is not meant."""
+    """As of RevertSnapshot."""
     expired: bool = False
 
 
@@ -81,6 +83,8 @@ class PromoteSnapshot(Command):
     kind, service, task = "snapshot.promote", "imager", "imager.promote"
 
     server: Reference
+    snapshot: Reference | None = None
+    """As of RevertSnapshot."""
     name: Name | None = None
     description: Description = ""
     pinned: bool = False
@@ -121,6 +125,8 @@ class CloneSource(BaseModel):
     kind: Literal["server", "snapshot", "image"]
     id: Reference
     """A server's (for `server` and `snapshot`) or an image's id or name."""
+    snapshot: Reference | None = None
+    """As of RevertSnapshot."""
 
 
 class CreateClones(Command):

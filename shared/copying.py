@@ -145,7 +145,7 @@ def copy_server(
             quiesce=quiesce,
             progress=context.progress,
             cancelled=context.stopping,
-            before=lambda step: _journal(context, domain, partial.path, step),
+            before=lambda step: _journal(context, domain, partial.path, step, quiesce),
             free_floor=settings().free_floor,
             pause_budget_ms=settings().pause_budget.total_seconds() * 1000,
             memory=memory,
@@ -159,7 +159,9 @@ def copy_server(
     return Stored(manifest)
 
 
-def _journal(context: Context, domain: Domain, folder: Path, step: engine.Step) -> None:
+def _journal(
+    context: Context, domain: Domain, folder: Path, step: engine.Step, quiesce: Policy
+) -> None:
     """What undoes a step upon the guest, should this worker and its watchdog both die."""
     if step == "backup":  # a pause may have been given up; one that comes now is the owner's
         context.strike("resume_domain")
@@ -173,7 +175,8 @@ def _journal(context: Context, domain: Domain, folder: Path, step: engine.Step) 
     held: JournalStep = ("resume_domain", uuid)
     if step == "backup":
         held = ("abort_backup", {**uuid, "folder": str(folder)})
-    context.undo_all(("thaw_domain", uuid), held, durable=False)
+    thaw: list[JournalStep] = [] if quiesce == "never" else [("thaw_domain", uuid)]
+    context.undo_all(*thaw, held, durable=False)
 
 
 @cache

@@ -69,12 +69,31 @@ def snapshot_of(session: Session, server_id: str) -> Snapshot | None:
     return session.scalars(query).one_or_none()
 
 
-def snapshot(session: Session, of: Server) -> Snapshot:
+def standing_for(session: Session, was: Server) -> Server:
+    """The server that is registered for the domain of one that was forgotten, if there is one."""
+    if was.forgotten_at is None:
+        return was
+    query = select(Server).where(
+        Server.host == was.host,  # type: ignore[arg-type]
+        Server.domain_uuid == was.domain_uuid,  # type: ignore[arg-type]
+        Server.forgotten_at.is_(None),  # type: ignore[union-attr]
+    )
+    return session.scalars(query).one_or_none() or was
+
+
+def snapshot(session: Session, of: Server, meant: str | None = None) -> Snapshot:
+    """The server's snapshot; raises SnapshotNotFound where it is not the one that was `meant`."""
     found = snapshot_of(session, of.id)
     if found is None:
         raise errors.SnapshotNotFound(
             f"Server {of.name!r} has no snapshot (or it has expired). "
             "Take one with `triptych snapshot take`."
+        )
+    if meant and found.id != meant:
+        raise errors.SnapshotNotFound(
+            f"The snapshot of server {of.name!r} that was meant ({meant}) has been replaced "
+            f"by {found.id}, taken at {found.taken_at:%Y-%m-%d %H:%M:%S} UTC. Nothing was "
+            "changed; if that one is meant, ask again."
         )
     return found
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from sqlmodel import Session
 
-from shared import errors, events, faults, linked, lookups
+from shared import errors, events, faults, linked, lookups, using
 from shared.copying import write_out
 from shared.database import now, reading
 from shared.disks import setaside
@@ -21,7 +21,7 @@ from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
 from shared.hypervisor.definition import DomainDefinition, renamed
 from shared.hypervisor.domains import Domain, State
-from shared.hypervisor.errors import DomainMissing, MemoryNotUsable
+from shared.hypervisor.errors import DiskInUse, DomainMissing, MemoryNotUsable
 from shared.hypervisor.locks import refuse_if_open
 from shared.hypervisor.memory import refuse_other_name, resume_from
 from shared.manifest import NVRAM, TPM, Manifest, read_manifest
@@ -42,6 +42,12 @@ class ServerTransient(errors.Conflict):
     """The server is gone once it is stopped"""
 
     code = "server_transient"
+
+
+class DiskFolderMissing(errors.Conflict):
+    """The directory of the server's disks is gone"""
+
+    code = "disk_folder_missing"
 
 
 class TpmFolderMissing(errors.Conflict):
@@ -107,7 +113,8 @@ def put_back(
     With `current`, the server keeps its definition where that still has the copy's disks;
     with `stored` it gets the copy's. A domain that is gone is defined again. With `memory`,
     where the copy holds it, the guest is resumed at that instant, also if it was off. Raises
-    SavedStatePresent, TpmFolderMissing, InsufficientSpace, MemoryNotUsable and what libvirt raises.
+    SavedStatePresent, DiskInUse, DiskFolderMissing, TpmFolderMissing, InsufficientSpace,
+    MemoryNotUsable and what libvirt raises.
     """
     context.phase("checking")
     manifest = read_manifest(folder)
@@ -128,6 +135,8 @@ def put_back(
     live = _live_files(wanted, manifest)
     missing = [target for target, path in live.items() if not path.exists()]
     late = _without_folder(live)
+    if domain is None:
+        _refuse_taken(connection, server, live)
 
     context.phase("copying")
     journalled = {target: str(path) for target, path in live.items()}
@@ -181,6 +190,21 @@ def _refuse_unsafe(domain: Domain) -> None:
         )
 
 
+def _refuse_taken(connection: Any, server: Server, live: dict[str, Path]) -> None:
+    """Raise DiskInUse where another domain was given a disk of the server's that is gone, or
+    stands on one; it need not run."""
+    users = using.users(connection)
+    for path in live.values():
+        others = users.get(path, {})
+        names = sorted(name for uuid, name in others.items() if uuid != server.domain_uuid)
+        if names:
+            raise DiskInUse(
+                f"{path} is needed by domain {', '.join(names)} now, so it was not replaced and "
+                "every disk is as it was. Clone the image instead, or undefine that domain, and "
+                "ask again."
+            )
+
+
 def _has_the_same_disks(current: str, manifest: Manifest, stored: str) -> bool:
     paths = _disk_paths(current)
     was = _disk_paths(stored)
@@ -218,9 +242,9 @@ def _live_files(definition: str, manifest: Manifest) -> dict[str, Path]:
     """Where each file of the copy goes, with symbolic links resolved."""
     paths, domain = _disk_paths(definition), DomainDefinition.parse(definition)
     live = {target: Path(paths[target] or "").resolve() for target in _targets(manifest)}
-    if manifest.nvram:
-        live[NVRAM] = Path(domain.nvram_path or "").resolve()
-    if manifest.tpm and domain.tpm_state:  # the server may have lost its TPM since
+    if manifest.nvram and domain.nvram_path:  # the server may have lost it since, as its TPM
+        live[NVRAM] = Path(domain.nvram_path).resolve()
+    if manifest.tpm and domain.tpm_state:
         live[TPM] = (settings().swtpm / domain.tpm_state).resolve()
     return live
 
@@ -228,8 +252,15 @@ def _live_files(definition: str, manifest: Manifest) -> dict[str, Path]:
 def _without_folder(live: dict[str, Path]) -> dict[str, Path]:
     """The TPM's state, by TPM, where its directory went with the domain.
 
-    Raises TpmFolderMissing where that cannot be made.
+    Raises TpmFolderMissing where that cannot be made, DiskFolderMissing where another is gone:
+    what was mounted there may be missing.
     """
+    for target, path in live.items():
+        if target != TPM and not path.parent.is_dir():
+            raise DiskFolderMissing(
+                f"{target} of the copy belongs in {path.parent}, which is no directory of this "
+                "host. Nothing was changed; make it, or mount what belongs there, and ask again."
+            )
     if TPM not in live or live[TPM].parent.is_dir():
         return {}
     folder, swtpm = live[TPM].parent, settings().swtpm.resolve()
@@ -275,10 +306,11 @@ def _stop(
             "Its disks and its state are as that left them; ask again."
         )
     if domain is None:
+        _refuse_taken(connect(settings().libvirt_uri), server, live)
         refuse_if_open(live.values(), "replaced")
         return "stopped"
     _refuse_unsafe(domain)
-    state = domain.state
+    state = domain.wanted_state
     if state != "stopped":
         context.undo("start_domain", uuid=domain.uuid, paused=state == "paused")
         domain.destroy()

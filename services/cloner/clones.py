@@ -31,6 +31,7 @@ from shared.hypervisor.errors import DomainMissing
 from shared.hypervisor.waking import Card
 from shared.manifest import NVRAM, Manifest, read_manifest
 from shared.models import Clone, Server
+from shared.operations.admission import refuse_unusable
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import describe, handles
@@ -207,10 +208,12 @@ def _source_folder(session: Session, command: CreateClones) -> Path | None:
     """The folder of the snapshot or image; None for a server, which is copied first."""
     if command.source.kind == "image":
         image = lookups.image(session, command.source.id)
+        refuse_unusable(image)
         return vault().folder("image", image.server_id, image.id)
     server = lookups.server(session, command.source.id)
     if command.source.kind == "snapshot":
-        return vault().folder("snapshot", server.id, lookups.snapshot(session, server).id)
+        snapshot = lookups.snapshot(session, server, command.source.snapshot)
+        return vault().folder("snapshot", server.id, snapshot.id)
     return None
 
 

@@ -18,6 +18,7 @@ from shared.database import now, reading
 from shared.ids import new_id
 from shared.manifest import ManifestAbout
 from shared.models import Image, Schedule, ScheduleRun, Server
+from shared.operations.admission import refuse_unusable
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import handles
@@ -33,7 +34,8 @@ def create(context: Context, command: CreateImage) -> Outcome:
     with reading() as session:
         server = lookups.server(session, command.server)
         schedule, run = _run_of(session, context.id)
-    _refuse_missed(run)
+    if context.operation.attempt == 1:  # begun in time, it may take as long as it takes
+        _refuse_missed(run)
     image_id = new_id("img")
     about = _about(command, schedule.kind if schedule else "manual")
     stored = copy_server(context, server, "image", image_id, quiesce=command.quiesce, about=about)
@@ -50,7 +52,7 @@ def promote(context: Context, command: PromoteSnapshot) -> Outcome:
     """Make the snapshot an image (S6): its extents are shared where the file system can."""
     with reading() as session:
         server = lookups.server(session, command.server)
-        snapshot = lookups.snapshot(session, server)
+        snapshot = lookups.snapshot(session, server, command.snapshot)
     image_id = new_id("img")
     source = vault().folder("snapshot", server.id, snapshot.id)
     about = _about(command, "promoted")
@@ -136,8 +138,10 @@ def restore(context: Context, command: RestoreImage) -> Outcome:
     """Put the original server back as it was (I7), also when its domain is gone."""
     with reading() as session:
         image = lookups.image(session, command.image)
+        refuse_unusable(image)
         server = lookups.server(session, image.server_id, forgotten=True)
-    folder = vault().folder("image", server.id, image.id)
+        server = lookups.standing_for(session, server)
+    folder = vault().folder("image", image.server_id, image.id)
     replaced = restoring.put_back(context, server, folder, definition="stored")
 
     def apply(session: Session) -> None:

@@ -88,7 +88,7 @@ def revert(context: Context, command: RevertSnapshot) -> Outcome:
     """
     with reading() as session:
         server = lookups.server(session, command.server)
-        snapshot = lookups.snapshot(session, server)
+        snapshot = lookups.snapshot(session, server, command.snapshot)
     folder = vault().folder("snapshot", server.id, snapshot.id)
     replaced = restoring.put_back(
         context, server, folder, definition="current", memory=command.with_memory

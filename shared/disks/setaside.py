@@ -169,13 +169,14 @@ def discard(live: Mapping[str, Path], operation_id: str) -> None:
     An old file whose live name is gone is the disk itself: it is put back first.
     """
     for path in live.values():
-        folder, old = folder_of(path, operation_id), old_path(path, operation_id)
+        old = old_path(path, operation_id)
         if old.exists() and not path.exists():
             old.replace(path)
             sync_folder(path.parent)
+    for folder in {folder_of(path, operation_id) for path in live.values()}:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(folder)
-        sync_folder(path.parent)
+        sync_folder(folder.parent)
 
 
 def note_of(live: Mapping[str, Path], operation_id: str) -> Path:

@@ -37,6 +37,9 @@ FREEZE_TIMEOUT_S = 10
 _GRACE_S = 6.0
 _HOLD_S = 30.0
 _THAW_PATIENCE_S = 15.0
+_NOT_DONE = "has been disabled"
+"""What qemu-ga says of a command that it does not carry out (qga/main.c): one that its owner took
+away, and, while file systems are frozen, all but a few."""
 _UNANSWERED = (
     libvirt.VIR_ERR_AGENT_UNRESPONSIVE,
     getattr(libvirt, "VIR_ERR_AGENT_COMMAND_TIMEOUT", None),  # since libvirt 11.2
@@ -154,7 +157,8 @@ def _level(domain: Domain, timeout_s: int) -> Level:
 
 
 def _freeze(domain: Domain, watchdog: Watchdog, arm: Arm, timeout_s: int) -> None:
-    """Freeze within `timeout_s` seconds. On any failure the guest is thawed, `arm` spent.
+    """Freeze within `timeout_s` seconds. On any failure the guest is thawed, `arm` spent; but a
+    freeze of its owner's, for which the agent does not carry ours out, is left.
 
     Where the agent did not answer in time, the guest may freeze long after: the watchdog goes on
     trying to thaw it then, and is not waited for.
@@ -162,10 +166,16 @@ def _freeze(domain: Domain, watchdog: Watchdog, arm: Arm, timeout_s: int) -> Non
     outcome: list[HypervisorError | None] = []
     over = threading.Event()
     late = threading.Event()
+    asked = 0
+
+    def freeze(handle: libvirt.virDomain) -> None:
+        nonlocal asked
+        asked += 1
+        handle.fsFreeze()
 
     def run() -> None:
         try:
-            domain.call("Freezing", lambda handle: handle.fsFreeze())
+            domain.call("Freezing", freeze)
             outcome.append(None)
         except HypervisorError as error:
             outcome.append(error)
@@ -184,9 +194,10 @@ def _freeze(domain: Domain, watchdog: Watchdog, arm: Arm, timeout_s: int) -> Non
         failure = outcome[0] or QuiesceFailed(f"the agent did not answer within {timeout_s} s.")
         if unanswered(failure):
             watchdog.fire(arm)
-        else:
+            raise failure
+        if asked > 1 or _NOT_DONE not in failure.detail:
             _thaw(domain, watchdog, arm, patience_s=0)
-            watchdog.disarm(arm)
+        watchdog.disarm(arm)
         raise failure
 
 

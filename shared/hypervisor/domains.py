@@ -36,6 +36,12 @@ HELD_BY_SAVE = (
     libvirt.VIR_DOMAIN_PAUSED_SAVE,
     libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT,
 )
+_ASLEEP = (libvirt.VIR_DOMAIN_CRASHED, libvirt.VIR_DOMAIN_PMSUSPENDED)
+_HALTED = (
+    libvirt.VIR_DOMAIN_PAUSED_IOERROR,
+    libvirt.VIR_DOMAIN_PAUSED_WATCHDOG,
+    libvirt.VIR_DOMAIN_PAUSED_CRASHED,
+)
 DESTROY_TIMEOUT_S = 60.0
 OTHERS_JOB_S = 30.0
 """What libvirt itself waits for a domain's job; hard-coded there."""
@@ -94,6 +100,17 @@ class Domain:
         """Whether it is paused because somebody (its owner or we) asked for it."""
         state, reason = self.call("Reading the state of", lambda handle: handle.state())
         return bool(state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_USER)
+
+    @property
+    def wanted_state(self) -> State:
+        """The state that a fresh start is to bring it to. A guest that halted by itself (an I/O
+        error, a crash, its watchdog, asleep) is to run; one that was paused is to be paused."""
+        number, reason = self.call("Reading the state of", lambda handle: handle.state())
+        if number == libvirt.VIR_DOMAIN_CRASHED and not self.is_active:
+            return "stopped"
+        if number in _ASLEEP or (number == libvirt.VIR_DOMAIN_PAUSED and reason in _HALTED):
+            return "running"
+        return _STATES.get(number, "running")
 
     @property
     def held_by_save(self) -> bool:

@@ -134,8 +134,9 @@ def _(command: TakeSnapshot, session: Session) -> Admitted:
 @admit.register
 def _(command: RevertSnapshot, session: Session) -> Admitted:
     server = lookups.server(session, command.server)
-    lookups.snapshot(session, server)
-    return Admitted(server, command.model_copy(update={"server": server.id}))
+    snapshot = lookups.snapshot(session, server, command.snapshot)
+    pinned = {"server": server.id, "snapshot": snapshot.id}
+    return Admitted(server, command.model_copy(update=pinned))
 
 
 @admit.register
@@ -149,9 +150,10 @@ def _(command: DeleteSnapshot, session: Session) -> Admitted:
 @admit.register
 def _(command: PromoteSnapshot, session: Session) -> Admitted:
     server = lookups.server(session, command.server)
-    lookups.snapshot(session, server)
+    snapshot = lookups.snapshot(session, server, command.snapshot)
     _refuse_taken_image_name(session, server, command.name)
-    return Admitted(server, command.model_copy(update={"server": server.id}))
+    pinned = {"server": server.id, "snapshot": snapshot.id}
+    return Admitted(server, command.model_copy(update=pinned))
 
 
 @admit.register
@@ -171,13 +173,15 @@ def _(command: RestoreImage | DeleteImage | VerifyImage, session: Session) -> Ad
             "The boot proof is not supported by this version. Nothing was started; leave `boot` "
             "out to check hashes and disk structure."
         )
-    if isinstance(command, RestoreImage):
-        _refuse_unusable(image)
     server = lookups.server(session, image.server_id, forgotten=True)
+    if isinstance(command, RestoreImage):
+        refuse_unusable(image)
+        server = lookups.standing_for(session, server)
     return Admitted(server, command.model_copy(update={"image": image.id}))
 
 
-def _refuse_unusable(image: Image) -> None:
+def refuse_unusable(image: Image) -> None:
+    """Raise ImageNotUsable where a verification found it damaged or missing."""
     if image.state != "complete":
         raise errors.ImageNotUsable(
             f"Image {image.name!r} is {image.state}, so nothing was changed. "
@@ -202,15 +206,16 @@ def _source(session: Session, source: CloneSource, with_memory: bool) -> tuple[S
     """What clones are made from, by id, and the server in whose line that is done."""
     if source.kind == "image":
         image = lookups.held_image(session, source.id)
-        _refuse_unusable(image)
+        refuse_unusable(image)
         server = lookups.server(session, image.server_id, forgotten=True)
         return server, CloneSource(kind="image", id=image.id)
     server = lookups.server(session, source.id)
-    if source.kind == "snapshot":
-        snapshot = lookups.snapshot(session, server)
-        if with_memory:
-            _refuse_snapshot_without_memory(snapshot)
-    return server, CloneSource(kind=source.kind, id=server.id)
+    if source.kind == "server":
+        return server, CloneSource(kind="server", id=server.id)
+    snapshot = lookups.snapshot(session, server, source.snapshot)
+    if with_memory:
+        _refuse_snapshot_without_memory(snapshot)
+    return server, CloneSource(kind="snapshot", id=server.id, snapshot=snapshot.id)
 
 
 def _refuse_taken_clone_names(
@@ -268,7 +273,6 @@ def _(command: RetryFarm, session: Session) -> Admitted:
     source = first.source
     try:
         server, _ = _source(session, source, first.with_memory)
-        _refuse_other_snapshot(session, farm, source)
     except (errors.NotFound, errors.ImageNotUsable) as error:
         raise errors.FarmSourceGone(
             f"Farm {farm.name!r} was made from {source.kind} {source.id}, which cannot be cloned "
@@ -279,19 +283,6 @@ def _(command: RetryFarm, session: Session) -> Admitted:
     # A domain of one's name is for that clone to say: the others are made.
     _refuse_taken_clone_names(session, server.host, first, names, set())
     return Admitted(server, command.model_copy(update={"farm": farm.id}))
-
-
-def _refuse_other_snapshot(session: Session, farm: Farm, source: CloneSource) -> None:
-    """Raise SnapshotNotFound where the server's snapshot is a newer one than the farm's."""
-    if source.kind != "snapshot":
-        return
-    first = lookups.operation(session, farm.operation_id)
-    snapshot = lookups.snapshot(session, lookups.server(session, source.id))
-    if first.started_at and snapshot.taken_at > first.started_at:
-        raise errors.SnapshotNotFound(
-            f"the snapshot that it has now was taken at {snapshot.taken_at:%Y-%m-%d %H:%M:%S} "
-            "UTC, after the farm was made."
-        )
 
 
 @admit.register

@@ -10,6 +10,7 @@ import libvirt
 import pytest
 from live_site import Machine, Site, wait_for
 
+from lab import filesystems
 from lab.guest import make_disk
 from shared.hypervisor.locks import is_open
 
@@ -308,6 +309,50 @@ def test_a_disk_that_another_domain_uses_is_not_replaced(site: Site, stopped: Ma
 
     assert (revert, image) == ("disk_in_use", "disk_in_use")
     assert stopped.read() == {"before"}
+
+
+@on_xfs
+def test_a_freeze_of_its_owners_is_left(site: Site) -> None:
+    """Somebody else copies the disks just then: neither a copy nor its undo thaws the guest."""
+    machine = site.machine(["qcow2"], "running")
+    machine.write("frozen")
+    machine.guest.agent("guest-fsfreeze-freeze")
+    try:
+        taken = site.done(site.client.snapshots.take(machine.id))
+        with site.points.held(
+            lambda: site.client.images.create(machine.id, quiesce="never"), "reflink:shared"
+        ) as operation:
+            site.client.operations.cancel(operation["id"])
+        assert site.ended(operation)["state"] == "cancelled"
+        left = machine.guest.agent("guest-fsfreeze-status")
+    finally:
+        machine.guest.agent("guest-fsfreeze-thaw")
+    told = site.client.snapshots.get(machine.id)
+    site.remove(machine)
+
+    assert left == "frozen"
+    assert (taken["result"]["consistency"], told["consistency"]) == ("crash", "crash")
+
+
+@on_xfs
+def test_a_guest_that_halted_for_want_of_room_runs_after_a_revert(site: Site) -> None:
+    """QEMU stopped it on a write that found none, which is no pause of its owner's."""
+    machine = site.machine(["qcow2", "raw"], "running")
+    machine.write("before")
+    site.done(site.client.snapshots.take(machine.id))
+    ballast = filesystems.fill(site.folder)
+    fills = "dd if=/dev/urandom of=/data/much bs=1M count=64 oflag=direct"
+    machine.guest.agent("guest-exec", path="/bin/sh", arg=["-c", fills])
+    try:
+        wait_for(lambda: machine.state() == "paused", "it halts")
+    finally:
+        ballast.unlink()
+
+    reverted = site.done(site.client.snapshots.revert(machine.id))
+
+    assert (reverted["result"]["state"], machine.state()) == ("running", "running")
+    assert machine.read() == {"before"}
+    site.remove(machine)
 
 
 @on_xfs
