@@ -83,17 +83,20 @@ class Beside:
 def beside_of(
     live: DomainDefinition, destination: Path, swtpm: Path
 ) -> tuple[Beside, tuple[LeftOut, ...]]:
-    """What is to be copied into `destination`, and why the copy goes without the TPM's state."""
+    """What is to be copied into `destination`, and what the copy goes without, and why."""
     nvram = Path(live.nvram_path) if live.nvram_path else None
     tpm = swtpm / live.tpm_state if live.tpm_state else None
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: list[LeftOut] = []
+    if nvram and (obstacle := _unreadable(nvram)):
+        told = f"the UEFI variables cannot be read from {nvram}: {obstacle}"
+        nvram, left_out = None, [LeftOut("nvram", told)]
     if tpm and (obstacle := _unreadable(tpm)):
         told = f"the state of the virtual TPM cannot be read from {tpm}: {obstacle}"
-        tpm, left_out = None, (LeftOut("tpm", told),)
+        tpm, left_out = None, [*left_out, LeftOut("tpm", told)]
     files = Beside(
         SmallFile(nvram, destination / NVRAM_FILE), SmallFile(tpm, destination / TPM_FILE)
     )
-    return files, left_out
+    return files, tuple(left_out)
 
 
 def _unreadable(path: Path) -> str | None:

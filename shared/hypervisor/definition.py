@@ -38,6 +38,8 @@ _UNITS = {
 _SOURCE_ATTRIBUTE = {"file": "file", "block": "dev", "dir": "dir", "nvme": "namespace"}
 # Where swtpm keeps a TPM's state below a directory of the domain's: libvirt's src/qemu/qemu_tpm.c.
 _TPM_STATES = {"1.2": "tpm1.2/tpm-00.permall", "2.0": "tpm2/tpm2-00.permall"}
+NVRAM_FOLDER = "/var/lib/libvirt/qemu/nvram"
+"""Where libvirt keeps UEFI variables that no definition names, as packages build it."""
 CHARACTER_DEVICES = ("serial", "console", "parallel", "channel")
 # Children of <source> that belong to the place, not to the contents.
 _PLACE = ("seclabel", "reservations", "cookies", "auth", "host", "dataStore")
@@ -128,7 +130,7 @@ class DomainDefinition:
             vcpus=vcpus_of(root),
             memory_bytes=memory_of(root),
             disks=tuple(_disk(node) for node in root.iterfind("devices/disk")),
-            nvram_path=_nvram_path(root),
+            nvram_path=nvram_of(root),
             tpm_state=_tpm_state(root),
             has_external_tpm=root.find("devices/tpm/backend[@type='external']") is not None,
             beside=tuple(commandline.storage(root)),
@@ -341,11 +343,17 @@ def _disk(node: etree._Element) -> DiskDefinition:
     )
 
 
-def _nvram_path(root: etree._Element) -> str | None:
-    """The UEFI variables' file: text of `<nvram>`, or its `<source file>` (libvirt ≥ 8.5)."""
+def nvram_of(root: etree._Element) -> str | None:
+    """The UEFI variables' file: text of `<nvram>`, or its `<source file>` (libvirt ≥ 8.5).
+
+    Where libvirt is to choose a firmware, one before 9.2 does so at each start, and the definition
+    of a domain that is off does not say; its file has the domain's name then.
+    """
     node = root.find("os/nvram")
     if node is None:
-        return None
+        if root.find("os[@firmware='efi']") is None or root.findtext("os/loader"):
+            return None
+        return f"{NVRAM_FOLDER}/{root.findtext('name', '').strip()}_VARS.fd"
     source = node.find("source")
     if source is not None:
         return source.get("file")

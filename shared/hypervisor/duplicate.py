@@ -17,6 +17,7 @@ from shared.hypervisor import commandline
 from shared.hypervisor.definition import (
     CHARACTER_DEVICES,
     LeftOut,
+    nvram_of,
     parse_domain,
     set_disk_paths,
     to_text,
@@ -43,6 +44,12 @@ _DROPPED = (
     ("devices/interface[@type='server']", "its socket on the host belongs to one guest"),
     ("devices/interface[@type='client']", "its socket on the host belongs to one guest"),
     ("devices/interface[@type='udp']", "its socket on the host belongs to one guest"),
+    ("devices/redirdev[@type='tcp']", "its socket on the host belongs to one guest"),
+    ("devices/redirdev[@type='unix']", "its socket on the host belongs to one guest"),
+    ("devices/smartcard[@type='tcp']", "its socket on the host belongs to one guest"),
+    ("devices/smartcard[@type='unix']", "its socket on the host belongs to one guest"),
+    ("devices/smartcard[@mode='host']", "a host device belongs to one guest"),
+    ("devices/rng/backend[@model='egd']/..", "its socket on the host belongs to one guest"),
     ("devices/interface/portForward", "the host's ports are forwarded to one guest"),
 )
 _DROPPED_SILENTLY = (
@@ -219,6 +226,9 @@ def _own_tpm(root: etree._Element) -> list[LeftOut]:
 
 def _set_nvram(root: etree._Element, path: str | None) -> None:
     nvram = root.find("os/nvram")
+    system = root.find("os")
+    if nvram is None and system is not None and path and nvram_of(root):
+        nvram = etree.SubElement(system, "nvram")  # else libvirt makes one of its own
     if nvram is None:
         return
     for source in nvram.findall("source"):
@@ -314,7 +324,8 @@ def own_path(path: str, old_name: str, name: str) -> str:
 
 def _own_ports(root: etree._Element) -> None:
     for graphics in root.iterfind("devices/graphics"):
-        if graphics.get("type") in ("vnc", "spice", "rdp") and graphics.get("port"):
+        fixed = graphics.get("port") or graphics.get("tlsPort")
+        if graphics.get("type") in ("vnc", "spice", "rdp") and fixed:
             graphics.set("port", "-1")
             graphics.set("autoport", "yes")
             _unset(graphics, "tlsPort")
