@@ -12,7 +12,7 @@ from dataclasses import asdict
 from shared import doctor, logs, mounted
 from shared.database import transaction
 from shared.errors import VaultNotMounted
-from shared.rescan import rescan
+from shared.rescan import rescan, survey
 from shared.settings import settings
 from shared.vault import Vault
 
@@ -82,10 +82,11 @@ def _rescan(asked: argparse.Namespace) -> int:
     except VaultNotMounted as error:
         print(error.detail, file=sys.stderr)
         return 1
-    found = []
+    found, vault = [], Vault(settings().vault)
+    seen = survey(vault)
     try:
         with transaction() as session:
-            found = rescan(session, Vault(settings().vault))
+            found = rescan(session, vault, seen)
             if asked.dry_run:
                 raise _DryRun
     except _DryRun:

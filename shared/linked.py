@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import String, cast, select
 from sqlmodel import Session
 
 from shared.database import reading
@@ -71,6 +71,17 @@ def still_under(files: Mapping[str, str], candidates: Sequence[str]) -> list[str
         except CopyFailed:
             return list(candidates)
     return [each for each in candidates if Path(each).resolve() in found]
+
+
+def left_on(base: Path) -> list[str]:
+    """The disks that stand on a base still, of clones that are deleted: a disk that the clone's
+    domain got later depends on such a one, or its owner moved it."""
+    row: Any = Clone
+    stood_there = cast(row.linked_to, String).contains(base.name, autoescape=True)
+    with reading() as session:
+        files = session.scalars(select(row.files).where(row.state == "deleted", stood_there))
+        made = [path for each in files for path in each or [] if path.endswith(".qcow2")]
+    return [path for path in made if still_under({path: "qcow2"}, [str(base)])]
 
 
 def release(session: Session, clones: Sequence[Clone], paths: Iterable[str]) -> list[str]:

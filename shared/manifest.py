@@ -195,8 +195,8 @@ def _intact(data: bytes, manifest: Manifest) -> bool:
     return found == seal[1].decode()
 
 
-def seal_files(paths: Sequence[Path]) -> None:
-    """Make finished files ours, mode 0400, and synced.
+def seal_files(paths: Sequence[Path], *, lasting: bool = True) -> None:
+    """Make finished files ours, mode 0400, and synced if they are to be `lasting`.
 
     All are changed, and begun to be written out, before the first is synced: that then waits for
     the others too. To be told that the cache is not needed, Linux begins with it (mm/fadvise.c).
@@ -204,7 +204,8 @@ def seal_files(paths: Sequence[Path]) -> None:
     for path in paths:
         os.chown(path, os.geteuid(), os.getegid())  # QEMU's user may own what QEMU wrote
         path.chmod(0o400)
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    for path in paths:
+        if lasting:
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for path in paths if lasting else ():
         sync(path)

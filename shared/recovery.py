@@ -9,12 +9,14 @@ from pathlib import Path
 
 import structlog
 
-from shared import faults, mounted, using
+from shared import faults, linked, mounted, using
+from shared.database import reading
 from shared.disks import beside, removal, setaside
 from shared.hypervisor import undo as hypervisor
 from shared.hypervisor.connection import connect
 from shared.hypervisor.errors import HypervisorError, LibvirtBusy, LibvirtUnavailable
 from shared.manifest import TPM
+from shared.operations import journal
 from shared.operations.journal import action
 from shared.settings import settings
 from shared.vault import PARTIAL, Vault
@@ -38,8 +40,9 @@ def remove_file(path: str) -> None:
 
 @action
 def remove_base(path: str) -> None:
-    """The base of linked clones, unless a domain stands on it that was defined meanwhile, or it
-    cannot be told: it is left then, for the doctor to find."""
+    """The base of linked clones, unless a domain stands on it that was defined meanwhile, or a disk
+    that was left, or it cannot be told: it is left then, for the doctor to find. Domains that go
+    are waited for."""
     base = Path(path)
     if not base.exists():
         return
@@ -50,9 +53,16 @@ def remove_base(path: str) -> None:
     except HypervisorError as error:
         log.warning("base.left", path=path, reason=str(error))
         return
-    if needing:
-        log.warning("base.left", path=path, domains=sorted(needing.values()))
+    with reading() as session:
+        going = {each["uuid"] for each in journal.left_to_do(session, "undefine_domain")}
+    staying = [name for uuid, name in needing.items() if uuid not in going]
+    disks = linked.left_on(base)
+    if staying or disks:
+        log.warning("base.left", path=path, domains=sorted(staying), disks=disks)
         return
+    if needing:
+        names = ", ".join(sorted(needing.values()))
+        raise LibvirtBusy(f"{path} is needed by {names}, which another operation removes.")
     base.unlink(missing_ok=True)
 
 

@@ -6,7 +6,7 @@ touches no file. What it does not do it says: a folder that explains nothing, or
 the database is taken.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,26 +33,48 @@ class Finding:
     detail: str = ""
 
 
-def rescan(session: Session, vault: Vault) -> list[Finding]:
-    """Compare the vault with the rows of this host, and add what has none; see the module."""
-    lookups.reporting_host(session, settings().host)
-    found = []
+@dataclass(frozen=True)
+class Seen:
+    """A copy's folder, and its manifest or why there is none."""
+
+    folder: Path
+    manifest: Manifest | None
+    obstacle: str = ""
+
+
+def survey(vault: Vault) -> list[Seen]:
+    """What is in the vault; read before `rescan`, whose transaction may keep all others waiting."""
+    seen = []
     for folder in vault.copies():
         if folder.parent.parent.name == "farms":
             continue  # of an operation, and gone with it
-        name = str(folder.relative_to(vault.root))
-        # Asked before its row is: an operation's last transaction adds that and ends this.
-        if str(folder) in _under_way(session):
-            found.append(Finding(name, "under_way", "an operation is making or removing it"))
-            continue
         try:
             manifest = read_manifest(folder)
             if not vault.is_in_place(folder, manifest):
                 raise VaultError(f"its manifest says {manifest.kind} {manifest.id}")
         except VaultError as error:
-            found.append(Finding(name, "unreadable", error.detail))
-            continue
-        found.append(Finding(name, *_judged(session, manifest)))
+            seen.append(Seen(folder, None, error.detail))
+        else:
+            seen.append(Seen(folder, manifest))
+    return seen
+
+
+def rescan(session: Session, vault: Vault, seen: Sequence[Seen]) -> list[Finding]:
+    """Compare what was seen with the rows of this host, and add what has none; see the module."""
+    lookups.reporting_host(session, settings().host)
+    # Asked before its row is: an operation's last transaction adds that and ends this.
+    under_way = _under_way(session)
+    found = []
+    for each in seen:
+        name = str(each.folder.relative_to(vault.root))
+        if str(each.folder) in under_way:
+            found.append(Finding(name, "under_way", "an operation is making or removing it"))
+        elif not each.folder.is_dir():
+            continue  # removed since
+        elif each.manifest is None:
+            found.append(Finding(name, "unreadable", each.obstacle))
+        else:
+            found.append(Finding(name, *_judged(session, each.manifest)))
     return [*found, *_missing(session, vault)]
 
 

@@ -76,8 +76,9 @@ class Partial:
     def publish(self, manifest: Manifest, definition_xml: str) -> Path:
         """Make the copy whole and give it its name: from the rename on it counts.
 
-        Files become 0400, everything is synced, the manifest is written last, with the digests
-        of all but the disks, which would take too long.
+        Files become 0400, everything is synced (but a farm's, which a power cut undoes with its
+        operation), the manifest is written last, with the digests of all but the disks, which
+        would take too long.
         Returns the final folder. Raises VaultError if a file it names is missing,
         InsufficientSpace.
         """
@@ -94,7 +95,8 @@ class Partial:
         with full_is_said(self.path):
             self.path.rename(self.final)
         faults.point("publish:renamed")
-        sync(self.final.parent)
+        if manifest.kind != "farm":
+            sync(self.final.parent)
         self._published = True
         return self.final
 
@@ -104,9 +106,11 @@ class Partial:
         digests = {name: digest(self.path / name) for name in manifest.small_files}
         whole = manifest.model_copy(update={"digests": digests})
         (self.path / MANIFEST).write_bytes(sealed(whole))
-        seal_files(list(self.path.iterdir()))
+        lasting = manifest.kind != "farm"
+        seal_files(list(self.path.iterdir()), lasting=lasting)
         self.path.chmod(0o700)
-        sync(self.path)
+        if lasting:
+            sync(self.path)
 
 
 class Vault:

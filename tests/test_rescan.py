@@ -23,10 +23,16 @@ from shared import admin, recovery  # noqa: F401  registers the journal's action
 from shared.commands import CreateImage
 from shared.copying import Stored
 from shared.database import now, transaction
-from shared.manifest import Manifest, ManifestAbout, ManifestDisk, ManifestServer
+from shared.manifest import (
+    Manifest,
+    ManifestAbout,
+    ManifestDisk,
+    ManifestServer,
+    read_manifest,
+)
 from shared.models import Event, Image, Server, Snapshot
 from shared.operations import journal
-from shared.rescan import rescan
+from shared.rescan import rescan, survey
 from shared.settings import settings
 from shared.vault import Vault
 
@@ -62,8 +68,9 @@ def copy(vault: Vault, kind: Any, copy_id: str, server: Server, **about: Any) ->
 
 def verdicts(vault: Vault) -> dict[str, str]:
     """The verdict on each copy, by its id."""
+    seen = survey(vault)
     with transaction() as session:
-        return {Path(each.path).name: each.verdict for each in rescan(session, vault)}
+        return {Path(each.path).name: each.verdict for each in rescan(session, vault, seen)}
 
 
 def rows(model: Any) -> list[Any]:
@@ -163,6 +170,47 @@ def test_folders_that_explain_nothing(world: World, vault: Vault) -> None:  # no
     manifest.write_bytes(manifest.read_bytes()[:-20])
 
     assert verdicts(vault) == {"img_1": "adopted", "img_2": "unreadable", "img_3": "unreadable"}
+
+
+def test_copies_that_are_removed_meanwhile_are_not_told_of(
+    world: World,  # noqa: F811
+    vault: Vault,
+) -> None:
+    """Their folder was there when the vault was read, whole or half of it."""
+    server = world.server("web")
+    for each in ("img_1", "img_2", "img_3"):
+        copy(vault, "image", each, server)
+    whole, half = (vault.folder("image", server.id, each) for each in ("img_1", "img_2"))
+    (half / "manifest.json").unlink()
+    seen = survey(vault)
+    for folder in (whole, half):
+        shutil.rmtree(folder)
+
+    with transaction() as session:
+        found = rescan(session, vault, seen)
+
+    assert [(Path(each.path).name, each.verdict) for each in found] == [("img_3", "adopted")]
+    assert [each.id for each in rows(Image)] == ["img_3"]
+
+
+def test_others_write_while_the_vault_is_read(
+    world: World,  # noqa: F811
+    vault: Vault,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Manifests may be many and their disk slow: no transaction is open meanwhile."""
+    copy(vault, "image", "img_1", world.server("web"))
+
+    def read(folder: Path) -> Manifest:
+        world.add(Event(type="test.written"))
+        return read_manifest(folder)
+
+    monkeypatch.setattr("shared.rescan.read_manifest", read)
+    monkeypatch.setattr(sys, "argv", ["triptych-admin", "vault", "rescan"])
+
+    assert admin.main() == 0
+
+    assert {each.type for each in rows(Event)} == {"test.written", "triptych.image.adopted"}
 
 
 def test_rows_without_a_folder(world: World, vault: Vault) -> None:  # noqa: F811

@@ -159,8 +159,9 @@ class Client:
             try:
                 path = path_of("events", "stream")
                 for event_id, event in self._transport.stream(path, last, on_open):
-                    last = event_id
-                    yield event
+                    last = event_id or last
+                    if event is not None:
+                        yield event
             except Unreachable:
                 lost = lost or time.monotonic()
                 if not opened or time.monotonic() - lost > PATIENCE:

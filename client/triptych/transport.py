@@ -108,8 +108,9 @@ class Transport:
 
     def stream(
         self, path: str, last_event_id: str | None, on_open: Callable[[], None]
-    ) -> Iterator[tuple[str, Event]]:
-        """One connection's worth of Server-Sent Events as (id, event). Raises as `get` does.
+    ) -> Iterator[tuple[str, Event | None]]:
+        """One connection's worth of Server-Sent Events as (id, event), or an id alone. Raises as
+        `get` does.
 
         `on_open` is called once the API has taken the connection, events or not.
         """
@@ -178,13 +179,15 @@ def _away(response: httpx.Response) -> bool:
     return response.status_code in (502, 503, 504)
 
 
-def _events(lines: Iterator[str], last: str) -> Iterator[tuple[str, Event]]:
-    """Parses Server-Sent Events; comments and fields unknown to it are passed over."""
+def _events(lines: Iterator[str], last: str) -> Iterator[tuple[str, Event | None]]:
+    """Parses Server-Sent Events; comments and fields unknown to it are passed over.
+
+    The first may be no event, but the id after which those to come are.
+    """
     data: list[str] = []
     for line in lines:
         if not line:
-            if data:
-                yield last, json.loads("\n".join(data))
+            yield last, json.loads("\n".join(data)) if data else None
             data = []
             continue
         name, _, value = line.partition(":")

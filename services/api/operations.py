@@ -87,7 +87,9 @@ def _shown(operation: str) -> shapes.Operation:
 async def show(
     request: Request,
     operation: NameOrId,
-    wait: Annotated[float, Query(ge=0, le=60, description="seconds to wait for its end")] = 0,
+    wait: Annotated[
+        float, Query(ge=0, le=60, allow_inf_nan=False, description="seconds to wait for its end")
+    ] = 0,
 ) -> shapes.Operation:
     """The operation now; with `wait` as soon as it ends, or after that many seconds."""
     began = time.monotonic()

@@ -78,6 +78,7 @@ def make(
         write_out(context, source, manifest, files)
     for path in files.values():
         path.chmod(_MODE)
+        sync(path)  # a farm's copy, whose second name it may be, is not
         sync(path.parent)
     faults.point("base:made")
     return Base(files, formats)

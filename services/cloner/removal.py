@@ -30,6 +30,7 @@ from shared.hypervisor.errors import DomainMissing
 from shared.hypervisor.inventory import files_of
 from shared.hypervisor.locks import refuse_if_open
 from shared.models import Clone, Farm, Operation, Server
+from shared.operations import journal
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import handles
@@ -49,6 +50,8 @@ class Leaving(Member):
         """The files that its domain had when it was looked at."""
         self.files: list[Path] = []
         """What goes."""
+        self.kept: set[Path] = set()
+        """What its domain got later, and all that this depends on."""
         self.stood_on: set[str] = set(clone.linked_to)
         """The bases that its disks stand on, or those that its reverts set aside."""
         self.told = {"left": []}
@@ -119,13 +122,9 @@ def _delete(
         steps = [step for each in gone for step in _gone(session, each, context.id, moment)]
         steps += _release(session, gone, users)
         _end(session, farm_id, only, moment, expired)
-        # Those that could not be deleted are as they were; started late, since one that cannot
-        # be holds up what comes after it, as does a vault that has gone meanwhile.
-        again = [each for each in leaving if each.failed and each.state != "stopped"]
         outcome.result["clones"] = [each.outcome("deleted") for each in leaving]
-        copies = [step for step in steps if step[0] == "remove_copy"]
-        first = [step for step in steps if step not in copies]
-        return [*first, *(each.starting() for each in again), *copies]
+        # A vault that has gone meanwhile holds up what comes after it.
+        return sorted(steps, key=lambda step: step[0] == "remove_copy")
 
     outcome.apply = apply
     return refuse_if_none([*leaving], outcome)
@@ -154,10 +153,10 @@ def _look(each: Leaving, users: Users) -> None:
                 f"{domain.name} is transient: once stopped it could not be started again, should "
                 "its deletion fail. It was left as it was; stop it by hand, then ask again."
             )
-        each.state = domain.state
+        each.state = domain.wanted_state
         each.has = set(files_of(domain))
         strangers = using.strangers(domain, [*made, *map(Path, each.clone.linked_to)])
-    kept = using.needed(strangers)
+    each.kept = using.needed(strangers)
     for stranger in strangers:
         each.leave(
             stranger, "the domain got it later, or it was not recorded that it is the clone's"
@@ -165,7 +164,7 @@ def _look(each: Leaving, users: Users) -> None:
     for path in made:
         others = users.get(path.resolve(), {})
         names = [name for uuid, name in others.items() if uuid != each.server.domain_uuid]
-        if path.resolve() in kept:
+        if path.resolve() in each.kept:
             each.leave(path, "a disk that the domain got later depends on it")
         elif names:
             each.leave(path, f"domain {', '.join(sorted(names))} needs it")
@@ -181,8 +180,11 @@ def _stop(context: Context, leaving: list[Leaving]) -> None:
     if not on:
         return
     context.phase(f"stopping {len(on)} clones")
-    context.undo_all(*(each.starting() for each in on))
+    for each in on:  # in a unit of its own: one that cannot start again keeps no other off
+        with context.unit(each.clone.id):
+            context.undo_all(each.starting(), durable=each is on[-1])  # the last takes all along
     at_once(on, lambda each: each.domain().destroy())
+    context.leftovers += [each.clone.id for each in on if each.failed]
     faults.point("clones:stopped")
 
 
@@ -236,18 +238,23 @@ def _gone(session: Session, each: Leaving, operation_id: str, moment: datetime) 
 
 
 def _release(session: Session, gone: list[Leaving], users: Users) -> list[Step]:
-    """What removes the bases that went with these, but those that another domain needs: a VM that
-    was of the farm until its server was forgotten, or one that got a copy of an overlay."""
-    own = {each.server.domain_uuid for each in gone}
+    """What removes the bases that went with these, but those that a disk depends on which stays,
+    or that another domain needs: a VM that was of the farm until its server was forgotten, or one
+    that got a copy of an overlay."""
+    going = {each["uuid"] for each in journal.left_to_do(session, "undefine_domain")}
+    going |= {each.server.domain_uuid for each in gone}
     steps: list[Step] = []
     stood_on = {path for each in gone for path in each.stood_on}
     for path in linked.release(session, [each.clone for each in gone], stood_on):
-        needing = users.get(Path(path).resolve(), {})
-        if names := sorted(name for uuid, name in needing.items() if uuid not in own):
-            last = next(each for each in gone if path in each.stood_on)
+        base = Path(path).resolve()
+        if keeping := [each for each in gone if base in each.kept]:
+            keeping[0].leave(path, "a disk that the domain got later depends on it")
+            continue
+        last = next(each for each in gone if path in each.stood_on)
+        needing = users.get(base, {})
+        if names := sorted(name for uuid, name in needing.items() if uuid not in going):
             last.leave(path, f"domain {', '.join(names)} needs it")
-        else:
-            steps.append(("remove_base", {"path": path}))
+        steps.append(("remove_base", {"path": path}))  # which looks again
     return steps
 
 

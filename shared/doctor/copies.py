@@ -18,7 +18,7 @@ from shared.doctor.site import Site
 from shared.manifest import Manifest, VaultError, read_manifest
 from shared.models import Image, Snapshot
 from shared.rescan import Finding as Judged
-from shared.rescan import rescan
+from shared.rescan import rescan, survey
 from shared.vault import Vault
 
 CHECK = "copy"
@@ -60,9 +60,10 @@ def differences(site: Site) -> Iterator[Finding]:
 
 def _rescanned(vault: Vault, *, keep: bool) -> list[Judged]:
     found: list[Judged] = []
+    seen = survey(vault)
     try:
         with transaction() as session:
-            found = rescan(session, vault)
+            found = rescan(session, vault, seen)
             if not keep:
                 raise _NothingKept
     except _NothingKept:

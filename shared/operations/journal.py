@@ -86,6 +86,13 @@ def leave(session: Session, operation_id: str, units: list[str]) -> None:
     )
 
 
+def left_to_do(session: Session, action: str) -> list[dict[str, Any]]:
+    """What this action is still to be called with, by any operation that has ended well."""
+    row: Any = JournalEntry
+    query = select(row.arguments).where(row.side == "redo", row.action == action)
+    return list(session.scalars(query))
+
+
 def pending(operation_id: str, side: Side, unit: str | None = None) -> list[JournalEntry]:
     """The entries of one side, or of one unit, in the order in which they were written."""
     row: Any = JournalEntry
@@ -105,18 +112,22 @@ def play(operation_id: str, owner: str, side: Side, unit: str | None = None) -> 
     """Carry out the entries of one side, or of one unit, and strike each off.
 
     Undo goes backwards, redo forwards; the units come first and side by side, each of them
-    backwards. Raises LeaseLost, before the next action, when the operation is no longer
-    `owner`'s, and what an action raises; the entries not yet struck off remain for the next try.
+    backwards. What a unit left to do holds up nothing else. Raises LeaseLost, before the next
+    action, when the operation is no longer `owner`'s, and what an action raises; the entries not
+    yet struck off remain for the next try.
     """
     parts: dict[str | None, list[JournalEntry]] = {None: []}
     for entry in pending(operation_id, side, unit):
         parts.setdefault(entry.unit, []).append(entry)
     own = parts.pop(None)
     works = [partial(_play_all, reversed(entries), owner) for entries in parts.values()]
-    for failure in side_by_side(works, MOST_CALLS):
-        if failure is not None:
-            raise failure
-    _play_all(reversed(own) if side == "undo" else own, owner)
+    failures = [each for each in side_by_side(works, MOST_CALLS) if each is not None]
+    if side == "redo":
+        _play_all(own, owner)
+    if failures:
+        raise failures[0]
+    if side == "undo":
+        _play_all(reversed(own), owner)
 
 
 def _play_all(entries: Iterable[JournalEntry], owner: str) -> None:

@@ -13,7 +13,8 @@ from sqlalchemy.orm import aliased
 
 from shared import mounted
 from shared.database import database_now, now, transaction
-from shared.models import Operation
+from shared.models import Host, Operation
+from shared.models.hosts import SILENCE
 from shared.operations import presence
 from shared.operations.holds import is_held
 from shared.operations.outbox import flush, wake
@@ -37,8 +38,13 @@ def _blocked() -> Any:
 
 
 def reconcile() -> int:
-    """Wake what nobody works on; returns how many. Raises when the broker is away."""
+    """Wake what nobody works on; returns how many. Raises when the broker is away.
+
+    Nobody is woken on a host that is silent: its workers look for themselves when they start, and
+    would first have to read all that was sent meanwhile.
+    """
     row: Any = Operation
+    host: Any = Host
     with transaction() as session:
         abandoned = and_(
             row.state == "running",
@@ -47,7 +53,9 @@ def reconcile() -> int:
         forgotten = and_(
             row.state == "queued", row.woken_at < now() - WAKE_AGAIN_AFTER, ~_blocked()
         )
-        found = list(session.scalars(select(Operation).where(or_(abandoned, forgotten))))
+        silent = select(host.name).where(host.last_seen_at < now() - SILENCE)
+        unseen = select(Operation).where(or_(abandoned, forgotten), row.host.not_in(silent))
+        found = list(session.scalars(unseen))
         for operation in found:
             log.warning("operation.woken_again", operation=operation.id, state=operation.state)
             wake(session, operation)

@@ -351,7 +351,7 @@ def test_boot_proof_is_not_supported(
 @pytest.mark.parametrize("source", ["server", "snapshot", "image"])
 def test_clone(api: TestClient, world: World, server: Server, source: str) -> None:
     """A farm from a server, its snapshot or an image is one operation and its planned clones."""
-    world.snapshot(server)
+    snapshot = world.snapshot(server)
     image = world.image(server)
     path = {
         "server": "/v1/servers/web-1/clones",
@@ -360,7 +360,8 @@ def test_clone(api: TestClient, world: World, server: Server, source: str) -> No
     }[source]
     operation = stored(api.post(path, json={"name": "qa-{n:03}", "count": 3, "vcpus": 1}))
     of = image.id if source == "image" else server.id
-    assert {"kind": source, "id": of} == operation.command["source"]
+    meant = snapshot.id if source == "snapshot" else None
+    assert {"kind": source, "id": of, "snapshot": meant} == operation.command["source"]
     clones = api.get("/v1/clones").json()["items"]
     assert {"qa-001", "qa-002", "qa-003"} == {each["name"] for each in clones}
     one = api.get("/v1/clones/qa-002").json()

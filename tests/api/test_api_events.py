@@ -6,6 +6,8 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import httpx
 import pytest
@@ -68,31 +70,33 @@ def test_the_list_shows_the_newest_first(live: httpx.Client) -> None:
     assert [item["data"]["number"] for item in items] == [2, 1, 0]
 
 
-def test_a_stream_tells_what_happens_from_now_on(
-    live: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _numbers(lines: Iterator[str], last: int) -> list[object]:
+    """Those that are told, up to this one."""
+    told: list[object] = []
+    while last not in told:
+        ((_, event),) = _read(lines, 1)
+        data: Any = event["data"]
+        told.append(data["number"])
+    return told
+
+
+def _opened(lines: Iterator[str]) -> str:
+    """The id that a stream opens with."""
+    name, _, value = next(lines).partition(": ")
+    assert name == "id"
+    return value
+
+
+def test_a_stream_tells_what_happens_from_now_on(live: httpx.Client) -> None:
     """What happened before the connection is not told; what happens after is, in order."""
-    begun = threading.Event()
-    look = stream._position
-
-    def position(last_event_id: str | None) -> int:
-        found = look(last_event_id)
-        begun.set()
-        return found
-
-    def happen() -> None:
-        assert begun.wait(60)
-        _happen(1)
-        _happen(2)
-
-    monkeypatch.setattr(stream, "_position", position)
     _happen(0)
-    later = threading.Thread(target=happen)
     with live.stream("GET", "/events/stream") as response:
         assert response.headers["content-type"].startswith("text/event-stream")
-        later.start()
-        told = _read(response.iter_lines(), 2)
-    later.join()
+        lines = response.iter_lines()
+        _opened(lines)
+        _happen(1)
+        _happen(2)
+        told = _read(lines, 2)
 
     assert [event["data"]["number"] for _, event in told] == [1, 2]
     assert [id_ for id_, _ in told] == [event["id"] for _, event in told]
@@ -107,3 +111,56 @@ def test_a_stream_goes_on_after_the_last_event_seen(live: httpx.Client) -> None:
         told = _read(response.iter_lines(), 2)
 
     assert [event["data"]["number"] for _, event in told] == [1, 2]
+
+
+def test_a_stream_that_breaks_before_anything_happened(live: httpx.Client) -> None:
+    """It opens with an id to go on after, the newest one's or the one that was sent."""
+    _happen(0)
+    newest = live.get("/events").json()["items"][0]["id"]
+    with live.stream("GET", "/events/stream") as response:
+        opened = _opened(response.iter_lines())
+    assert opened == newest
+
+    _happen(1)
+    for _ in range(2):
+        with live.stream("GET", "/events/stream", headers={"Last-Event-ID": opened}) as response:
+            lines = response.iter_lines()
+            assert _opened(lines) == opened
+            assert _numbers(lines, 1) == [1]
+
+
+@pytest.mark.parametrize("any_database", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("late", [False, True], ids=["in time", "late"])
+def test_an_event_that_is_committed_after_a_later_one_is_told(
+    live: httpx.Client, any_database: str, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Its transaction took a number, and ended after that of a higher one. It is told before that
+    one if it is waited for so long: who comes back goes on after both. Else when it is there."""
+    monkeypatch.setattr(stream, "PATIENCE", 0.1 if late else 60)
+    _happen(0)
+    with ExitStack() as transactions:
+
+        def take(number: int) -> ExitStack:
+            open_ = transactions.enter_context(ExitStack())
+            session = open_.enter_context(transaction())
+            events.emit(session, "test.happened", None, number=number)
+            session.flush()
+            return open_
+
+        before = take(1)
+        _happen(2)
+        with live.stream("GET", "/events/stream") as response:
+            lines = response.iter_lines()
+            _opened(lines)
+            meanwhile = take(3)
+            _happen(4)
+            if late:
+                assert _numbers(lines, 4) == [4]
+            before.close()
+            if not late:
+                assert _numbers(lines, 1) == [1]
+            meanwhile.close()
+            _happen(5)
+            assert _numbers(lines, 5) == ([1, 3, 5] if late else [3, 4, 5])
+            _happen(6)
+            assert _numbers(lines, 6) == [6]

@@ -124,6 +124,13 @@ def test_nul_in_a_text(api: TestClient, server: Any, refused: Refused) -> None:
     refused(response, 422, "invalid_request")
 
 
+@pytest.mark.parametrize("noun", ["operations", "images", "events"])
+def test_nul_in_a_filter(api: TestClient, server: Any, refused: Refused, noun: str) -> None:
+    """Nor can it look for one."""
+    problem = refused(api.get(f"/v1/{noun}?server=%00"), 422, "invalid_request")
+    assert [each["field"] for each in problem["errors"]] == ["server"]
+
+
 def test_unexpected_error_leaks_nothing(
     api: TestClient, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:

@@ -149,7 +149,7 @@ def test_waiting_ends_with_the_api(api: TestClient, world: World, server: Server
     assert time.monotonic() - began < 20
 
 
-@pytest.mark.parametrize("wait", [-1, 61, "long"])
+@pytest.mark.parametrize("wait", [-1, 61, "long", "nan", "inf"])
 def test_bad_wait(
     api: TestClient, world: World, server: Server, refused: Refused, wait: Any
 ) -> None:

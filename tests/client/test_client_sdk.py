@@ -225,6 +225,14 @@ def test_follow_takes_up_where_the_last_connection_ended(api: Fake) -> None:
     assert seen == [None, "1"]
 
 
+def test_follow_that_was_told_nothing_goes_on_after_the_id_it_began_with(api: Fake) -> None:
+    """What happens while the connection is renewed is not lost; a comment gives no id."""
+    api.streams = [": hello\n\n", "id: 1\n\n", ": ping\n\n", 'id: 2\ndata: {"type": "b"}\n\n']
+    assert next(Client().follow()) == {"type": "b"}
+    seen = [each.headers.get("last-event-id") for each in api.calls("GET /v1/events/stream")]
+    assert seen == [None, None, "1", "1"]
+
+
 def test_token_is_read_from_the_file_named(
     api: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

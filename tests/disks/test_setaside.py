@@ -27,6 +27,10 @@ def live(tmp_path: Path) -> dict[str, Path]:
         path.chmod(0o640)
         os.chown(path, 107, 108)
         disks[target] = path
+    return prepared(disks)
+
+
+def prepared(disks: dict[str, Path]) -> dict[str, Path]:
     for target, new in setaside.prepare(disks, OPERATION).items():
         new.write_text(f"new {target}")
     return disks
@@ -193,12 +197,19 @@ def test_discard_removes_the_directories_and_keeps_what_is_live(live: dict[str, 
     assert [p.name for p in live["vda"].parent.iterdir()] == ["vda.qcow2"]
 
 
-def test_discard_never_removes_the_only_copy(live: dict[str, Path]) -> None:
-    """An old file whose live name is gone is put back rather than removed."""
+@pytest.mark.parametrize("lost", ["vda", "vdb"])
+def test_discard_never_removes_the_only_copy(tmp_path: Path, lost: str) -> None:
+    """An old file whose live name is gone is put back rather than removed, whichever it is of the
+    disks of one directory."""
+    disks = {target: tmp_path / f"{target}.qcow2" for target in ("vda", "vdb")}
+    for target, path in disks.items():
+        path.write_text(f"old {target}")
+    live = prepared(disks)
     setaside.swap(live, OPERATION)
-    live["vda"].unlink()
+    live[lost].unlink()
     setaside.discard(live, OPERATION)
-    assert live["vda"].read_text() == "old vda"
+    assert contents(live) == [f"{'old' if each == lost else 'new'} {each}" for each in live]
+    assert sorted(tmp_path.iterdir()) == list(live.values())
 
 
 def test_a_lost_disk_is_restored(tmp_path: Path) -> None:

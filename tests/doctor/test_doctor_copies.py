@@ -16,8 +16,8 @@ from sqlalchemy import select
 from shared import doctor
 from shared.database import now, transaction
 from shared.doctor import copies, leftovers
-from shared.manifest import read_manifest, write_manifest
-from shared.models import Image, Snapshot
+from shared.manifest import Manifest, read_manifest, write_manifest
+from shared.models import Event, Image, Snapshot
 
 pytestmark = pytest.mark.vm
 
@@ -36,6 +36,27 @@ def test_copy_without_a_row_gets_it(patient: Patient) -> None:
     patient.mends("copy", f"images/{server.id}/img_1", "no row")
 
     assert states() == {"img_1": "complete"}
+
+
+def test_others_write_while_the_vault_is_read(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No transaction is open while it looks, nor while it reads once more to add the rows."""
+    server = patient.server()
+    patient.copy("image", "img_1", server, row=False)
+    reads = []
+
+    def read(folder: Path) -> Manifest:
+        patient.world.add(Event(type="test.written"))
+        reads.append(folder)
+        return read_manifest(folder)
+
+    monkeypatch.setattr("shared.rescan.read_manifest", read)
+    patient.mends("copy", f"images/{server.id}/img_1", "no row")
+
+    with transaction() as session:
+        written = [each for each in session.scalars(select(Event)) if each.type == "test.written"]
+    assert len(written) == len(reads) > 2
 
 
 @pytest.mark.usefixtures("any_database")

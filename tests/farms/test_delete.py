@@ -33,6 +33,8 @@ from shared.commands import (
 from shared.database import now, reading, transaction
 from shared.disks import setaside
 from shared.disks.overlays import create_overlay
+from shared.hypervisor.domains import Domain
+from shared.hypervisor.errors import LibvirtBusy
 from shared.models import Clone, Farm, Image, Operation, Schedule, Server, Snapshot
 from shared.operations import claim, runner
 from shared.operations.tasks import forget_due
@@ -286,6 +288,30 @@ def test_one_that_cannot_be_started_again_keeps_no_other(
     assert made[0].guest.state() == "running"
 
 
+def test_one_that_goes_off_too_late_is_started_again(
+    farmed: Farmed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was given up, and then its power went after all: it is left as it was, and the other
+    goes."""
+    farm, made = farmed.farm(2)
+    for each in made:
+        each.guest.start(wait=False)
+    real = Domain.destroy
+
+    def late(domain: Domain) -> None:
+        real(domain)
+        if domain.uuid == made[0].server.domain_uuid:
+            raise LibvirtBusy("QEMU is stuck")
+
+    monkeypatch.setattr(Domain, "destroy", late)
+    ended = farmed.done(DeleteFarm(farm=farm.id))
+
+    assert [each["state"] for each in outcomes(ended).values()] == ["failed", "deleted"]
+    assert made[0].is_whole
+    assert made[0].guest.state() == "running"
+    assert made[1].is_gone
+
+
 def test_clones_stay_while_the_vault_is_not_mounted(farmed: Farmed) -> None:
     """Their snapshots would have to go with them: it is refused before anything is stopped."""
     farm, (made,) = farmed.farm(1)
@@ -533,6 +559,42 @@ def test_cancel_brings_all_back(farmed: Farmed, monkeypatch: pytest.MonkeyPatch)
     farmed.is_tidy()
     assert [each.is_whole for each in made] == [True, True]
     assert [each.guest.state() for each in made] == ["running", "stopped"]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+def test_what_cannot_be_started_again_keeps_no_other_off(
+    farmed: Farmed, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The last one's owner gave it a disk that is not there: the others run again at once, it once
+    it can, and then the operation ends."""
+    farm, made = farmed.farm(3)
+    for each in made:
+        each.guest.start(wait=False)
+    later = farmed.disks / "later.raw"
+    operation = farmed.world.submit(DeleteFarm(farm=farm.id))
+    stopped: list[bool] = []
+
+    def point(name: str) -> None:
+        if name == "committing":
+            stopped.extend(each.guest.state() == "stopped" for each in made)
+            plug(made[2].guest, later)
+            if how == "failed":
+                raise OSError("a mishap")
+            farmed.world.change(operation, cancel_requested_at=now())
+
+    monkeypatch.setattr(faults, "point", point)
+    runner.run(operation)
+
+    assert stopped == [True] * 3
+    assert farmed.world.row(operation).state == "running"
+    assert [each.is_whole for each in made] == [True] * 3
+    assert [each.guest.state() for each in made] == ["running", "running", "stopped"]
+    make_disk(farmed.disks, "raw", "blank", SIZE).rename(later)
+    farmed.world.expire(operation)
+    runner.run(operation)
+    assert farmed.world.row(operation).state == how
+    assert [each.guest.state() for each in made] == ["running"] * 3
+    farmed.is_tidy()
 
 
 def test_killed_at_every_point(farmed: Farmed) -> None:

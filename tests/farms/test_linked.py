@@ -3,19 +3,24 @@ for."""
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from farms.farmed import Farmed, Made
+from farms.farmed import Farmed, Made, outcomes, plug
 from sqlalchemy import select
 
 from services.snapshotter import snapshots  # noqa: F401  registers the handlers
-from shared.commands import DeleteClone, RevertSnapshot, TakeSnapshot, UndoRevert
-from shared.database import now, reading
+from shared import faults, recovery
+from shared.commands import DeleteClone, DeleteFarm, RevertSnapshot, TakeSnapshot, UndoRevert
+from shared.database import now, reading, transaction
 from shared.disks import images
+from shared.disks.overlays import create_overlay
+from shared.hypervisor.errors import LibvirtBusy
 from shared.models import Clone, Operation
-from shared.operations import runner
+from shared.operations import journal, runner
 from shared.operations.tasks import forget_due
 
 pytestmark = pytest.mark.vm
@@ -92,3 +97,91 @@ def test_base_goes_with_a_reverted_clone_that_was_the_last(farmed: Farmed) -> No
 
     assert not base.exists()
     farmed.is_tidy()
+
+
+def test_base_stays_for_a_disk_that_stands_on_a_clone_s(farmed: Farmed) -> None:
+    """The last clone's owner made an overlay on its disk, which stays with all that is below it."""
+    farm, (_, last), base = farmed.linked_farm(2)
+    overlay = last.guest.disks[1]
+    theirs = farmed.disks / "theirs.qcow2"
+    create_overlay(overlay, "qcow2", theirs)
+    plug(last.guest, theirs, "vdc", "qcow2")
+
+    ended = farmed.done(DeleteFarm(farm=farm.id))
+
+    assert last.guest.state() == "missing"
+    assert images.chain(theirs, "qcow2") == [overlay, base]
+    left = [each for told in outcomes(ended).values() for each in told["left"]]
+    assert {each["path"] for each in left} == {str(theirs), str(overlay), str(base)}
+
+
+def test_base_goes_with_the_last_two_that_go_at_the_same_time(
+    farmed: Farmed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second has seen the first's domain on the base, and commits when the first has, whose
+    domain is there still: that is no reason to leave the base."""
+    _, made, base = farmed.linked_farm(2)
+    first, second = (farmed.world.submit(DeleteClone(clone=each.clone.id)) for each in made)
+    looked, committed = ([threading.Event(), threading.Event()] for _ in range(2))
+    shut = {"journalled:give_back": looked, "committed": committed}
+
+    def point(name: str) -> None:
+        if gate := shut.pop(name, None):  # whoever comes first
+            gate[0].set()
+            assert gate[1].wait(60)
+
+    monkeypatch.setattr(faults, "point", point)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            later = pool.submit(runner.run, second)
+            assert looked[0].wait(60)
+            earlier = pool.submit(runner.run, first)
+            assert committed[0].wait(60)
+            looked[1].set()
+            later.result()
+            assert made[0].guest.state() == "stopped"
+        finally:
+            looked[1].set()
+            committed[1].set()
+        earlier.result()
+
+    ended = [farmed.world.row(each) for each in (first, second)]
+    assert [told["left"] for each in ended for told in outcomes(each).values()] == [[], []]
+    assert not base.exists()
+    farmed.is_tidy()
+
+
+def test_base_waits_for_a_domain_that_is_to_go(farmed: Farmed) -> None:
+    """Where another operation is still to undefine a domain on it, and its disk is there, the base
+    is neither left nor taken from under it."""
+    _, (made,), base = farmed.linked_farm(1)
+    operation = farmed.world.submit(DeleteClone(clone=made.clone.id))
+    with transaction() as session:
+        journal.write(session, operation, "redo", "undefine_domain", uuid=made.server.domain_uuid)
+
+    with pytest.raises(LibvirtBusy, match=made.guest.name):
+        recovery.remove_base(str(base))
+
+    assert base.exists()
+    made.guest.domain.undefine()
+    recovery.remove_base(str(base))
+    assert not base.exists()
+
+
+@pytest.mark.parametrize("how", ["another disk stands on it", "it was moved"])
+def test_base_stays_for_a_disk_of_a_clone_that_went_before(farmed: Farmed, how: str) -> None:
+    """What a deletion left of a clone is left with all that it needs, also by a later one."""
+    farm, (first, _), base = farmed.linked_farm(2)
+    left = first.guest.disks[1]
+    theirs = farmed.disks / "theirs.qcow2"
+    if how == "it was moved":
+        left.rename(theirs)
+        left.symlink_to(theirs)
+    else:
+        create_overlay(left, "qcow2", theirs)
+        plug(first.guest, theirs, "vdc", "qcow2")
+    farmed.done(DeleteClone(clone=first.clone.id))
+
+    farmed.done(DeleteFarm(farm=farm.id))
+
+    assert base in images.chain(theirs, "qcow2")

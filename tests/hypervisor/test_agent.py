@@ -96,19 +96,51 @@ def test_never_does_not_freeze(guest: Guest, domain: Domain, watchdog: Watchdog)
 def test_a_freeze_that_fails(
     guest: Guest, domain: Domain, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`auto` goes on as crash consistent with the reason; `require` refuses."""
+    """`auto` goes on as crash consistent with the reason; `require` refuses. A freeze of the
+    owner's stays."""
     guest.agent("guest-fsfreeze-freeze")  # a second freeze is an error
-    with frozen(domain, watchdog, "auto") as consistency:
-        pass
-    assert consistency.level == "crash"
-    assert "could not be frozen" in consistency.reason
-    assert not is_frozen(guest)
+    try:
+        with frozen(domain, watchdog, "auto") as consistency:
+            assert is_frozen(guest)
+        assert consistency.level == "crash"
+        assert "could not be frozen" in consistency.reason
+        assert is_frozen(guest)
+        with pytest.raises(QuiesceFailed), frozen(domain, watchdog, "require"):
+            pass
+        assert is_frozen(guest)
+    finally:
+        guest.agent("guest-fsfreeze-thaw")
     monkeypatch.setattr(agent, "agent_ready", lambda _domain: False)
     with pytest.raises(QuiesceFailed), frozen(domain, watchdog, "require"):
         pass
     with frozen(domain, watchdog, "auto") as consistency:
         assert not is_frozen(guest)
     assert consistency.reason == "no guest agent answers in the guest"
+
+
+def test_a_freeze_whose_answer_was_lost_is_thawed(
+    guest: Guest, domain: Domain, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection went after the guest was frozen, and the agent refuses to freeze once more:
+    that is no freeze of the owner's."""
+    real, lost = libvirt.virDomain.fsFreeze, libvirt.libvirtError("lost")
+    lost.err = (libvirt.VIR_ERR_RPC, libvirt.VIR_FROM_RPC, "client socket is closed")
+    asked: list[int] = []
+
+    def lose_the_first(handle: libvirt.virDomain) -> int:
+        asked.append(count := real(handle))
+        if len(asked) == 1:
+            raise lost
+        return count
+
+    monkeypatch.setattr(libvirt.virDomain, "fsFreeze", lose_the_first)
+    try:
+        with frozen(domain, watchdog, "auto") as consistency:
+            assert not is_frozen(guest)
+        assert len(asked) == 1
+        assert "has been disabled" in consistency.reason
+    finally:
+        guest.agent("guest-fsfreeze-thaw")
 
 
 def test_a_freeze_that_hangs_is_not_waited_for(

@@ -12,6 +12,7 @@ from shared.hypervisor.duplicate import clone_definition, own_path, random_mac
 from shared.hypervisor.errors import DefinitionInvalid, DiskNotCopyable
 
 WINDOWS = (Path(__file__).parent / "data" / "windows.xml").read_text()
+LIBVIRT_S = "/var/lib/libvirt/qemu/nvram/web1_VARS.fd"
 CLONE_UUID = "99999999-aaaa-4bbb-8ccc-dddddddddddd"
 DISKS = {"vda": "/srv/vms/qa-1-vda.qcow2", "vdb": "/srv/vms/qa-1-vdb.raw"}
 
@@ -68,6 +69,24 @@ class TestReading:
             f"<domain><name>a</name><uuid>u-1</uuid><devices><tpm>{backend}</tpm></devices></domain>"
         )
         assert found.tpm_state == state
+
+    @pytest.mark.parametrize(
+        ("boot", "path"),
+        [
+            ("<os firmware='efi'/>", LIBVIRT_S),
+            ("<os firmware='efi'><loader secure='yes'/></os>", LIBVIRT_S),
+            ("<os firmware='efi'><nvram>/srv/n.fd</nvram></os>", "/srv/n.fd"),
+            ("<os firmware='efi'><loader type='rom'>/o.fd</loader></os>", None),
+            ("<os><loader type='pflash' stateless='yes'>/o.fd</loader></os>", None),
+            ("<os firmware='bios'/>", None),
+            ("<os/>", None),
+        ],
+    )
+    def test_uefi_variables(self, boot: str, path: str | None) -> None:
+        """They are where the definition says, or, where libvirt is to choose a firmware and it does
+        not say, where libvirt has them; a loader that is named without any is stateless."""
+        found = DomainDefinition.parse(f"<domain><name>web1</name>{boot}</domain>")
+        assert found.nvram_path == path
 
     def test_left_out_with_reasons(self) -> None:
         """CD-ROM and shared disk are left out, each with its reason; the rest is copied."""
@@ -278,6 +297,31 @@ class TestClone:
                 "<local address='::1' port='5559'/></source></interface>",
                 "udp",
             ),
+            (
+                "<redirdev bus='usb' type='tcp'><source mode='connect' host='::1' service='4000'/>"
+                "</redirdev>",
+                "redirdev tcp",
+            ),
+            (
+                "<redirdev bus='usb' type='unix'><source mode='bind' path='/run/u'/></redirdev>",
+                "redirdev unix",
+            ),
+            (
+                "<smartcard mode='passthrough' type='tcp'>"
+                "<source mode='bind' host='::1' service='2001'/></smartcard>",
+                "smartcard tcp",
+            ),
+            (
+                "<smartcard mode='passthrough' type='unix'>"
+                "<source mode='bind' path='/run/s'/></smartcard>",
+                "smartcard unix",
+            ),
+            ("<smartcard mode='host'/>", "smartcard"),
+            (
+                "<rng model='virtio'><backend model='egd' type='tcp'>"
+                "<source mode='connect' host='::1' service='1234'/></backend></rng>",
+                "rng",
+            ),
         ],
     )
     def test_what_two_machines_cannot_have_at_once_goes(self, device: str, target: str) -> None:
@@ -295,6 +339,22 @@ class TestClone:
         source = WINDOWS.replace("<devices>", card, 1)
         made = clone_definition(source, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
         assert etree.fromstring(made.xml).find("devices/interface[@type='direct']") is not None
+
+    @pytest.mark.parametrize(
+        "device",
+        [
+            "<redirdev bus='usb' type='spicevmc'/>",
+            "<smartcard mode='passthrough' type='spicevmc'/>",
+            "<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>",
+        ],
+    )
+    def test_what_each_machine_has_of_its_own_stays(self, device: str) -> None:
+        """What goes through the clone's own display, and randomness, is enough for all."""
+        source = WINDOWS.replace("<devices>", f"<devices>{device}", 1)
+        made = clone_definition(source, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
+        kind = etree.fromstring(device).tag
+        assert etree.fromstring(made.xml).find(f"devices/{kind}") is not None
+        assert not [each for each in made.left_out if each.target.startswith(kind)]
 
     @pytest.mark.parametrize("written", ["", "readonly='no'"])
     def test_firmware_that_is_written_to_is_refused(self, written: str) -> None:
@@ -320,6 +380,31 @@ class TestClone:
         assert second.find("protocol") is None
         assert root.find("devices/channel[@type='unix']/source").get("path") is None
         assert root.find("devices/vsock/cid").attrib == {"auto": "yes"}
+
+    @pytest.mark.parametrize("fixed", ["tlsPort='5908'", "port='5907'", "port='-1' tlsPort='5908'"])
+    def test_no_port_of_a_display_stays(self, fixed: str) -> None:
+        """Also of one that is reached by TLS alone."""
+        source = WINDOWS.replace("port='5907' tlsPort='5908'", fixed)
+        made = clone_definition(source, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
+        display = etree.fromstring(made.xml).find("devices/graphics[@type='spice']")
+        assert (display.get("port"), display.get("autoport")) == ("-1", "yes")
+        assert display.get("tlsPort") is None
+
+    def test_uefi_variables_that_the_source_does_not_name(self) -> None:
+        """The clone's are named where they were copied, since libvirt looks for them by the
+        domain's name; one without copied ones, or without UEFI, names none."""
+        boot = "<os firmware='efi'><type arch='x86_64' machine='q35'>hvm</type></os>"
+        source = f"<domain type='kvm'><name>web1</name>{boot}<devices/></domain>"
+        for text, path, named in (
+            (source, "/srv/n.fd", "/srv/n.fd"),
+            (source, None, None),
+            (source.replace(" firmware='efi'", ""), "/srv/n.fd", None),
+        ):
+            made = clone_definition(
+                text, name="qa-1", uuid=CLONE_UUID, disk_paths={}, nvram_path=path
+            )
+            variables = etree.fromstring(made.xml).findall("os/nvram")
+            assert [each.text for each in variables] == [named] * (named is not None)
 
     def test_nvram(self) -> None:
         """UEFI variables are at the given path, or at one libvirt makes; the template stays."""

@@ -1,18 +1,19 @@
 """Claiming, leases and taking over: an operation is one worker's at a time (E2, E3)."""
 
 import threading
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from operations.spine import World, at_once, nothing
+from operations.spine import HOST, World, at_once, nothing
 from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 
 from shared import errors
 from shared.commands import CreateImage
 from shared.database import database_now, now, transaction
-from shared.models import Operation
+from shared.models import Host, Operation
+from shared.models.hosts import SILENCE
 from shared.operations import claim, presence, reconcile, runner
 from shared.operations.finish import finish
 
@@ -223,6 +224,31 @@ def test_reaper_wakes_what_nobody_works_on(world: World, redis_broker: Any) -> N
     assert reconcile.reconcile() == 2
     assert redis_broker.queued("snapshots.kvm-1") == 2
     assert world.row(waiting).state == "queued"
+
+
+def test_reaper_wakes_nobody_on_a_silent_host(world: World, redis_broker: Any) -> None:
+    """Its workers would have to read it all when they are back; once it reports, it is woken."""
+    abandoned, lost = (world.snapshot_of(world.server(name)) for name in ("a", "b"))
+    elsewhere = world.snapshot_of(world.server("c", host="kvm-2"))
+    claim.claim(abandoned, ELSEWHERE)
+    world.expire(abandoned)
+    for operation in (lost, elsewhere):
+        world.change(operation, woken_at=now() - timedelta(minutes=2))
+    world.clear_outbox()
+
+    def queued() -> list[int]:
+        return [redis_broker.queued(f"snapshots.{host}") for host in (HOST, "kvm-2")]
+
+    seen(now() - SILENCE - timedelta(seconds=5))
+    assert (reconcile.reconcile(), queued()) == (1, [0, 1])
+    seen(now())
+    assert (reconcile.reconcile(), queued()) == (2, [2, 1])
+
+
+def seen(moment: datetime) -> None:
+    """The host last reported then."""
+    with transaction() as session:
+        session.get_one(Host, HOST).last_seen_at = moment
 
 
 def test_reaper_does_not_wake_who_waits_in_line(world: World, redis_broker: Any) -> None:

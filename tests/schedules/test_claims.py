@@ -5,11 +5,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from operations.spine import World, outputs, python
+from operations.spine import Killed, World, outputs, python
 from schedules.planned import (
     DAY,
     HOUR,
@@ -21,13 +21,15 @@ from schedules.planned import (
     set_plan,
     states,
 )
+from schedules.rotating import Disk
+from sqlalchemy import select, update
 from structlog.testing import capture_logs
 
 from services.api import schedules as api
 from services.imager import images, ticks
 from shared.commands import CreateImage
-from shared.database import transaction
-from shared.models import Operation, Schedule, ScheduleRun, Server
+from shared.database import now, transaction
+from shared.models import Image, Operation, Schedule, ScheduleRun, Server
 from shared.operations import drain, runner
 from shared.operations.context import Context, Outcome
 from shared.operations.finish import fail_run
@@ -312,6 +314,35 @@ def test_host_that_is_back_late_copies_nothing(world: World) -> None:
     [operation], [run] = operations(), runs(schedule)
     assert (operation.state, run.state) == ("cancelled", "skipped")
     assert operation.error and operation.error["code"] == "slot_missed"
+
+
+def test_image_that_was_begun_in_time_is_made(
+    world: World, any_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its worker dies and the next one takes it over after the window."""
+    disk = Disk(world, monkeypatch)
+    schedule = scheduled(world, world.server())
+    ticks.run_due(SLOT)
+    [operation] = operations()
+    window_ends(now() + HOUR)
+    disk.dies_at = "committing"
+    with pytest.raises(Killed):
+        runner.run(operation.id)
+    window_ends(now() - HOUR)
+
+    runner.run(operation.id)
+
+    [operation], [run] = operations(), runs(schedule)
+    assert (operation.state, operation.attempt, run.state) == ("succeeded", 2, "succeeded")
+    with transaction() as session:
+        [image] = session.scalars(select(Image))
+    assert operation.result and operation.result["image"] == image.id
+
+
+def window_ends(moment: datetime) -> None:
+    """Nobody may begin a run after that moment."""
+    with transaction() as session:
+        session.execute(update(ScheduleRun).values(give_up_at=moment))
 
 
 def test_cancelled_queue_wakes_the_next(world: World) -> None:
