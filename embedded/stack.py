@@ -91,7 +91,22 @@ class Stack:
                 "`make down`."
             )
         _refuse_taken_port(self.port)
-        self._write_environment()
+        kept = {each: each.read_text() for each in self._kept_files() if each.exists()}
+        try:
+            self._write_environment()
+            self._start_all()
+        except BaseException:
+            for each in self._kept_files():  # the next start is not to keep what did not do
+                each.unlink(missing_ok=True)
+            for each, text in kept.items():
+                each.touch(mode=0o600)
+                each.write_text(text)
+            raise
+
+    def _kept_files(self) -> tuple[Path, Path]:
+        return self.state / "env", self.state / "filled-in"
+
+    def _start_all(self) -> None:
         if (self.state / "redis").is_dir():
             self.start_redis()
         self._run_once([sys.executable, "-m", "shared.database"], "migrate")
@@ -210,14 +225,15 @@ class Stack:
         """
         before: dict[str, str] = {}
         ours: dict[str, str] = {}
+        own_broker = f":{self._broker_password()}@127.0.0.1:"  # on another port at each start
         if (self.state / "filled-in").exists():
             names = {"TRIPTYCH_URL", *(self.state / "filled-in").read_text().split()}
             for name, value in self.environment.items():
-                (ours if name in names else before)[name] = value
+                (ours if name in names or own_broker in value else before)[name] = value
         inherited = {
             name: value
             for name, value in os.environ.items()
-            if name.startswith("TRIPTYCH_") and ours.get(name) != value
+            if name.startswith("TRIPTYCH_") and ours.get(name) != value and own_broker not in value
         }
         now = inherited | self.settings
         kept = {name: value for name, value in before.items() if _one_way(name) not in now}

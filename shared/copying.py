@@ -138,6 +138,7 @@ def copy_server(
     context.undo("remove_copy", folder=str(folder))
     with vault().begin(kind, server.id, copy_id) as partial:
         context.phase("copying")
+        freezes = quiesce != "never" and not memory
         capture = engine.capture(
             domain,
             partial.path,
@@ -145,7 +146,7 @@ def copy_server(
             quiesce=quiesce,
             progress=context.progress,
             cancelled=context.stopping,
-            before=lambda step: _journal(context, domain, partial.path, step, quiesce),
+            before=lambda step: _journal(context, domain, partial.path, step, freezes),
             free_floor=settings().free_floor,
             pause_budget_ms=settings().pause_budget.total_seconds() * 1000,
             memory=memory,
@@ -160,11 +161,14 @@ def copy_server(
 
 
 def _journal(
-    context: Context, domain: Domain, folder: Path, step: engine.Step, quiesce: Policy
+    context: Context, domain: Domain, folder: Path, step: engine.Step, freezes: bool
 ) -> None:
     """What undoes a step upon the guest, should this worker and its watchdog both die."""
     if step == "backup":  # a pause may have been given up; one that comes now is the owner's
         context.strike("resume_domain")
+    if step == "thawed":  # a freeze that comes now is its owner's
+        context.strike("thaw_domain")
+        return
     if step == "released":
         context.strike("resume_domain", "release_memory", "thaw_domain", "abort_backup")
         return
@@ -175,7 +179,7 @@ def _journal(
     held: JournalStep = ("resume_domain", uuid)
     if step == "backup":
         held = ("abort_backup", {**uuid, "folder": str(folder)})
-    thaw: list[JournalStep] = [] if quiesce == "never" else [("thaw_domain", uuid)]
+    thaw: list[JournalStep] = [("thaw_domain", uuid)] if freezes else []
     context.undo_all(*thaw, held, durable=False)
 
 

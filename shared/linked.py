@@ -5,6 +5,7 @@ overlays that it sets aside stand on the base still, for as long as that can be 
 base and what is on it is the cloner's.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,14 +75,21 @@ def still_under(files: Mapping[str, str], candidates: Sequence[str]) -> list[str
 
 
 def left_on(base: Path) -> list[str]:
-    """The disks that stand on a base still, of clones that are deleted: a disk that the clone's
-    domain got later depends on such a one, or its owner moved it."""
+    """The disks that stand on a base still, of clones that are deleted: the clone's own, which its
+    owner moved or put another disk on, and those that its domain got later."""
     row: Any = Clone
     stood_there = cast(row.linked_to, String).contains(base.name, autoescape=True)
     with reading() as session:
         files = session.scalars(select(row.files).where(row.state == "deleted", stood_there))
-        made = [path for each in files for path in each or [] if path.endswith(".qcow2")]
-    return [path for path in made if still_under({path: "qcow2"}, [str(base)])]
+        there = [path for each in files for path in each or [] if _is_qcow2(Path(path))]
+    return [path for path in there if still_under({path: "qcow2"}, [str(base)])]
+
+
+def _is_qcow2(path: Path) -> bool:
+    """By its first bytes: what else begins so only keeps a base that could go."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(4) == b"QFI\xfb"
+    return False
 
 
 def release(session: Session, clones: Sequence[Clone], paths: Iterable[str]) -> list[str]:

@@ -93,7 +93,7 @@ def snapshot(session: Session, of: Server, meant: str | None = None) -> Snapshot
         raise errors.SnapshotNotFound(
             f"The snapshot of server {of.name!r} that was meant ({meant}) has been replaced "
             f"by {found.id}, taken at {found.taken_at:%Y-%m-%d %H:%M:%S} UTC. Nothing was "
-            "changed; if that one is meant, ask again."
+            "changed; what is asked for now is of that one."
         )
     return found
 

@@ -33,6 +33,9 @@ class Finding:
     detail: str = ""
 
 
+UNDER_WAY = "an operation is making or removing it"
+
+
 @dataclass(frozen=True)
 class Seen:
     """A copy's folder, and its manifest or why there is none."""
@@ -68,13 +71,16 @@ def rescan(session: Session, vault: Vault, seen: Sequence[Seen]) -> list[Finding
     for each in seen:
         name = str(each.folder.relative_to(vault.root))
         if str(each.folder) in under_way:
-            found.append(Finding(name, "under_way", "an operation is making or removing it"))
+            found.append(Finding(name, "under_way", UNDER_WAY))
         elif not each.folder.is_dir():
             continue  # removed since
         elif each.manifest is None:
             found.append(Finding(name, "unreadable", each.obstacle))
         else:
-            found.append(Finding(name, *_judged(session, each.manifest)))
+            verdict, detail = _judged(session, each.manifest)
+            if verdict == "deleted" and str(each.folder) in _under_way(session):  # since then
+                verdict, detail = "under_way", UNDER_WAY
+            found.append(Finding(name, verdict, detail))
     return [*found, *_missing(session, vault)]
 
 

@@ -135,8 +135,7 @@ def put_back(
     live = _live_files(wanted, manifest)
     missing = [target for target, path in live.items() if not path.exists()]
     late = _without_folder(live)
-    if domain is None:
-        _refuse_taken(connection, server, live)
+    _refuse_taken(connection, server, previous, live)
 
     context.phase("copying")
     journalled = {target: str(path) for target, path in live.items()}
@@ -190,18 +189,22 @@ def _refuse_unsafe(domain: Domain) -> None:
         )
 
 
-def _refuse_taken(connection: Any, server: Server, live: dict[str, Path]) -> None:
-    """Raise DiskInUse where another domain was given a disk of the server's that is gone, or
-    stands on one; it need not run."""
-    users = using.users(connection)
-    for path in live.values():
+def _refuse_taken(
+    connection: Any, server: Server, previous: str | None, live: dict[str, Path]
+) -> None:
+    """Raise DiskInUse where another domain was given a file that was the server's once, and is no
+    more, or stands on one; it need not run."""
+    own = {path.resolve() for path in _files(previous)} if previous else set()
+    once = [path for target, path in live.items() if target != TPM and path not in own]
+    users = using.users(connection) if once else {}
+    for path in once:
         others = users.get(path, {})
         names = sorted(name for uuid, name in others.items() if uuid != server.domain_uuid)
         if names:
             raise DiskInUse(
                 f"{path} is needed by domain {', '.join(names)} now, so it was not replaced and "
-                "every disk is as it was. Clone the image instead, or undefine that domain, and "
-                "ask again."
+                "every disk is as it was. Clone the copy instead, or take the file from that "
+                "domain, and ask again."
             )
 
 
@@ -236,6 +239,12 @@ def _formats(definition: str) -> dict[str, str]:
 
 def _disk_paths(definition: str) -> dict[str, str | None]:
     return {disk.target: disk.path for disk in DomainDefinition.parse(definition).disks}
+
+
+def _files(definition: str) -> list[Path]:
+    """The disks' files, and that of the UEFI variables."""
+    domain = DomainDefinition.parse(definition)
+    return [Path(path) for path in (*_disk_paths(definition).values(), domain.nvram_path) if path]
 
 
 def _live_files(definition: str, manifest: Manifest) -> dict[str, Path]:
@@ -305,8 +314,8 @@ def _stop(
             f"{server.name} was given other disks, defined or undefined by somebody meanwhile. "
             "Its disks and its state are as that left them; ask again."
         )
+    _refuse_taken(connect(settings().libvirt_uri), server, previous, live)
     if domain is None:
-        _refuse_taken(connect(settings().libvirt_uri), server, live)
         refuse_if_open(live.values(), "replaced")
         return "stopped"
     _refuse_unsafe(domain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from operations.spine import database_url, environment, world  # noqa: F401
@@ -125,6 +126,33 @@ def test_a_disk_that_another_domain_was_given_is_not_replaced(
 
     assert code(refused) == "disk_in_use"
     assert other.name in (refused.error or {})["message"]
+
+
+@pytest.mark.parametrize("what", ["restore", "revert"])
+def test_a_disk_that_the_server_has_no_more_is_not_replaced(
+    live: Live,  # noqa: F811
+    workspace: Path,
+    hypervisor: Any,
+    what: str,
+) -> None:
+    """It was given to another domain, which is off, and the server has another one."""
+    command: Command = RevertSnapshot(server=live.server.id)
+    if what == "restore":
+        command = RestoreImage(image=live.succeeds(CreateImage(server=live.server.id))["image"])
+    live.succeeds(TakeSnapshot(server=live.server.id))
+    live.disk.write_bytes(b"x" * SIZE)
+    definition = live.guest.xml
+    source: Any = definition.find("devices/disk/source")
+    source.set("file", str(make_disk(workspace, "raw", "blank", SIZE)))
+    live.guest.connection.defineXML(ElementTree.tostring(definition, "unicode"))
+    other = Guest.create(hypervisor, workspace, None, [str(live.disk)])
+    try:
+        refused = live.done(command)
+        assert live.disk.read_bytes() == b"x" * SIZE
+    finally:
+        other.remove()
+
+    assert code(refused) == "disk_in_use"
 
 
 def test_a_lost_directory_is_named(live: Live, workspace: Path, hypervisor: Any) -> None:  # noqa: F811

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -16,7 +17,7 @@ from services.api import examples, paging, shapes
 from services.api.paging import Page, PageQuery
 from services.api.problems import refusals
 from shared import commands, errors, lookups
-from shared.database import reading
+from shared.database import now, reading
 from shared.events import as_cloudevent
 from shared.models import Event
 
@@ -114,9 +115,9 @@ class _Position:
         self.seq = max(self.seq, seq)
         self.waiting_since = None
 
-    def has_to_wait(self, seq: int) -> bool:
-        """Whether one may come that is to be told before that number."""
-        if seq <= self.seq + 1:
+    def has_to_wait(self, event: Event) -> bool:
+        """Whether one may come that is to be told before that event."""
+        if (event.seq or 0) <= self.seq + 1 or event.time < now() - timedelta(seconds=OPEN_FOR):
             return False
         self.waiting_since = self.waiting_since or time.monotonic()
         return time.monotonic() < self.waiting_since + PATIENCE
@@ -147,7 +148,7 @@ def _after(position: _Position) -> list[Event]:
         found = list(session.scalars(query.limit(STREAMED_AT_ONCE)))
     told = []
     for event in found:
-        if position.has_to_wait(event.seq or 0):
+        if position.has_to_wait(event):
             break
         position.pass_by(event.seq or 0)
         told.append(event)

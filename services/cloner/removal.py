@@ -50,8 +50,10 @@ class Leaving(Member):
         """The files that its domain had when it was looked at."""
         self.files: list[Path] = []
         """What goes."""
+        self.strangers: list[str] = []
+        """What its domain got later."""
         self.kept: set[Path] = set()
-        """What its domain got later, and all that this depends on."""
+        """That, and all that it depends on."""
         self.stood_on: set[str] = set(clone.linked_to)
         """The bases that its disks stand on, or those that its reverts set aside."""
         self.told = {"left": []}
@@ -156,7 +158,7 @@ def _look(each: Leaving, users: Users) -> None:
         each.state = domain.wanted_state
         each.has = set(files_of(domain))
         strangers = using.strangers(domain, [*made, *map(Path, each.clone.linked_to)])
-    each.kept = using.needed(strangers)
+    each.strangers, each.kept = sorted(strangers), using.needed(strangers)
     for stranger in strangers:
         each.leave(
             stranger, "the domain got it later, or it was not recorded that it is the clone's"
@@ -229,6 +231,10 @@ def _gone(session: Session, each: Leaving, operation_id: str, moment: datetime) 
             },
         ),
     ]
+    if each.strangers and each.stood_on:  # what they stand on is asked when others go
+        clone = session.get_one(Clone, each.clone.id)
+        clone.files = [*(clone.files or []), *each.strangers]
+        clone.linked_to = sorted({*clone.linked_to, *each.stood_on})
     if snapshot:
         snapshot.deleted_at = moment
         events.emit(session, "snapshot.deleted", server.id, snapshot=snapshot.id)

@@ -38,7 +38,7 @@ from shared.hypervisor.memory import memory_saved
 from shared.hypervisor.pause import Pause, paused
 from shared.hypervisor.watchdog import Watchdog
 
-Step = Literal["pause", "memory", "backup", "released"]
+Step = Literal["pause", "memory", "backup", "thawed", "released"]
 MEMORY = "memory.save"
 PAUSE_BUDGET_MS = 100.0
 WITH_MEMORY = (
@@ -88,7 +88,8 @@ def capture(
     compressed. With `memory` also what is in the guest's RAM, of the same instant (S5); nothing is
     frozen then. `before(step)` is called ahead of what the journal must know: "pause" before a
     running guest is frozen and suspended, "memory" before its memory is saved, "backup" before
-    QEMU's copy job; and "released" once all of that is over, so that what the guest's owner does
+    QEMU's copy job; "thawed" where a stream goes on with a guest that is not frozen by us (any
+    more); and "released" once all of that is over, so that what the guest's owner does
     from then on is not undone. The folder must be searchable by QEMU's user (0711) for the stream
     way.
 
@@ -199,7 +200,13 @@ class _Order:
     def frozen(self, state: State) -> contextlib.AbstractContextManager[Consistency]:
         if self.memory:  # a guest that is resumed from it would still be frozen
             return contextlib.nullcontext(Consistency("crash", WITH_MEMORY))
-        return frozen(self.domain, self.watchdog, self.quiesce, state=state)
+        return frozen(
+            self.domain,
+            self.watchdog,
+            self.quiesce,
+            state=state,
+            refused=lambda: self.before("thawed"),
+        )
 
 
 @dataclass(frozen=True)
@@ -338,6 +345,8 @@ def _stream_active(job: _Job) -> _Shot:
             faults.point("stream:begun")
             definition = order.domain.live_definition()
             job.beside.take()
+        if consistency.thawed:
+            order.before("thawed")
         refuse_other_disks(job.plan, definition)
 
     order.before("backup")

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,7 @@ from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import (
     DomainMissing,
     HypervisorError,
+    LibvirtFailed,
     LibvirtUnavailable,
     QuiesceFailed,
 )
@@ -46,12 +47,18 @@ _UNANSWERED = (
 )
 
 
+class FreezeRefused(LibvirtFailed):
+    """The agent carried no freeze out"""
+
+
 @dataclass
 class Consistency:
     """What a copy of the guest taken now is good for, and why. Final after the block."""
 
     level: Level
     reason: str
+    thawed: bool = False
+    """Whether what was frozen for it was thawed at once."""
 
 
 def agent_ready(domain: Domain) -> bool:
@@ -78,8 +85,10 @@ def frozen(
     *,
     state: State | None = None,
     timeout_s: int = FREEZE_TIMEOUT_S,
+    refused: Callable[[], None] = lambda: None,
 ) -> Iterator[Consistency]:
-    """Freeze the guest's file systems inside, thaw them on every way out.
+    """Freeze the guest's file systems inside, thaw them on every way out. Where the agent carries
+    out no freeze, as while they are frozen by the owner, `refused` is called and nothing thawed.
 
     Keep the block short: the guest cannot write, and Windows holds a freeze for
     10 s at most. `auto` goes on without and says why; `require` raises
@@ -95,6 +104,8 @@ def frozen(
         level = _level(domain, timeout_s)
         _freeze(domain, watchdog, arm, timeout_s)
     except HypervisorError as error:
+        if isinstance(error, FreezeRefused):
+            refused()
         if policy == "require":
             raise QuiesceFailed(
                 f"{domain.name} could not be frozen: {error.detail} Nothing was copied. "
@@ -107,6 +118,7 @@ def frozen(
         yield consistency
     finally:
         thawed = _thaw(domain, watchdog, arm)
+        consistency.thawed = thawed
         if watchdog.disarm(arm) or (not thawed and level == "application"):
             # Windows lets go by itself after 10 s, perhaps before the copy's instant.
             consistency.level = "crash"
@@ -195,8 +207,10 @@ def _freeze(domain: Domain, watchdog: Watchdog, arm: Arm, timeout_s: int) -> Non
         if unanswered(failure):
             watchdog.fire(arm)
             raise failure
-        if asked > 1 or _NOT_DONE not in failure.detail:
-            _thaw(domain, watchdog, arm, patience_s=0)
+        if asked == 1 and _NOT_DONE in failure.detail:
+            watchdog.disarm(arm)
+            raise FreezeRefused(failure.detail) from failure
+        _thaw(domain, watchdog, arm, patience_s=0)
         watchdog.disarm(arm)
         raise failure
 

@@ -351,7 +351,8 @@ def nvram_of(root: etree._Element) -> str | None:
     """
     node = root.find("os/nvram")
     if node is None:
-        if root.find("os[@firmware='efi']") is None or root.findtext("os/loader"):
+        stateless = root.find("os/loader[@stateless='yes']") is not None
+        if root.find("os[@firmware='efi']") is None or root.findtext("os/loader") or stateless:
             return None
         return f"{NVRAM_FOLDER}/{root.findtext('name', '').strip()}_VARS.fd"
     source = node.find("source")

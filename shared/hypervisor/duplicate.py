@@ -49,7 +49,10 @@ _DROPPED = (
     ("devices/smartcard[@type='tcp']", "its socket on the host belongs to one guest"),
     ("devices/smartcard[@type='unix']", "its socket on the host belongs to one guest"),
     ("devices/smartcard[@mode='host']", "a host device belongs to one guest"),
-    ("devices/rng/backend[@model='egd']/..", "its socket on the host belongs to one guest"),
+    (
+        "devices/rng/backend[@model='egd']/source[@mode='bind']/../..",
+        "its socket on the host belongs to one guest",
+    ),
     ("devices/interface/portForward", "the host's ports are forwarded to one guest"),
 )
 _DROPPED_SILENTLY = (

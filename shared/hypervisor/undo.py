@@ -173,9 +173,9 @@ def stop_domain(uri: str, uuid: str, *, resumed: bool = False) -> bool:
 
 
 def state_on(uri: str, uuid: str, files: Iterable[Path]) -> State:
-    """The state of a domain that has one of `files` open; "stopped" if it has none."""
+    """The state to bring a domain back to that has one of `files` open; "stopped" if none has."""
     domain = _find(uri, uuid)
-    state = domain.state if domain else "stopped"
+    state = domain.wanted_state if domain else "stopped"
     return state if state != "stopped" and any(map(is_open, files)) else "stopped"
 
 

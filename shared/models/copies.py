@@ -158,7 +158,8 @@ class Clone(SQLModel, table=True):
     linked_to: list[str] = Document(list)
     """The files that its disks stand on, which it shares with the others of its operation."""
     files: list[str] | None = Document()
-    """The files that were made for it: what goes with it, and nothing else. None: not known."""
+    """The files that were made for it: what goes with it, and nothing else. None: not known. Of a
+    deleted one also those that its domain got later, which stay, where it stood on a base."""
     state: str = "queued"
     """queued · making · ready · failed · cancelled · deleted"""
     error: dict[str, Any] | None = Document()

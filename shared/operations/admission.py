@@ -173,10 +173,9 @@ def _(command: RestoreImage | DeleteImage | VerifyImage, session: Session) -> Ad
             "The boot proof is not supported by this version. Nothing was started; leave `boot` "
             "out to check hashes and disk structure."
         )
-    server = lookups.server(session, image.server_id, forgotten=True)
     if isinstance(command, RestoreImage):
         refuse_unusable(image)
-        server = lookups.standing_for(session, server)
+    server = lookups.standing_for(session, lookups.server(session, image.server_id, forgotten=True))
     return Admitted(server, command.model_copy(update={"image": image.id}))
 
 
@@ -208,7 +207,7 @@ def _source(session: Session, source: CloneSource, with_memory: bool) -> tuple[S
         image = lookups.held_image(session, source.id)
         refuse_unusable(image)
         server = lookups.server(session, image.server_id, forgotten=True)
-        return server, CloneSource(kind="image", id=image.id)
+        return lookups.standing_for(session, server), CloneSource(kind="image", id=image.id)
     server = lookups.server(session, source.id)
     if source.kind == "server":
         return server, CloneSource(kind="server", id=server.id)

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from triptych import Client
 
-from embedded.stack import ROOT, SERVICES, Stack, free_port
+from embedded.stack import ROOT, SERVICES, Stack, StackError, free_port
 from lab.guest import Guest
 from lab.libvirtd import Hypervisor, scratch
 
@@ -214,6 +214,31 @@ def test_what_was_given_once_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert kept["TRIPTYCH_VAULT"] == str(vault)
     assert kept["TRIPTYCH_BROKER_URL"] != environment(None)["TRIPTYCH_BROKER_URL"]  # a free port
     assert environment("")["TRIPTYCH_VAULT"] == str(tmp_path / "state" / "vault")
+
+
+def test_a_shell_that_sourced_env_long_ago_names_no_broker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours is on another port at each start: that of an earlier one is nobody's."""
+    stack = Stack(tmp_path / "state", port=free_port())
+    stack._write_environment()
+    for name, value in stack.environment.items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):
+        stack._write_environment()
+        assert "TRIPTYCH_BROKER_URL" in (stack.state / "filled-in").read_text().split()
+
+
+def test_what_did_not_come_up_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is the environment that did overwritten by it."""
+    stack = Stack(tmp_path / "state", port=free_port())
+    stack._write_environment()
+    before = stack.environment
+    monkeypatch.setenv("TRIPTYCH_CONCURRENCY", "many")
+    with pytest.raises(StackError):
+        stack.start()
+    stack.stop()
+    assert stack.environment == before
 
 
 def test_a_secret_takes_the_place_of_its_file(

@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from farms.farmed import Farmed, Made, outcomes, plug
@@ -168,15 +169,22 @@ def test_base_waits_for_a_domain_that_is_to_go(farmed: Farmed) -> None:
     assert not base.exists()
 
 
-@pytest.mark.parametrize("how", ["another disk stands on it", "it was moved"])
+@pytest.mark.parametrize("how", ["another disk stands on it", "a link is there", "it was moved"])
 def test_base_stays_for_a_disk_of_a_clone_that_went_before(farmed: Farmed, how: str) -> None:
     """What a deletion left of a clone is left with all that it needs, also by a later one."""
     farm, (first, _), base = farmed.linked_farm(2)
     left = first.guest.disks[1]
     theirs = farmed.disks / "theirs.qcow2"
-    if how == "it was moved":
+    if how != "another disk stands on it":
         left.rename(theirs)
+    if how == "a link is there":
         left.symlink_to(theirs)
+    elif how == "it was moved":
+        definition = first.guest.xml
+        sources = definition.findall("devices/disk/source")
+        (mine,) = [each for each in sources if each.get("file") == str(left)]
+        mine.set("file", str(theirs))
+        first.guest.connection.defineXML(ElementTree.tostring(definition, "unicode"))
     else:
         create_overlay(left, "qcow2", theirs)
         plug(first.guest, theirs, "vdc", "qcow2")

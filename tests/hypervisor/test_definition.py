@@ -78,6 +78,7 @@ class TestReading:
             ("<os firmware='efi'><nvram>/srv/n.fd</nvram></os>", "/srv/n.fd"),
             ("<os firmware='efi'><loader type='rom'>/o.fd</loader></os>", None),
             ("<os><loader type='pflash' stateless='yes'>/o.fd</loader></os>", None),
+            ("<os firmware='efi'><loader stateless='yes'/></os>", None),
             ("<os firmware='bios'/>", None),
             ("<os/>", None),
         ],
@@ -319,7 +320,7 @@ class TestClone:
             ("<smartcard mode='host'/>", "smartcard"),
             (
                 "<rng model='virtio'><backend model='egd' type='tcp'>"
-                "<source mode='connect' host='::1' service='1234'/></backend></rng>",
+                "<source mode='bind' host='::1' service='1234'/></backend></rng>",
                 "rng",
             ),
         ],
@@ -346,10 +347,12 @@ class TestClone:
             "<redirdev bus='usb' type='spicevmc'/>",
             "<smartcard mode='passthrough' type='spicevmc'/>",
             "<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>",
+            "<rng model='virtio'><backend model='egd' type='tcp'>"
+            "<source mode='connect' host='::1' service='1234'/></backend></rng>",
         ],
     )
     def test_what_each_machine_has_of_its_own_stays(self, device: str) -> None:
-        """What goes through the clone's own display, and randomness, is enough for all."""
+        """What goes through the clone's own display, and randomness, also of a daemon's."""
         source = WINDOWS.replace("<devices>", f"<devices>{device}", 1)
         made = clone_definition(source, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
         kind = etree.fromstring(device).tag

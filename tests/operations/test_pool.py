@@ -1,5 +1,6 @@
 """The processes of a worker: from its fork server, which has opened nothing, and gone with it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from operations.spine import World, wait_for
-from operations.workers import ROOT, Worker, ask, ended
+from operations.spine import Broker, World, wait_for
+from operations.workers import ROOT, Worker, ask, ended, working
 
 from shared.commands import SERVICES
 
@@ -16,10 +17,11 @@ from shared.commands import SERVICES
 def children(pid: int, *, that: str = "") -> list[int]:
     """The pids of a process's children, of those whose command line has that word."""
     found = []
-    for pids in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, pids.read_text().split()):
-            if that in Path(f"/proc/{child}/cmdline").read_text():
-                found.append(child)
+    with contextlib.suppress(OSError):  # one ends just now
+        for pids in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in map(int, pids.read_text().split()):
+                if that in Path(f"/proc/{child}/cmdline").read_text():
+                    found.append(child)
     return found
 
 
@@ -81,6 +83,36 @@ def test_a_fork_server_that_died_is_replaced(worker: Worker, world: World) -> No
     assert all(map(gone, before))
     assert fork_server(worker) != server
     assert worker.process.poll() is None
+
+
+def test_a_swept_temporary_directory_ends_nothing(
+    redis_broker: Broker, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's socket is gone with it: the next child comes from another server."""
+    swept = tmp_path / "swept"
+    swept.mkdir()
+    monkeypatch.setenv("TMPDIR", str(swept))
+    with working("operations.fake_service") as (worker,):
+        before = fork_server(worker)
+        for each in swept.glob("pymp-*/*"):
+            each.unlink()
+        operation = ask(world, "one", "die")
+        assert ended(world, operation).state == "succeeded"
+        servers = children(worker.process.pid, that="billiard.forkserver")
+        assert before in servers and len(servers) == 2
+        assert worker.process.poll() is None
+
+
+def test_a_temporary_directory_with_a_long_name(
+    redis_broker: Broker, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No socket fits there; children are new interpreters then."""
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    with working("operations.fake_service") as (worker,):
+        assert ended(world, ask(world, "one", "die")).state == "succeeded"
+        assert not children(worker.process.pid, that="billiard.forkserver")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from xml.etree import ElementTree
 
@@ -311,27 +312,46 @@ def test_a_disk_that_another_domain_uses_is_not_replaced(site: Site, stopped: Ma
     assert stopped.read() == {"before"}
 
 
-@on_xfs
+@pytest.mark.parametrize("site", ["xfs", "ext4"], indirect=True)
 def test_a_freeze_of_its_owners_is_left(site: Site) -> None:
-    """Somebody else copies the disks just then: neither a copy nor its undo thaws the guest."""
+    """Somebody else copies the disks just then: no copy thaws the guest, nor what undoes one."""
     machine = site.machine(["qcow2"], "running")
     machine.write("frozen")
     machine.guest.agent("guest-fsfreeze-freeze")
+    held = "stream:begun" if site.way == "stream" else "reflink:shared"
     try:
-        taken = site.done(site.client.snapshots.take(machine.id))
-        with site.points.held(
-            lambda: site.client.images.create(machine.id, quiesce="never"), "reflink:shared"
-        ) as operation:
-            site.client.operations.cancel(operation["id"])
-        assert site.ended(operation)["state"] == "cancelled"
+        taken = site.done(site.client.snapshots.take(machine.id))["result"]["consistency"]
+        refused = site.refused(site.client.images.create(machine.id, quiesce="require"))
+        states = []
+        for quiesce in ("auto", "never"):
+            with site.points.held(
+                partial(site.client.images.create, machine.id, quiesce=quiesce), held
+            ) as operation:
+                site.client.operations.cancel(operation["id"])
+            states.append(site.ended(operation)["state"])
         left = machine.guest.agent("guest-fsfreeze-status")
     finally:
         machine.guest.agent("guest-fsfreeze-thaw")
-    told = site.client.snapshots.get(machine.id)
     site.remove(machine)
 
     assert left == "frozen"
-    assert (taken["result"]["consistency"], told["consistency"]) == ("crash", "crash")
+    assert (taken, refused, states) == ("crash", "quiesce_failed", ["cancelled"] * 2)
+
+
+@on_ext4
+def test_a_freeze_of_its_owners_during_a_stream_is_left(site: Site) -> None:
+    """Ours was over by then: what undoes the copy thaws nobody's."""
+    machine = site.machine(["qcow2"], "running")
+    machine.write("streamed")
+    with site.points.held(lambda: site.client.images.create(machine.id), "stream:copied") as made:
+        machine.guest.agent("guest-fsfreeze-freeze")
+        site.client.operations.cancel(made["id"])
+    ended = site.ended(made)
+    left = machine.guest.agent("guest-fsfreeze-status")
+    machine.guest.agent("guest-fsfreeze-thaw")
+    site.remove(machine)
+
+    assert (ended["state"], left) == ("cancelled", "frozen")
 
 
 @on_xfs
@@ -340,9 +360,9 @@ def test_a_guest_that_halted_for_want_of_room_runs_after_a_revert(site: Site) ->
     machine = site.machine(["qcow2", "raw"], "running")
     machine.write("before")
     site.done(site.client.snapshots.take(machine.id))
-    ballast = filesystems.fill(site.folder)
-    fills = "dd if=/dev/urandom of=/data/much bs=1M count=64 oflag=direct"
+    fills = "sleep 2; dd if=/dev/urandom of=/data/much bs=1M count=64 oflag=direct"
     machine.guest.agent("guest-exec", path="/bin/sh", arg=["-c", fills])
+    ballast = filesystems.fill(site.folder)
     try:
         wait_for(lambda: machine.state() == "paused", "it halts")
     finally:

@@ -52,12 +52,14 @@ def uefi(site: Site) -> Iterator[Machine]:
     if linked:
         seen.parent.mkdir(parents=True, exist_ok=True)
         seen.symlink_to(variables_of(site, made.name))
-    rewrite(variables_of(site, made.name), OURS)
-    yield made
-    if made.state() != "missing":
-        site.remove(made)
-    if linked:
-        seen.unlink()
+    try:
+        rewrite(variables_of(site, made.name), OURS)
+        yield made
+        if made.state() != "missing":
+            site.remove(made)
+    finally:
+        if linked:
+            seen.unlink()
 
 
 @pytest.mark.parametrize("power", ["running", "stopped"])
