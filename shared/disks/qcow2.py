@@ -95,7 +95,7 @@ class _Image:
             raise _NotPlain
         places = self._read(self.counts_at, self.counts_clusters * self.cluster // 8)
         tables = self._pointed_at(self._read(self.l1_at, self.l1_entries), flags=0)
-        if len(np.unique(tables)) != len(tables) or len(tables) * self.cluster > _MOST_TABLES:
+        if len(tables) * self.cluster > _MOST_TABLES or len({*tables.tolist()}) != len(tables):
             raise _NotPlain
         used = [
             np.zeros(1, np.uint64),  # the header's
