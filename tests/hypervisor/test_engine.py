@@ -139,7 +139,7 @@ def test_stream_copies_a_running_guest(
     steps: list[str] = []
     taken = capture(domain, elsewhere, watchdog=watchdog, before=steps.append)
     assert (taken.way, taken.consistency, taken.pause_ms) == ("stream", "file-system", 0.0)
-    assert steps == ["backup", "released"]
+    assert steps == ["backup", "thawed", "released"]
     assert b"streamed" in (elsewhere / "vdb.raw").read_bytes()
     assert complaints(elsewhere / "vdb.raw") == ""
 
