@@ -140,4 +140,5 @@ def test_the_how_to_has_the_commands_of_this_module() -> None:
     how_to = (ROOT / "docs/how-to/add-a-host.md").read_text()
 
     assert "-f docker-compose.yml -f docker-compose.centre.yml up --wait" in how_to
-    assert "docker compose -f docker-compose.host.yml up --wait" in how_to
+    assert "\nCOMPOSE_FILE=docker-compose.host.yml\n" in how_to
+    assert "\ndocker compose up --wait\n" in how_to
