@@ -37,7 +37,7 @@ test-guests:     ## Run the tests on real Debian guests; many minutes without KV
 	@scripts/setup tests
 	@$(PYTHON) -m pytest tests/guests $(ARGS)
 
-faults:          ## Walk all points of all operations with faults (50 min); PART=1 each point once
+faults:          ## Walk all points of all operations with faults (40 min); PART=1 each point once
 	@scripts/setup tests
 	@rm -rf .cache/faults
 	@$(if $(PART),,TRIPTYCH_FAULTS_ALL=1) $(if $(ARGS),$(PYTHON) -m pytest tests/faults $(ARGS), \
