@@ -1,4 +1,4 @@
-"""Owns finding processes by what they have open."""
+"""Owns finding processes: by what they have open, by their parents, and whether they are gone."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ def holder_of(path: Path) -> int | None:
                         if str(each.readlink()) in wanted:
                             return int(process.name)
     return None
+
+
+def children_of(pid: int, that: str = "") -> list[int]:
+    """The pids of a process's children, of those whose command line has that word."""
+    found = []
+    with contextlib.suppress(OSError):  # one of them ends just now
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (thread / "children").read_text().split()):
+                if that in Path(f"/proc/{child}/cmdline").read_text():
+                    found.append(child)
+    return found
 
 
 def is_gone(pid: int) -> bool:

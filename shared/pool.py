@@ -1,6 +1,6 @@
 """A service's pool of processes: forked from one that has imported all and opened nothing.
 
-A child that died is replaced in a tenth of the time that a new interpreter takes, and children
+A child that died is replaced in a fifth of the time that a new interpreter takes, and children
 share the memory of what was imported. Celery offers fork, after which libvirt's connections and
 threads are half there, and spawn; billiard, which it is built on, has the fork server too.
 Why: docs/decisions/0037-children-come-from-a-fork-server.md.

@@ -134,6 +134,7 @@ def put_back(
         _refuse_other_disks(wanted, (folder / manifest.definition).read_text(), manifest)
     live = _live_files(wanted, manifest)
     missing = [target for target, path in live.items() if not path.exists()]
+    _refuse_lost_folders(live)
     late = _without_folder(live)
     _refuse_taken(connection, server, previous, live)
 
@@ -258,18 +259,21 @@ def _live_files(definition: str, manifest: Manifest) -> dict[str, Path]:
     return live
 
 
-def _without_folder(live: dict[str, Path]) -> dict[str, Path]:
-    """The TPM's state, by TPM, where its directory went with the domain.
-
-    Raises TpmFolderMissing where that cannot be made, DiskFolderMissing where another is gone:
-    what was mounted there may be missing.
-    """
+def _refuse_lost_folders(live: dict[str, Path]) -> None:
+    """Raise DiskFolderMissing: none is made, since what was mounted there may be missing."""
     for target, path in live.items():
         if target != TPM and not path.parent.is_dir():
             raise DiskFolderMissing(
                 f"{target} of the copy belongs in {path.parent}, which is no directory of this "
                 "host. Nothing was changed; make it, or mount what belongs there, and ask again."
             )
+
+
+def _without_folder(live: dict[str, Path]) -> dict[str, Path]:
+    """The TPM's state, by TPM, where its directory went with the domain.
+
+    Raises TpmFolderMissing where that cannot be made.
+    """
     if TPM not in live or live[TPM].parent.is_dir():
         return {}
     folder, swtpm = live[TPM].parent, settings().swtpm.resolve()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from live_server import SIZE, Live, live  # noqa: F401
 from operations.spine import (  # noqa: F401
     World,
     any_database,
@@ -26,9 +25,6 @@ from operations.spine import (  # noqa: F401
 from operations.waiting import wait_for
 from sqlalchemy import select, update
 
-from lab import filesystems
-from lab.guest import Guest, make_disk
-from lab.libvirtd import Hypervisor
 from services.imager import images  # noqa: F401  registers the handlers
 from services.snapshotter import snapshots  # noqa: F401  registers the handlers
 from shared import admin, doctor, errors, hosts, mounted, recovery  # noqa: F401
@@ -45,15 +41,13 @@ from shared.commands import (
     VerifyImage,
 )
 from shared.database import reading, transaction
-from shared.hypervisor.connection import forget
-from shared.models import Host, Image, Operation, Server, Snapshot
+from shared.models import Host, Image, Snapshot
 from shared.operations import bystander, claim, journal, presence, runner
 from shared.operations.bystander import Bystander, _left_behind
 from shared.settings import settings
 from shared.tending import tender
 from shared.tending.tender import Tender
 
-SIZE = 64 * 1024
 CODE = "vault_not_mounted"
 
 
@@ -98,68 +92,18 @@ def admin_says(
 # On the real thing
 
 
-class Live:
-    """A host with a server that is off, and its vault on a file system of its own."""
-
-    def __init__(self, world: World, guest: Guest, disk: Path, device: Path, at: Path) -> None:  # noqa: F811
-        self.world, self.guest, self.disk, self.device, self.root = world, guest, disk, device, at
-        self.server = Server(name=guest.name, host="kvm-1", domain_uuid=guest.domain.UUIDString())
-        world.add(self.server)
-
-    def mount(self) -> None:
-        subprocess.run(["mount", "--bind", self.device, self.root], check=True)
-
-    def unmount(self) -> None:
-        filesystems.unmount(self.root)
-
-    def done(self, command: Command) -> Operation:
-        operation = self.world.submit(command)
-        runner.run(operation)
-        return self.world.row(operation)
-
-    def fails(self, command: Command) -> None:
-        """Demand that it ends with the error, and nothing is written or forgotten."""
-        before = copies(), self.disk.read_bytes()
-        ended = self.done(command)
-        assert (ended.state, (ended.error or {})["code"]) == ("failed", CODE), ended.error
-        assert "Nothing was touched. Mount" in (ended.error or {})["message"]
-        assert (copies(), self.disk.read_bytes()) == before
-        assert below(self.root) == []
-
-    def succeeds(self, command: Command) -> dict[str, Any]:
-        ended = self.done(command)
-        assert ended.state == "succeeded", ended.error
-        return ended.result or {}
-
-
-@pytest.fixture
-def live(
-    world: World,  # noqa: F811
-    hypervisor: Hypervisor,
-    workspace: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Live]:
-    if not filesystems.can_mount():
-        pytest.skip("mounting a loop device needs root")
-    root = workspace / "vault"
-    root.mkdir()
-    monkeypatch.setenv("TRIPTYCH_LIBVIRT_URI", hypervisor.uri)
-    monkeypatch.setenv("TRIPTYCH_VAULT", str(root))
-    settings.cache_clear()
-    disk = make_disk(workspace, "raw", "blank", SIZE)
-    guest = Guest.create(hypervisor, workspace, None, [str(disk)])
-    with filesystems.ext4(64 * filesystems.MIB) as device:
-        made = Live(world, guest, disk, device, root)
-        made.mount()
-        mounted.adopt()
-        yield made
-        made.unmount()
-    guest.remove()
-    forget(hypervisor.uri)
+def fails(live: Live, command: Command) -> None:  # noqa: F811
+    """Demand that it ends with the error, and nothing is written or forgotten."""
+    before = copies(), live.disk.read_bytes()
+    ended = live.done(command)
+    assert (ended.state, (ended.error or {})["code"]) == ("failed", CODE), ended.error
+    assert "Nothing was touched. Mount" in (ended.error or {})["message"]
+    assert (copies(), live.disk.read_bytes()) == before
+    assert below(live.root) == []
 
 
 @pytest.mark.vm
-def test_nothing_is_done_while_the_mount_is_missing(live: Live) -> None:
+def test_nothing_is_done_while_the_mount_is_missing(live: Live) -> None:  # noqa: F811
     """Whatever would copy, read or remove a copy fails at once, and works again, in the same
     process, once it is mounted: rows, copies and the server's disk are as they were."""
     image = live.succeeds(CreateImage(server=live.server.id))["image"]
@@ -176,7 +120,7 @@ def test_nothing_is_done_while_the_mount_is_missing(live: Live) -> None:
         DeleteSnapshot(server=live.server.id, snapshot=snapshot, expired=True),
         DeleteImage(image=image),
     ):
-        live.fails(command)
+        fails(live, command)
 
     live.mount()
     assert live.succeeds(VerifyImage(image=image))["verified"] == "passed"
@@ -188,7 +132,7 @@ def test_nothing_is_done_while_the_mount_is_missing(live: Live) -> None:
 
 
 @pytest.mark.vm
-def test_restore_can_be_undone_without_the_vault(live: Live) -> None:
+def test_restore_can_be_undone_without_the_vault(live: Live) -> None:  # noqa: F811
     """What was set aside is beside the disks: a lost vault does not keep it from its server."""
     image = live.succeeds(CreateImage(server=live.server.id))["image"]
     live.disk.write_bytes(b"later".ljust(SIZE, b"."))
@@ -203,7 +147,7 @@ def test_restore_can_be_undone_without_the_vault(live: Live) -> None:
 
 
 @pytest.mark.vm
-def test_host_says_that_its_vault_is_not_mounted(live: Live) -> None:
+def test_host_says_that_its_vault_is_not_mounted(live: Live) -> None:  # noqa: F811
     """For as long as it is so; the rest of what is known of it stays."""
     hosts.report()
     facts = host().facts
@@ -221,7 +165,8 @@ def test_host_says_that_its_vault_is_not_mounted(live: Live) -> None:
 
 @pytest.mark.vm
 def test_worker_that_starts_before_the_mount_waits_for_it(
-    live: Live, monkeypatch: pytest.MonkeyPatch
+    live: Live,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
 ) -> None:
     """After a reboot: it says so, makes no directory, and goes on by itself."""
     monkeypatch.setattr(hosts, "AGAIN_S", 0.1)
@@ -243,7 +188,9 @@ def test_worker_that_starts_before_the_mount_waits_for_it(
 
 @pytest.mark.vm
 def test_doctor_and_rescan_take_no_copy_for_gone(
-    live: Live, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    live: Live,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],  # noqa: F811
 ) -> None:
     """They look at nothing, so that --fix has nothing to mark."""
     live.succeeds(CreateImage(server=live.server.id))

@@ -8,12 +8,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from live_server import SIZE, Live, live  # noqa: F401
 from operations.spine import database_url, environment, world  # noqa: F401
 from sqlalchemy import update
-from test_mounted import SIZE, Live, live  # noqa: F401
 
 from lab.guest import Guest, make_disk
-from services.cloner import clones  # noqa: F401  registers the handlers
 from shared.commands import (
     Command,
     CreateClones,
@@ -102,6 +101,18 @@ def test_an_image_of_an_earlier_registration_is_restored(live: Live) -> None:  #
         assert session.get_one(Server, again.id).forgotten_at is None
 
 
+def keeps(live: Live, command: Command, other: Guest) -> None:  # noqa: F811
+    """Demand that the other's disk, with what is on it by now, is not replaced."""
+    live.disk.write_bytes(b"x" * SIZE)
+    try:
+        refused = live.done(command)
+        assert live.disk.read_bytes() == b"x" * SIZE
+    finally:
+        other.remove()
+    assert code(refused) == "disk_in_use"
+    assert other.name in (refused.error or {})["message"]
+
+
 @pytest.mark.parametrize("has", ["the disk", "an overlay on it"])
 def test_a_disk_that_another_domain_was_given_is_not_replaced(
     live: Live,  # noqa: F811
@@ -112,20 +123,11 @@ def test_a_disk_that_another_domain_was_given_is_not_replaced(
     """The domain is gone and its disk another's, which is off: that may be all there is of it."""
     image = live.succeeds(CreateImage(server=live.server.id))["image"]
     live.guest.domain.undefine()
-    live.disk.write_bytes(b"x" * SIZE)
     disk = live.disk
     if has != "the disk":
         disk = workspace / "overlay.qcow2"
         create_overlay(live.disk, "raw", disk)
-    other = Guest.create(hypervisor, workspace, None, [str(disk)])
-    try:
-        refused = live.done(RestoreImage(image=image))
-        assert live.disk.read_bytes() == b"x" * SIZE
-    finally:
-        other.remove()
-
-    assert code(refused) == "disk_in_use"
-    assert other.name in (refused.error or {})["message"]
+    keeps(live, RestoreImage(image=image), Guest.create(hypervisor, workspace, None, [str(disk)]))
 
 
 @pytest.mark.parametrize("what", ["restore", "revert"])
@@ -136,23 +138,17 @@ def test_a_disk_that_the_server_has_no_more_is_not_replaced(
     what: str,
 ) -> None:
     """It was given to another domain, which is off, and the server has another one."""
-    command: Command = RevertSnapshot(server=live.server.id)
-    if what == "restore":
-        command = RestoreImage(image=live.succeeds(CreateImage(server=live.server.id))["image"])
+    image = live.succeeds(CreateImage(server=live.server.id))["image"]
     live.succeeds(TakeSnapshot(server=live.server.id))
-    live.disk.write_bytes(b"x" * SIZE)
     definition = live.guest.xml
     source: Any = definition.find("devices/disk/source")
     source.set("file", str(make_disk(workspace, "raw", "blank", SIZE)))
     live.guest.connection.defineXML(ElementTree.tostring(definition, "unicode"))
-    other = Guest.create(hypervisor, workspace, None, [str(live.disk)])
-    try:
-        refused = live.done(command)
-        assert live.disk.read_bytes() == b"x" * SIZE
-    finally:
-        other.remove()
-
-    assert code(refused) == "disk_in_use"
+    command = {
+        "restore": RestoreImage(image=image),
+        "revert": RevertSnapshot(server=live.server.id),
+    }[what]
+    keeps(live, command, Guest.create(hypervisor, workspace, None, [str(live.disk)]))
 
 
 def test_a_lost_directory_is_named(live: Live, workspace: Path, hypervisor: Any) -> None:  # noqa: F811

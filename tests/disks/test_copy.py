@@ -12,7 +12,7 @@ import pytest
 from operations.waiting import wait_for
 
 from lab.filesystems import size
-from lab.processes import is_gone
+from lab.processes import children_of, is_gone
 from lab.qemu_img import slowed
 from shared.disks import images
 from shared.disks.copy import stream_copy
@@ -135,9 +135,8 @@ def test_a_killed_worker_takes_its_qemu_img_along(
     tmp_path: Path, copying: subprocess.Popen[bytes]
 ) -> None:
     """What undoes the copy, or makes it anew, has the file for itself."""
-    children = Path(f"/proc/{copying.pid}/task/{copying.pid}/children")
     wait_for(lambda: (tmp_path / "b.raw").exists())
-    (qemu_img,) = map(int, children.read_text().split())
+    (qemu_img,) = children_of(copying.pid)
     try:
         copying.kill()
         wait_for(lambda: is_gone(qemu_img), seconds=20)

@@ -15,6 +15,7 @@ from faults.walk import HELD, KINDS, Walk, before_commit
 from system.live_site import wait_for
 
 from embedded.stack import SERVICES
+from lab.processes import children_of
 from shared.copying import HOLDS
 from shared.hypervisor.watchdog_helper import OWED
 
@@ -83,7 +84,7 @@ def test_worker_and_watchdog_die_while_the_guest_is_held(walk: Walk) -> None:
     operation = kind.ask(walk.site, walk.machine)
     wait_for(lambda: walk.points.reached, "the guest is held")
     assert walk.machine.state() == "paused"
-    helpers = walk.watchdogs(walk.site.child_of(operation))
+    helpers = children_of(walk.site.child_of(operation), "watchdog")
     assert helpers
 
     for helper in helpers:
@@ -105,7 +106,7 @@ def test_all_workers_and_the_broker_die_while_the_guest_is_held(walk: Walk) -> N
     walk.points.arm(("reflink:paused", "wait"))
     operation = kind.ask(walk.site, walk.machine)
     wait_for(lambda: walk.points.reached, "the guest is held")
-    helpers = walk.watchdogs(walk.site.child_of(operation))
+    helpers = children_of(walk.site.child_of(operation), "watchdog")
 
     stack.signal("redis", signal.SIGKILL)
     for service in SERVICES[1:]:

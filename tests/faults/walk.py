@@ -472,12 +472,6 @@ class Walk:
         if self.machine.power == "running" and self.machine.state() == "stopped":
             self.machine.guest.start()
 
-    def watchdogs(self, worker: int) -> list[int]:
-        """The pids of the helpers of a worker process."""
-        children = Path(f"/proc/{worker}/task").glob("*/children")
-        pids = [int(pid) for each in children for pid in each.read_text().split()]
-        return [p for p in pids if b"watchdog" in Path(f"/proc/{p}/cmdline").read_bytes()]
-
     def _tidy(self) -> bool:
         with contextlib.suppress(AssertionError):
             self.site.assert_tidy()

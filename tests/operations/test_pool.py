@@ -1,6 +1,5 @@
 """The processes of a worker: from its fork server, which has opened nothing, and gone with it."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -11,37 +10,22 @@ import pytest
 from operations.spine import Broker, World, wait_for
 from operations.workers import ROOT, Worker, ask, ended, working
 
+from lab.processes import children_of, is_gone
 from shared.commands import SERVICES
 
-
-def children(pid: int, *, that: str = "") -> list[int]:
-    """The pids of a process's children, of those whose command line has that word."""
-    found = []
-    with contextlib.suppress(OSError):  # one ends just now
-        for pids in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in map(int, pids.read_text().split()):
-                if that in Path(f"/proc/{child}/cmdline").read_text():
-                    found.append(child)
-    return found
+FORK_SERVER = "billiard.forkserver"
 
 
 def fork_server(worker: Worker) -> int:
     """The pid of the worker's fork server, once it has all its children."""
 
     def ready() -> bool:
-        servers = children(worker.process.pid, that="billiard.forkserver")
-        return bool(servers) and len(children(servers[0])) == 2
+        servers = children_of(worker.process.pid, FORK_SERVER)
+        return bool(servers) and len(children_of(servers[0])) == 2
 
     wait_for(ready, 30)
-    (server,) = children(worker.process.pid, that="billiard.forkserver")
+    (server,) = children_of(worker.process.pid, FORK_SERVER)
     return server
-
-
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 def test_a_child_that_died_is_replaced_by_the_same_server(worker: Worker, world: World) -> None:
@@ -53,7 +37,7 @@ def test_a_child_that_died_is_replaced_by_the_same_server(worker: Worker, world:
     assert ended(world, operation).state == "succeeded"
     assert fork_server(worker) == server
     ran = {int(line.split()[2]) for line in worker.did() if line.startswith("run")}
-    assert len(ran) == 2 and len(ran & set(children(server))) == 1
+    assert len(ran) == 2 and len(ran & set(children_of(server))) == 1
 
 
 def test_all_go_with_the_main_process(worker: Worker, world: World) -> None:
@@ -61,11 +45,11 @@ def test_all_go_with_the_main_process(worker: Worker, world: World) -> None:
     server = fork_server(worker)
     ask(world, "one", "slow")
     wait_for(worker.did)
-    all_of_it = [server, *children(server)]
+    all_of_it = [server, *children_of(server)]
 
     os.kill(worker.process.pid, signal.SIGKILL)
 
-    wait_for(lambda: all(map(gone, all_of_it)), 5)
+    wait_for(lambda: all(map(is_gone, all_of_it)), 5)
 
 
 def test_a_fork_server_that_died_is_replaced(worker: Worker, world: World) -> None:
@@ -73,14 +57,14 @@ def test_a_fork_server_that_died_is_replaced(worker: Worker, world: World) -> No
     server = fork_server(worker)
     operation = ask(world, "one", "slow")
     wait_for(worker.did)
-    before = children(server)
+    before = children_of(server)
 
     os.kill(server, signal.SIGKILL)
     (worker.vault / "go").touch()
 
     row = ended(world, operation)
     assert (row.state, row.attempt) == ("succeeded", 2)
-    assert all(map(gone, before))
+    assert all(map(is_gone, before))
     assert fork_server(worker) != server
     assert worker.process.poll() is None
 
@@ -98,7 +82,7 @@ def test_a_swept_temporary_directory_ends_nothing(
             each.unlink()
         operation = ask(world, "one", "die")
         assert ended(world, operation).state == "succeeded"
-        servers = children(worker.process.pid, that="billiard.forkserver")
+        servers = children_of(worker.process.pid, FORK_SERVER)
         assert before in servers and len(servers) == 2
         assert worker.process.poll() is None
 
@@ -112,7 +96,7 @@ def test_a_temporary_directory_with_a_long_name(
     monkeypatch.setenv("TMPDIR", str(folder))
     with working("operations.fake_service") as (worker,):
         assert ended(world, ask(world, "one", "die")).state == "succeeded"
-        assert not children(worker.process.pid, that="billiard.forkserver")
+        assert not children_of(worker.process.pid, FORK_SERVER)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
