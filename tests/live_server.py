@@ -17,7 +17,7 @@ from lab.libvirtd import Hypervisor
 from services.cloner import clones  # noqa: F401  registers the handlers
 from services.imager import images  # noqa: F401
 from services.snapshotter import snapshots  # noqa: F401
-from shared import mounted
+from shared import mounted, recovery  # noqa: F401  registers the journal's actions
 from shared.commands import Command
 from shared.hypervisor.connection import forget
 from shared.models import Operation, Server

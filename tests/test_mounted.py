@@ -165,8 +165,8 @@ def test_host_says_that_its_vault_is_not_mounted(live: Live) -> None:  # noqa: F
 
 @pytest.mark.vm
 def test_worker_that_starts_before_the_mount_waits_for_it(
-    live: Live,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    live: Live,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After a reboot: it says so, makes no directory, and goes on by itself."""
     monkeypatch.setattr(hosts, "AGAIN_S", 0.1)
@@ -188,9 +188,9 @@ def test_worker_that_starts_before_the_mount_waits_for_it(
 
 @pytest.mark.vm
 def test_doctor_and_rescan_take_no_copy_for_gone(
-    live: Live,
+    live: Live,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """They look at nothing, so that --fix has nothing to mark."""
     live.succeeds(CreateImage(server=live.server.id))
