@@ -155,7 +155,8 @@ class Vault:
         return partial
 
     def remove(self, path: Path, *, others_at_work: bool = False) -> None:
-        """Delete a copy's folder. It stops counting at once; calling again is fine.
+        """Delete a copy's folder. It stops counting at once; calling again is fine. Only that of
+        a farm's copy, which never counts, may be back after a power cut.
 
         The server's folder goes too when it is empty, unless there may be `others_at_work`: one
         that has just made it would find it gone.
@@ -163,15 +164,18 @@ class Vault:
         if not path.resolve().is_relative_to(self.root.resolve()) or path == self.root:
             raise VaultError(f"{path} is not a copy in this vault; nothing was removed.")
         doomed = path if path.suffix == DELETING else path.with_name(path.name + DELETING)
+        lasting = not path.is_relative_to(self.root / _FOLDERS["farm"])
         if path.exists() and path != doomed:
             if doomed.exists():
                 shutil.rmtree(doomed)
             path.rename(doomed)
-            sync(path.parent)
+            if lasting:
+                sync(path.parent)
             faults.point("remove:renamed")
         if doomed.exists():
             shutil.rmtree(doomed)
-            sync(doomed.parent)
+            if lasting:
+                sync(doomed.parent)
         if not others_at_work:
             with contextlib.suppress(OSError):  # other copies of the server are there
                 path.parent.rmdir()

@@ -68,14 +68,17 @@ def _look(operation: str) -> Operation:
         return lookups.operation(session, operation)
 
 
-def _state(operation: str) -> str | None:
-    row: Any = Operation
-    with reading() as session:
-        return session.scalar(select(row.state).where(row.id == operation))
-
-
 def _shown(operation: str) -> shapes.Operation:
     with reading() as session:
+        return shown(session, [lookups.operation(session, operation)])[0]
+
+
+def _ended(operation: str) -> shapes.Operation | None:
+    """None until it has; a caller waits for every step between its end and the answer."""
+    row: Any = Operation
+    with reading() as session:
+        if session.scalar(select(row.state).where(row.id == operation)) not in ENDED:
+            return None
         return shown(session, [lookups.operation(session, operation)])[0]
 
 
@@ -93,17 +96,17 @@ async def show(
 ) -> shapes.Operation:
     """The operation now; with `wait` as soon as it ends, or after that many seconds."""
     began = time.monotonic()
-    found = await run_in_threadpool(_look, operation)
-    state: str | None = found.state
-    while state not in ENDED:
+    found = await run_in_threadpool(_shown, operation)
+    ended = found if found.state in ENDED else None
+    while ended is None:
         waited = time.monotonic() - began
         stopping = request.app.state.stopping.is_set()
         if waited >= wait or stopping or await request.is_disconnected():
-            break
+            return await run_in_threadpool(_shown, found.id)
         step = min(max(FIRST_STEP, waited * PART), LAST_STEP)
         await asyncio.sleep(min(step, wait - waited))
-        state = await run_in_threadpool(_state, found.id)
-    return await run_in_threadpool(_shown, found.id)
+        ended = await run_in_threadpool(_ended, found.id)
+    return ended
 
 
 CANCELLED: dict[int | str, dict[str, Any]] = {

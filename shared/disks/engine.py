@@ -10,6 +10,7 @@ result is the vault's; copying it out again is `materialise.py`'s.
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -148,9 +149,8 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
         with full_is_said(destination), guard.blamed():
             if chosen.state == "stopped":
                 refuse_if_open((source.path for source in chosen.sources), "copied")
-            shot = _reflink(job) if chosen.way == "reflink" else _stream(job)
+            shot, files = _reflink(job) if chosen.way == "reflink" else _stream(job)
             guard.verify()
-            files = tuple(copied(s, targets[s.disk.target]) for s in chosen.sources)
     except BaseException:
         for path in [*targets.values(), *beside.copies, job.memory]:
             path.unlink(missing_ok=True)
@@ -223,6 +223,10 @@ class _Job:
     def memory(self) -> Path:
         return self.order.destination / MEMORY
 
+    def copied(self) -> tuple[CopiedDisk, ...]:
+        """The finished copies. Raises ImageDamaged, or CopyFailed where one is not whole."""
+        return tuple(copied(s, self.targets[s.disk.target]) for s in self.plan.sources)
+
     @contextlib.contextmanager
     def saved(self, meanwhile: Callable[[], None]) -> Iterator[Pause]:
         """The guest held at the instant of its saved memory."""
@@ -261,10 +265,10 @@ class _Shot:
     pause_ms: float = 0.0
 
 
-def _reflink(job: _Job) -> _Shot:
+def _reflink(job: _Job) -> tuple[_Shot, tuple[CopiedDisk, ...]]:
     """Everything that can be done ahead is, so that the pause holds the ioctls alone."""
     order = job.order
-    with contextlib.ExitStack() as opened:
+    with ThreadPoolExecutor(1, "checking") as aside, contextlib.ExitStack() as opened:
         copies = []
         for source in job.plan.sources:
             source_fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -280,18 +284,20 @@ def _reflink(job: _Job) -> _Shot:
         elif order.quiesce != "never":  # the less is left to write out, the shorter is the freeze
             for copy in copies:
                 os.fdatasync(copy.source)
-        shot, definition = _shared(job, copies)
+        shot, definition, checked = _shared(job, copies, aside)
         faults.point("reflink:resumed")
         if job.plan.state != "stopped":
             order.before("released")
     refuse_other_disks(job.plan, definition)
-    return shot
+    return shot, checked()
 
 
-def _shared(job: _Job, copies: list[CatchingUp]) -> tuple[_Shot, str]:
+def _shared(
+    job: _Job, copies: list[CatchingUp], aside: Executor
+) -> tuple[_Shot, str, Callable[[], tuple[CopiedDisk, ...]]]:
     """The one instant: frozen, paused, the rest of the disks shared, resumed, thawed. With it
-    the definition that the server had there."""
-    order = job.order
+    the definition that the server had there, and what gives the copies, checked."""
+    order, checked = job.order, job.copied
 
     def close_in() -> None:
         if job.plan.catching_up:
@@ -322,14 +328,17 @@ def _shared(job: _Job, copies: list[CatchingUp]) -> tuple[_Shot, str]:
             finish(copies, order.pause_budget_ms)
             job.beside.take()
             faults.point("reflink:shared")
+        if consistency.level != "crash" and pause.was_running:  # for its thaw a guest takes a while
+            checked = aside.submit(checked).result
     if job.plan.state == "running" and not pause.was_running:
         job.guard.refuse_running()
-    return _Shot(taken_at, consistency, pause.ms), definition
+    return _Shot(taken_at, consistency, pause.ms), definition, checked
 
 
-def _stream(job: _Job) -> _Shot:
+def _stream(job: _Job) -> tuple[_Shot, tuple[CopiedDisk, ...]]:
     job.beside.warm()
-    return _stream_stopped(job) if job.plan.state == "stopped" else _stream_active(job)
+    shot = _stream_stopped(job) if job.plan.state == "stopped" else _stream_active(job)
+    return shot, job.copied()
 
 
 def _stream_active(job: _Job) -> _Shot:

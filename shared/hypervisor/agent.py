@@ -148,19 +148,20 @@ def _without_freeze(domain: Domain, policy: Policy, state: State) -> Consistency
     return Consistency("crash", reason) if reason else None
 
 
-_systems: dict[str, tuple[int, str]] = {}
-"""What runs in the domains, by UUID: libvirt's number of that boot, and the system's id."""
+_told: dict[str, tuple[tuple[int, int], str]] = {}
+"""The system in each domain, by UUID, and since when it is known: the boot (libvirt's number of it)
+in which libvirt was told how many seconds to wait for an answer. It writes that to its disk."""
 
 
 def _level(domain: Domain, timeout_s: int) -> Level:
     """Windows' freeze goes through VSS, which has applications write out their state."""
 
     def ask(handle: libvirt.virDomain) -> str:
-        handle.agentSetResponseTimeout(timeout_s)
-        boot, system = _systems.get(domain.uuid, (0, ""))
-        if boot != handle.ID():
+        told, system = _told.get(domain.uuid, (None, ""))
+        if told != (handle.ID(), timeout_s):
+            handle.agentSetResponseTimeout(timeout_s)
             system = str(handle.guestInfo(libvirt.VIR_DOMAIN_GUEST_INFO_OS).get("os.id", ""))
-            _systems[domain.uuid] = (handle.ID(), system)
+            _told[domain.uuid] = (handle.ID(), timeout_s), system
         return system
 
     with contextlib.suppress(HypervisorError):
@@ -203,6 +204,7 @@ def _freeze(domain: Domain, watchdog: Watchdog, arm: Arm, timeout_s: int) -> Non
         if not over.is_set():
             raise QuiesceFailed(f"the agent did not answer within {timeout_s} s.")
     if outcome[0] is not None or late.is_set():
+        _told.pop(domain.uuid, None)  # the watchdog, if not its owner, may have told libvirt else
         failure = outcome[0] or QuiesceFailed(f"the agent did not answer within {timeout_s} s.")
         if unanswered(failure):
             watchdog.fire(arm)

@@ -65,15 +65,15 @@ def test_system_is_asked_for_once_a_boot(
         return ask(handle, *arguments)
 
     monkeypatch.setattr(libvirt.virDomain, "guestInfo", counted)
-    monkeypatch.setattr(
-        agent, "_systems", {domain.uuid: (domain.call("", lambda h: h.ID()) - 1, "")}
-    )
+    boot = domain.call("", lambda handle: handle.ID())
+    monkeypatch.setattr(agent, "_told", {domain.uuid: ((boot - 1, agent.FREEZE_TIMEOUT_S), "")})
     for _ in range(2):
         with frozen(domain, watchdog, "require") as consistency:
             pass
-    assert len(asked) == 1
+    assert asked == [boot]
     assert consistency.level == "file-system"
-    monkeypatch.setitem(agent._systems, domain.uuid, (asked[0], "mswindows"))
+    known = ((boot, agent.FREEZE_TIMEOUT_S), "mswindows")
+    monkeypatch.setitem(agent._told, domain.uuid, known)
     with frozen(domain, watchdog, "require") as consistency:
         pass
     assert consistency.level == "application"
