@@ -28,7 +28,8 @@ log = structlog.get_logger()
 def remove_copy(folder: str) -> None:
     """A snapshot's, image's or farm's folder in the vault, whole or half-made."""
     mounted.ensure()  # else it would be taken for gone
-    vault, path = Vault(settings().vault), Path(folder)
+    vault = Vault(settings().vault)
+    path = vault.here(folder)
     for each in (path.with_name(path.name + PARTIAL), path):
         vault.remove(each)
 

@@ -26,7 +26,7 @@ from shared.vault import Vault
 @dataclass(frozen=True)
 class Finding:
     """What was found about one copy. `verdict`: adopted · known · deleted · under_way · missing ·
-    found_again · conflict · unreadable."""
+    found_again · conflict · registered_anew · foreign · unreadable."""
 
     path: str
     verdict: str
@@ -66,11 +66,11 @@ def rescan(session: Session, vault: Vault, seen: Sequence[Seen]) -> list[Finding
     """Compare what was seen with the rows of this host, and add what has none; see the module."""
     lookups.reporting_host(session, settings().host)
     # Asked before its row is: an operation's last transaction adds that and ends this.
-    under_way = _under_way(session)
+    under_way = _under_way(session, vault)
     found = []
     for each in seen:
         name = str(each.folder.relative_to(vault.root))
-        if str(each.folder) in under_way:
+        if each.folder in under_way:
             found.append(Finding(name, "under_way", UNDER_WAY))
         elif not each.folder.is_dir():
             continue  # removed since
@@ -78,19 +78,25 @@ def rescan(session: Session, vault: Vault, seen: Sequence[Seen]) -> list[Finding
             found.append(Finding(name, "unreadable", each.obstacle))
         else:
             verdict, detail = _judged(session, each.manifest)
-            if verdict == "deleted" and str(each.folder) in _under_way(session):  # since then
+            if verdict == "deleted" and each.folder in _under_way(session, vault):  # since then
                 verdict, detail = "under_way", UNDER_WAY
             found.append(Finding(name, verdict, detail))
     return [*found, *_missing(session, vault)]
 
 
-def _under_way(session: Session) -> set[str]:
+def _under_way(session: Session, vault: Vault) -> set[Path]:
     """Folders that an unfinished operation has yet to keep or to remove."""
     query = select(JournalEntry).where(JournalEntry.action == "remove_copy")  # type: ignore[arg-type]
-    return {entry.arguments["folder"] for entry in session.scalars(query)}
+    return {vault.here(entry.arguments["folder"]) for entry in session.scalars(query)}
 
 
 def _judged(session: Session, manifest: Manifest) -> tuple[str, str]:
+    server = session.get(Server, manifest.server.id)
+    if server and server.host != settings().host:
+        return "foreign", (
+            f"it is of host {server.host}, which looks for it in its own vault; nothing was "
+            f"changed. If this host takes that one's place, give it that name (TRIPTYCH_HOST)"
+        )
     row: Any = session.get(Snapshot if manifest.kind == "snapshot" else Image, manifest.id)
     if row is None:
         return _adopted(session, Stored(manifest))
@@ -104,7 +110,14 @@ def _judged(session: Session, manifest: Manifest) -> tuple[str, str]:
 
 def _adopted(session: Session, stored: Stored) -> tuple[str, str]:
     manifest = stored.manifest
-    server = _server(session, manifest)
+    registered = _registered(session, manifest)
+    if manifest.kind == "snapshot" and registered and registered.id != manifest.server.id:
+        return "registered_anew", (
+            f"its server was registered anew, as {registered.name} ({registered.id}), which has no "
+            f"part in it. Nothing was changed; `triptych server forget {registered.name}`, and "
+            "scan again: then it is that server's"
+        )
+    server = _server(session, manifest, registered)
     row: Snapshot | Image
     if manifest.kind == "snapshot":
         taken = _one(session, Snapshot, server_id=server.id)
@@ -123,19 +136,28 @@ def _adopted(session: Session, stored: Stored) -> tuple[str, str]:
     return "adopted", "as a forgotten server's" if server.forgotten_at else ""
 
 
-def _server(session: Session, manifest: Manifest) -> Server:
-    """The copy's server; one that is not known is added, forgotten if its domain is another's."""
-    about = manifest.server
-    known = session.get(Server, about.id)
-    if known:
-        return known
-    server = Server(id=about.id, name=about.name, host=settings().host, domain_uuid=about.uuid)
+def _registered(session: Session, manifest: Manifest) -> Server | None:
+    """The server that the copy's domain is registered as."""
     row: Any = Server
     active = (row.host == settings().host, row.forgotten_at.is_(None))
-    same = select(Server).where(*active, row.domain_uuid == about.uuid)
-    if session.scalars(same).first():
-        server.forgotten_at = now()
-    session.add(server)
+    same = select(Server).where(*active, row.domain_uuid == manifest.server.uuid)
+    return session.scalars(same).first()
+
+
+def _server(session: Session, manifest: Manifest, registered: Server | None) -> Server:
+    """The copy's server; one that is not known is added, forgotten if its domain is another's.
+
+    A forgotten one's images are to be had all the same, its snapshot is not: for that it is
+    registered again.
+    """
+    about = manifest.server
+    server = session.get(Server, about.id)
+    if server is None:
+        server = Server(id=about.id, name=about.name, host=settings().host, domain_uuid=about.uuid)
+        server.forgotten_at = now() if registered else None
+        session.add(server)
+    elif manifest.kind == "snapshot":
+        server.forgotten_at = None
     session.flush()
     return server
 

@@ -4,7 +4,7 @@ prepare new files ── stop ── swap names ── define ── start as it
       the old files stay beside the live ones for as long as this can be undone (E1)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +14,12 @@ from sqlmodel import Session
 from shared import errors, events, faults, linked, lookups, using
 from shared.copying import write_out
 from shared.database import now, reading
-from shared.disks import setaside
+from shared.disks import images, setaside
 from shared.disks.beside import copy_small, make_state_folder
 from shared.disks.errors import ServerChanged
 from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
-from shared.hypervisor.definition import DomainDefinition, renamed
+from shared.hypervisor.definition import DomainDefinition, alone, renamed
 from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import DiskInUse, DomainMissing, MemoryNotUsable
 from shared.hypervisor.locks import refuse_if_open
@@ -42,6 +42,12 @@ class ServerTransient(errors.Conflict):
     """The server is gone once it is stopped"""
 
     code = "server_transient"
+
+
+class MediumMissing(errors.Conflict):
+    """A file that the guest has in a drive is gone"""
+
+    code = "medium_missing"
 
 
 class DiskFolderMissing(errors.Conflict):
@@ -73,10 +79,12 @@ class Replaced:
     state: State
     links: linked.Links | None
     """Of a linked clone: what it stood on, and what it does now."""
+    left_out: list[dict[str, str]]
+    """What the disks before held beside the guest's data, and those now do not."""
 
     def outcome(self, made: dict[str, Any], apply: Callable[[Session], None]) -> Outcome:
         """Undoable (E1), unless nothing was there that could be put back."""
-        result = {**made, "way": self.way, "state": self.state}
+        result = {**made, "way": self.way, "state": self.state, "left_out": self.left_out}
 
         def apply_all(session: Session) -> None:
             apply(session)
@@ -113,8 +121,8 @@ def put_back(
     With `current`, the server keeps its definition where that still has the copy's disks;
     with `stored` it gets the copy's. A domain that is gone is defined again. With `memory`,
     where the copy holds it, the guest is resumed at that instant, also if it was off. Raises
-    SavedStatePresent, DiskInUse, DiskFolderMissing, TpmFolderMissing, InsufficientSpace,
-    MemoryNotUsable and what libvirt raises.
+    SavedStatePresent, MediumMissing, DiskInUse, DiskError, DiskFolderMissing, TpmFolderMissing,
+    InsufficientSpace, MemoryNotUsable and what libvirt raises.
     """
     context.phase("checking")
     manifest = read_manifest(folder)
@@ -125,18 +133,21 @@ def put_back(
     wanted = (folder / manifest.definition).read_text()
     if definition == "current" and previous and _has_the_same_disks(previous, manifest, wanted):
         wanted = previous
+    wanted = alone(wanted, _targets(manifest))
     if domain:
         wanted = renamed(wanted, domain.name)
-        _refuse_unsafe(domain)
+        _refuse_unsafe(domain, _targets(manifest))
     saved = folder / manifest.memory if memory and manifest.memory else None
     if saved:
         refuse_other_name(settings().libvirt_uri, saved, domain.name if domain else server.name)
         _refuse_other_disks(wanted, (folder / manifest.definition).read_text(), manifest)
+    _refuse_devices(wanted, manifest)
     live = _live_files(wanted, manifest)
     missing = [target for target, path in live.items() if not path.exists()]
     _refuse_lost_folders(live)
     late = _without_folder(live)
     _refuse_taken(connection, server, previous, live)
+    left_out = _snapshots_inside(wanted, manifest, folder)
 
     context.phase("copying")
     journalled = {target: str(path) for target, path in live.items()}
@@ -164,7 +175,9 @@ def put_back(
         _start(context, domain, state)
     set_aside = bool(setaside.swapped(live, context.id))
     links = linked.links_of(clone, wanted)
-    return Replaced(context.id, journalled, previous, set_aside, missing, way, state, links)
+    return Replaced(
+        context.id, journalled, previous, set_aside, missing, way, state, links, left_out
+    )
 
 
 def _find(connection: Any, server: Server) -> Domain | None:
@@ -174,7 +187,7 @@ def _find(connection: Any, server: Server) -> Domain | None:
         return None
 
 
-def _refuse_unsafe(domain: Domain) -> None:
+def _refuse_unsafe(domain: Domain, replaced: Collection[str]) -> None:
     """Raise where stopping the domain, or new disks under it, would lose something."""
     if not domain.is_persistent:
         raise ServerTransient(
@@ -188,18 +201,25 @@ def _refuse_unsafe(domain: Domain) -> None:
             "has now; waking it on other disks would damage them. Nothing was changed. Start the "
             "server, or drop the state with `virsh managedsave-remove`, and ask again."
         )
+    if domain.wanted_state != "stopped":
+        for target, path in domain.lost_files(replaced).items():
+            raise MediumMissing(
+                f"{domain.name} has {path} in {target}, and that file is gone: the guest goes on "
+                "with it, but once stopped it would not start again. Nothing was changed. Eject it "
+                f"(`virsh change-media {domain.name} {target} --eject --live --config`) or put the "
+                "file back, and ask again."
+            )
 
 
 def _refuse_taken(
     connection: Any, server: Server, previous: str | None, live: dict[str, Path]
 ) -> None:
-    """Raise DiskInUse where another domain was given a file that was the server's once, and is no
-    more, or stands on one; it need not run."""
+    """Raise DiskInUse where another domain stands on a file of the server's, or was given one that
+    was the server's once, and is no more; it need not run."""
     own = {path.resolve() for path in _files(previous)} if previous else set()
-    once = [path for target, path in live.items() if target != TPM and path not in own]
-    users = using.users(connection) if once else {}
-    for path in once:
-        others = users.get(path, {})
+    uses = using.uses(connection)
+    for path in (path for target, path in live.items() if target != TPM):
+        others = (uses.standing if path in own else uses.needing).get(path, {})
         names = sorted(name for uuid, name in others.items() if uuid != server.domain_uuid)
         if names:
             raise DiskInUse(
@@ -213,6 +233,31 @@ def _has_the_same_disks(current: str, manifest: Manifest, stored: str) -> bool:
     paths = _disk_paths(current)
     was = _disk_paths(stored)
     return all(paths.get(target) == was.get(target) for target in _targets(manifest))
+
+
+def _refuse_devices(definition: str, manifest: Manifest) -> None:
+    """Raise DiskError for a disk that is to be a device, also one that is not there: a file in its
+    place would lie in the host's memory."""
+    for disk in DomainDefinition.parse(definition).disks:
+        path = Path(disk.path or "")
+        if disk.target in _targets(manifest) and (
+            disk.kind != "file" or path.parts[1:2] == ("dev",)
+        ):
+            raise setaside.no_plain_file(disk.target, path)
+
+
+def _snapshots_inside(definition: str, manifest: Manifest, folder: Path) -> list[dict[str, str]]:
+    """The disks whose image holds snapshots that the copy's does not: they go with what it is."""
+    stored = {disk.target: disk for disk in manifest.disks}
+    return [
+        {"target": disk.target, "reason": images.INSIDE_NOT_COPIED}
+        for disk in DomainDefinition.parse(definition).disks
+        if disk.target in stored
+        and images.has_snapshots_inside(Path(disk.path or ""), disk.format)
+        and not images.has_snapshots_inside(
+            folder / stored[disk.target].file, stored[disk.target].format
+        )
+    ]
 
 
 def _refuse_other_disks(wanted: str, stored: str, manifest: Manifest) -> None:
@@ -240,6 +285,10 @@ def _formats(definition: str) -> dict[str, str]:
 
 def _disk_paths(definition: str) -> dict[str, str | None]:
     return {disk.target: disk.path for disk in DomainDefinition.parse(definition).disks}
+
+
+def _known_by(definition: str) -> tuple[str, dict[str, str | None]]:
+    return DomainDefinition.parse(definition).name, _disk_paths(definition)
 
 
 def _files(definition: str) -> list[Path]:
@@ -313,16 +362,16 @@ def _stop(
     """
     now_there = _find(connect(settings().libvirt_uri), server)
     seen = now_there.definition() if now_there else None
-    if (seen and _disk_paths(seen)) != (previous and _disk_paths(previous)):
+    if (seen and _known_by(seen)) != (previous and _known_by(previous)):
         raise ServerChanged(
-            f"{server.name} was given other disks, defined or undefined by somebody meanwhile. "
-            "Its disks and its state are as that left them; ask again."
+            f"{server.name} was given other disks, renamed, defined or undefined by somebody "
+            "meanwhile. Its disks and its state are as that left them; ask again."
         )
     _refuse_taken(connect(settings().libvirt_uri), server, previous, live)
     if domain is None:
         refuse_if_open(live.values(), "replaced")
         return "stopped"
-    _refuse_unsafe(domain)
+    _refuse_unsafe(domain, live)
     state = domain.wanted_state
     if state != "stopped":
         context.undo("start_domain", uuid=domain.uuid, paused=state == "paused")

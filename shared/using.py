@@ -1,6 +1,7 @@
 """Which files domains have for disks, and what those depend on: what a deletion must leave."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,39 @@ Users = dict[Path, dict[str, str]]
 """A file, links resolved, to the domains that need it: name by UUID."""
 
 
+@dataclass
+class Uses:
+    """`standing` are the domains that a file is below their own disks of, without being one."""
+
+    needing: Users = field(default_factory=dict)
+    standing: Users = field(default_factory=dict)
+
+
 def users(connection: Any) -> Users:
-    """The files that any domain of the host needs. Raises what libvirt raises: where one cannot
-    be asked, it is not known what it needs."""
-    found: Users = {}
+    """The files that any domain of the host needs. Raises what `uses` does."""
+    return uses(connection).needing
+
+
+def uses(connection: Any) -> Uses:
+    """The files that any domain of the host needs, and for what. Raises what libvirt raises: where
+    one cannot be asked, it is not known what it needs."""
+    found = Uses()
     for domain in inventory.all_domains(connection):
         try:
             files = inventory.files_of(domain)
         except DomainMissing:  # undefined a moment ago
             continue
+        own = _resolved(map(Path, files))
         for path in needed(files):
-            found.setdefault(path, {})[domain.uuid] = domain.name
+            found.needing.setdefault(path, {})[domain.uuid] = domain.name
+            if path not in own:
+                found.standing.setdefault(path, {})[domain.uuid] = domain.name
     return found
 
 
 def needed(files: Mapping[str, str]) -> set[Path]:
     """The files, by path with their formats, and what they depend on; links resolved."""
-    found = {Path(path).resolve() for path in files}
+    found = _resolved(map(Path, files))
     for path, image_format in files.items():
         found |= _resolved(_chain(Path(path), image_format))
     return found

@@ -53,6 +53,13 @@ class CopyExists(VaultError):
     status = 409
 
 
+class VaultReadOnly(VaultError):
+    """The vault's file system is read-only"""
+
+    code = "vault_read_only"
+    status = 503
+
+
 class Partial:
     """A copy in the making. Left without `publish`, its folder is removed."""
 
@@ -133,6 +140,10 @@ class Vault:
                 raise VaultError(f"{part!r} cannot be the name of a folder in the vault.")
         return self.root / _FOLDERS[kind] / server_id / copy_id
 
+    def here(self, folder: str) -> Path:
+        """A copy's folder that was written down when the vault, perhaps, had another path."""
+        return self.root.joinpath(*Path(folder).parts[-3:])
+
     def begin(self, kind: Kind, server_id: str, copy_id: str) -> Partial:
         """A fresh folder to copy into; what an earlier attempt left there is removed.
 
@@ -153,6 +164,15 @@ class Vault:
         partial.path.mkdir()
         partial.path.chmod(_WALK)
         return partial
+
+    def refuse_read_only(self, folder: Path) -> None:
+        """Raise VaultReadOnly where this copy could not be removed, now."""
+        if folder.exists() and not os.access(folder.parent, os.W_OK):
+            raise VaultReadOnly(
+                f"{folder} cannot be removed: the vault's file system is read-only. The copy is as "
+                "it was, and can be restored and verified; see to the disk, make it writable "
+                "(`mount -o remount,rw`), and ask again."
+            )
 
     def remove(self, path: Path, *, others_at_work: bool = False) -> None:
         """Delete a copy's folder. It stops counting at once; calling again is fine. Only that of
@@ -186,6 +206,9 @@ class Vault:
         Others may be at it: one writes at a time. Raises ManifestUnreadable, also if the copy was
         removed meanwhile, InsufficientSpace, OSError.
         """
+        manifest = read_manifest(folder)
+        if manifest.sealed and manifest.with_digests(found) == manifest:
+            return manifest  # also where nothing can be written
         lock = os.open(self.root / MANIFESTS_LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)

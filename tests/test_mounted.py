@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from shared.operations.bystander import Bystander, _left_behind
 from shared.settings import settings
 from shared.tending import tender
 from shared.tending.tender import Tender
+from shared.vault import Vault
 
 CODE = "vault_not_mounted"
 
@@ -516,6 +518,58 @@ def test_guest_is_given_back_without_the_vault_and_the_folder_later(
     runner.run(operation)
     assert (world.row(operation).error or {})["code"] == "worker_lost"
     assert below(empty / "snapshots") == []
+
+
+@pytest.mark.parametrize("side", ["undo", "redo"])
+def test_copy_is_removed_from_a_vault_that_was_moved(
+    world: World,  # noqa: F811
+    empty: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    any_database: str,  # noqa: F811
+    side: Any,
+) -> None:
+    """Its worker was stopped while it made, or removed it, and the vault has another path now."""
+    (empty / "snapshots" / "srv_1" / "snp_1").mkdir(parents=True)
+    mounted.adopt()
+    operation = world.snapshot_of(world.server())
+    assert claim.claim(operation, "kvm-1/snapshotter/dead")
+    with transaction() as session:
+        folder = str(empty / "snapshots" / "srv_1" / "snp_1")
+        journal.write(session, operation, side, "remove_copy", folder=folder)
+    done = {"committed": True} if side == "redo" else {"attempt": settings().max_attempts}
+    world.change(operation, **done)
+    world.expire(operation, claim.STALLED * settings().lease)
+    moved = empty.with_name("moved")
+    empty.rename(moved)
+    monkeypatch.setenv("TRIPTYCH_VAULT", str(moved))
+    settings.cache_clear()
+
+    runner.run(operation)
+
+    row = world.row(operation)
+    assert row.state == ("succeeded" if side == "redo" else "failed"), row.error
+    assert below(moved / "snapshots") == []
+
+
+def test_nothing_is_begun_that_a_read_only_vault_does_not_let_end(live: Live) -> None:  # noqa: F811
+    """A deletion would hold up its server for as long as the disk stays so: restores and
+    verifications of what can be read go on."""
+    image = live.succeeds(CreateImage(server=live.server.id))["image"]
+    live.succeeds(TakeSnapshot(server=live.server.id))
+    live.succeeds(VerifyImage(image=image))
+    remount = ["mount", "-o", "remount,bind,{}", str(live.root)]
+
+    subprocess.run([each.format("ro") for each in remount], check=True)
+    for command in (DeleteSnapshot(server=live.server.id), DeleteImage(image=image)):
+        refused = live.done(command)
+        assert (refused.state, (refused.error or {})["code"]) == ("failed", "vault_read_only")
+    live.succeeds(RestoreImage(image=image))
+    live.succeeds(VerifyImage(image=image))
+
+    subprocess.run([each.format("rw") for each in remount], check=True)
+    live.succeeds(DeleteSnapshot(server=live.server.id))
+    live.succeeds(DeleteImage(image=image))
+    assert list(Vault(live.root).copies()) == []
 
 
 def test_background_work_rests_without_the_vault(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -10,9 +12,10 @@ from xml.etree import ElementTree
 import pytest
 from live_server import SIZE, Live, live  # noqa: F401
 from operations.spine import database_url, environment, world  # noqa: F401
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from lab.guest import Guest, make_disk
+from shared import faults
 from shared.commands import (
     Command,
     CreateClones,
@@ -21,11 +24,16 @@ from shared.commands import (
     RestoreImage,
     RevertSnapshot,
     TakeSnapshot,
+    UndoRevert,
 )
-from shared.database import now, transaction
+from shared.copying import vault
+from shared.database import now, reading, transaction
+from shared.disks import images, planning
 from shared.disks.overlays import create_overlay
+from shared.hypervisor import undo
 from shared.models import Image, Operation, Server
 from shared.operations import runner
+from shared.operations.tasks import forget_due
 
 pytestmark = pytest.mark.vm
 
@@ -172,3 +180,235 @@ def test_a_lost_directory_is_named(live: Live, workspace: Path, hypervisor: Any)
     live.succeeds(RestoreImage(image=image))
     assert disk.read_bytes() == bytes(SIZE)
     guest.remove()
+
+
+def test_an_undo_that_was_asked_for_in_time_is_carried_out(live: Live) -> None:  # noqa: F811
+    """Its turn came when the time was over; what drops what was set aside stands behind it."""
+    live.succeeds(TakeSnapshot(server=live.server.id))
+    live.disk.write_bytes(b"x" * SIZE)
+    revert = live.done(RevertSnapshot(server=live.server.id))
+    undo = live.world.submit(UndoRevert(operation=revert.id))
+    live.world.change(revert.id, undo_until=now() - timedelta(seconds=1))
+    forget_due()
+    row: Any = Operation
+    with reading() as session:
+        queued = list(
+            session.scalars(select(row.id).where(row.state == "queued").order_by(row.seq))
+        )
+    assert len(queued) == 2
+
+    states = [ended(live, each).state for each in queued]
+
+    assert queued[0] == undo
+    assert states == ["succeeded", "succeeded"]
+    assert live.disk.read_bytes() == b"x" * SIZE
+
+
+@pytest.mark.parametrize("what", ["restore", "revert", "undo"])
+def test_a_disk_that_another_domain_stands_on_is_not_replaced(
+    live: Live,  # noqa: F811
+    workspace: Path,
+    hypervisor: Any,
+    what: str,
+) -> None:
+    """The server is a template: an overlay on its disk is another VM's, which is off."""
+    image = live.succeeds(CreateImage(server=live.server.id))["image"]
+    live.succeeds(TakeSnapshot(server=live.server.id))
+    reverted = live.done(RevertSnapshot(server=live.server.id))
+    overlay = workspace / "overlay.qcow2"
+    create_overlay(live.disk, "raw", overlay)
+    command = {
+        "restore": RestoreImage(image=image),
+        "revert": RevertSnapshot(server=live.server.id),
+        "undo": UndoRevert(operation=reverted.id),
+    }[what]
+    keeps(live, command, Guest.create(hypervisor, workspace, None, [str(overlay)]))
+
+
+def test_a_second_definition_of_a_server_is_in_nobody_s_way(
+    live: Live,  # noqa: F811
+    workspace: Path,
+    hypervisor: Any,
+) -> None:
+    """It has the same disk, and is off: it stands on nothing that goes."""
+    live.succeeds(TakeSnapshot(server=live.server.id))
+    live.disk.write_bytes(b"x" * SIZE)
+    twin = Guest.create(hypervisor, workspace, None, [str(live.disk)])
+    try:
+        live.succeeds(RevertSnapshot(server=live.server.id))
+    finally:
+        twin.domain.undefine()
+    assert live.disk.read_bytes() == bytes(SIZE)
+
+
+def qcow2_server(live: Live, workspace: Path, hypervisor: Any) -> tuple[Guest, Server]:  # noqa: F811
+    disk = make_disk(workspace, "qcow2", "blank", SIZE)
+    guest = Guest.create(hypervisor, workspace, None, [str(disk)])
+    server = Server(name=guest.name, host="kvm-1", domain_uuid=guest.domain.UUIDString())
+    live.world.add(server)
+    return guest, server
+
+
+def qemu(tool: str, *arguments: object) -> None:
+    subprocess.run([tool, *map(str, arguments)], check=True, capture_output=True)
+
+
+def put_on_a_snapshot(guest: Guest, overlay: Path) -> None:
+    """As `virsh snapshot-create-as --disk-only` leaves it: libvirt writes the chain down."""
+    base = guest.disks[0]
+    qemu("qemu-img", "create", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay)
+    definition = guest.xml
+    disk: Any = definition.find("devices/disk")
+    disk.find("source").set("file", str(overlay))
+    chain = ElementTree.SubElement(disk, "backingStore", type="file")
+    ElementTree.SubElement(chain, "format", type="qcow2")
+    ElementTree.SubElement(chain, "source", file=str(base))
+    ElementTree.SubElement(chain, "backingStore")
+    guest.connection.defineXML(ElementTree.tostring(definition, "unicode"))
+
+
+@pytest.mark.parametrize("made_by", ["this version", "an earlier one"])
+def test_a_restored_disk_stands_alone(
+    live: Live,  # noqa: F811
+    workspace: Path,
+    hypervisor: Any,
+    made_by: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The chain that the owner's external snapshot made is not in the copy, and no more in the
+    definition: libvirt would go by that, and find no file, or read what the guest had zeroed."""
+    guest, server = qcow2_server(live, workspace, hypervisor)
+    base, overlay = guest.disks[0], workspace / "overlay.qcow2"
+    put_on_a_snapshot(guest, overlay)
+    assert "<backingStore type" in guest.domain.XMLDesc(2)
+    with monkeypatch.context() as patch:
+        if made_by != "this version":
+            patch.setattr(planning, "alone", lambda xml, _targets: xml)
+        image = live.succeeds(CreateImage(server=server.id))["image"]
+    for each in (base, overlay):
+        each.unlink()
+
+    live.succeeds(RestoreImage(image=image))
+
+    assert images.chain(overlay, "qcow2") == []
+    assert "<backingStore type" not in guest.domain.XMLDesc(2)
+    guest.domain.createWithFlags(1)  # paused, so that nothing boots
+    guest.domain.destroy()
+    guest.remove()
+
+
+def test_a_device_that_is_gone_is_not_made_a_file(
+    live: Live,  # noqa: F811
+    workspace: Path,
+    hypervisor: Any,
+) -> None:
+    """Its directory is there: a file in it would lie in the host's memory."""
+    guest, server = qcow2_server(live, workspace, hypervisor)
+    image = live.succeeds(CreateImage(server=server.id))["image"]
+    definition = vault().folder("image", server.id, image) / "domain.xml"
+    device = workspace / "vg0-web"
+    text = definition.read_text()
+    disk = f"file='{guest.disks[0]}'"
+    assert disk in text.replace('"', "'")
+    definition.chmod(0o600)
+    definition.write_text(
+        text.replace('"', "'")
+        .replace("<disk type='file'", "<disk type='block'")
+        .replace(disk, f"dev='{device}'")
+    )
+    guest.domain.undefine()
+
+    refused = live.done(RestoreImage(image=image))
+
+    assert code(refused) == "copy_failed"
+    assert not device.exists()
+    assert [each.name for each in workspace.glob(".triptych-*")] == []
+    guest.remove()
+
+
+def test_snapshots_inside_an_image_are_told_of(
+    live: Live,  # noqa: F811
+    workspace: Path,
+    hypervisor: Any,
+) -> None:
+    """A copy by stream goes without them, and so does the disk that it is put back onto."""
+    guest, server = qcow2_server(live, workspace, hypervisor)
+    before = live.succeeds(CreateImage(server=server.id))
+    qemu("qemu-img", "snapshot", "-c", "before-upgrade", guest.disks[0])
+
+    after = live.succeeds(CreateImage(server=server.id))
+    restored = live.succeeds(RestoreImage(image=before["image"]))
+
+    inside = {"target": "vda", "reason": images.INSIDE_NOT_COPIED}
+    assert before["left_out"] == []
+    assert after["left_out"] == ([] if after["way"] == "reflink" else [inside])
+    assert restored["left_out"] == [inside]
+    guest.remove()
+
+
+def test_a_server_renamed_while_it_is_restored_keeps_its_disks(
+    live: Live,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The definition goes by the name that was read first, which libvirt would refuse for ever."""
+    image = live.succeeds(CreateImage(server=live.server.id))["image"]
+    live.disk.write_bytes(b"x" * SIZE)
+    renamed = f"{live.guest.name}-b"
+
+    def point(name: str) -> None:
+        if name == "materialise:written":
+            live.guest.domain.rename(renamed)
+
+    monkeypatch.setattr(faults, "point", point)
+    refused = live.done(RestoreImage(image=image))
+    monkeypatch.undo()
+
+    live.guest.connection.lookupByName(renamed).rename(live.guest.name)
+    assert code(refused) == "server_changed"
+    assert live.disk.read_bytes() == b"x" * SIZE
+
+
+def test_a_definition_is_put_back_under_the_name_of_now(live: Live) -> None:  # noqa: F811
+    """Its owner renamed the domain after an operation had died on it."""
+    before = live.guest.domain.XMLDesc(2)
+    renamed = f"{live.guest.name}-b"
+    live.guest.domain.rename(renamed)
+
+    assert undo.define_domain(live.guest.hypervisor.uri, before.replace("</vcpu>", "</vcpu>"))
+
+    again = live.guest.connection.lookupByName(renamed)
+    again.rename(live.guest.name)
+    assert again.UUIDString() == live.server.domain_uuid
+
+
+@pytest.mark.parametrize("policy", ["mandatory", "optional"])
+def test_a_guest_that_would_not_start_again_is_not_stopped(
+    live: Live,  # noqa: F811
+    workspace: Path,
+    policy: str,
+) -> None:
+    """The file of its CD is gone: it runs on with it, until it is stopped. Where a start goes
+    without it, there is nothing to refuse."""
+    medium = workspace / "medium.iso"
+    medium.write_bytes(bytes(SIZE))
+    live.guest.domain.attachDeviceFlags(
+        "<disk type='file' device='cdrom'><driver name='qemu' type='raw'/>"
+        f"<source file='{medium}' startupPolicy='{policy}'/><target dev='sdz' bus='sata'/>"
+        "<readonly/></disk>",
+        2,  # VIR_DOMAIN_AFFECT_CONFIG
+    )
+    live.succeeds(TakeSnapshot(server=live.server.id))
+    live.guest.domain.create()
+    boot = live.guest.domain.ID()
+    medium.unlink()
+
+    reverted = live.done(RevertSnapshot(server=live.server.id))
+
+    if policy == "optional":
+        assert reverted.state == "succeeded", reverted.error
+    else:
+        assert code(reverted) == "medium_missing"
+        assert str(medium) in (reverted.error or {})["message"]
+        assert live.guest.domain.ID() == boot
+    assert live.guest.state() == "running"
+    live.guest.domain.destroy()

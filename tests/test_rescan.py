@@ -20,7 +20,7 @@ from operations.spine import (  # noqa: F401
 from sqlalchemy import select
 
 from shared import admin, recovery  # noqa: F401  registers the journal's actions
-from shared.commands import CreateImage
+from shared.commands import CreateImage, RevertSnapshot
 from shared.copying import Stored
 from shared.database import now, transaction
 from shared.manifest import (
@@ -32,6 +32,7 @@ from shared.manifest import (
 )
 from shared.models import Event, Image, Server, Snapshot
 from shared.operations import journal
+from shared.operations.admission import admit
 from shared.rescan import rescan, survey
 from shared.settings import settings
 from shared.vault import Vault
@@ -117,6 +118,46 @@ def test_domain_that_was_registered_anew_keeps_its_server(
         new.id: True,
         "srv_old": False,
     }
+
+
+def test_snapshot_of_a_domain_that_was_registered_anew_waits_for_its_server(
+    world: World,  # noqa: F811
+    vault: Vault,
+) -> None:
+    """As a forgotten server's nobody could use it, and it would expire. Once the new registration
+    is gone it is its own server's, which is registered again."""
+    new = world.server("web")
+    old = Server(id="srv_old", name="web", host="kvm-1", domain_uuid=new.domain_uuid)
+    copy(vault, "image", "img_1", old)
+    copy(vault, "snapshot", "snp_1", old)
+
+    assert verdicts(vault) == {"img_1": "adopted", "snp_1": "registered_anew"}
+    assert rows(Snapshot) == []
+
+    with transaction() as session:
+        session.get_one(Server, new.id).forgotten_at = now()
+    assert verdicts(vault) == {"img_1": "known", "snp_1": "adopted"}
+    with transaction() as session:
+        assert admit(RevertSnapshot(server="web"), session).server.id == "srv_old"
+
+
+@pytest.mark.parametrize("state", ["complete", "missing", None])
+def test_copies_of_another_host_are_left_alone(
+    world: World,  # noqa: F811
+    vault: Vault,
+    state: str | None,
+) -> None:
+    """Somebody put them here; their rows are that host's, which has its own."""
+    server = Server(name="web", host="kvm-2", domain_uuid="a")
+    world.add(server)
+    image = Stored(copy(vault, "image", "img_1", server)).image_row()
+    if state:
+        image.state = state
+        world.add(image)
+
+    assert verdicts(vault) == {"img_1": "foreign"}
+
+    assert [each.state for each in rows(Image)] == [state] * bool(state)
 
 
 def test_names_and_places_that_are_taken(world: World, vault: Vault) -> None:  # noqa: F811

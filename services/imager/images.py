@@ -130,6 +130,10 @@ def delete(context: Context, command: DeleteImage) -> Outcome:
         return [_removal(session, image, "image.deleted")]
 
     context.phase("deleting")
+    with reading() as session:
+        image = session.get(Image, command.image)
+    if image:
+        vault().refuse_read_only(vault().folder("image", image.server_id, image.id))
     return Outcome({"image": command.image}, apply)
 
 

@@ -77,6 +77,8 @@ def delete(context: Context, command: DeleteSnapshot) -> Outcome:
         return [_removal(session, snapshot)]
 
     context.phase("deleting")
+    if command.snapshot:
+        vault().refuse_read_only(vault().folder("snapshot", command.server, command.snapshot))
     return Outcome({"snapshot": command.snapshot}, apply)
 
 

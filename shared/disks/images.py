@@ -23,11 +23,12 @@ CHECKABLE = {"qcow2", "qed", "vdi", "vhdx", "vmdk", "parallels"}
 _TIMEOUT_S = 600
 _SECTOR = 512
 # docs/interop/qcow2.txt of QEMU: magic, version, offset and length of the backing file's name,
-# cluster bits, virtual size, kind of encryption; for version 3 the features that a reader must
-# know, at byte 72.
-_QCOW2 = struct.Struct(">4sIQIIQI")
+# cluster bits, virtual size, kind of encryption, and, past four places of tables, the number of
+# snapshots; for version 3 the features that a reader must know, at byte 72.
+_QCOW2 = struct.Struct(">4sIQIIQI24xI")
 _FEATURES = struct.Struct(">Q")
 _FEATURES_AT = 72
+INSIDE_NOT_COPIED = "the snapshots inside its image (virsh snapshot-create) are not copied"
 _DIRTY = 0b1
 _KNOWN_FEATURES = 0b11000 | _DIRTY
 """Dirty, compression type, extended L2 entries: none makes it depend on another file."""
@@ -105,11 +106,18 @@ def is_encrypted(path: Path, image_format: str) -> bool:
     return header is not None and header.encryption != 0
 
 
+def has_snapshots_inside(path: Path, image_format: str) -> bool:
+    """Whether it is a qcow2 that holds snapshots, as libvirt's internal ones. Raises OSError."""
+    header = _header(path) if image_format == "qcow2" and path.is_file() else None
+    return header is not None and header.snapshots > 0
+
+
 class _Header(NamedTuple):
     version: int
     backing: int
     virtual_bytes: int
     encryption: int
+    snapshots: int
     features: int
     """None of them below version 3."""
 
@@ -119,11 +127,12 @@ def _header(path: Path) -> _Header | None:
     with path.open("rb") as file:
         data = file.read(_FEATURES_AT + _FEATURES.size)
     data = data.ljust(_FEATURES_AT + _FEATURES.size, b"\0")
-    magic, version, backing, _, _, size, encryption = _QCOW2.unpack_from(data)
+    magic, version, backing, _, _, size, encryption, snapshots = _QCOW2.unpack_from(data)
     if magic != b"QFI\xfb":
         return None
     (features,) = _FEATURES.unpack_from(data, _FEATURES_AT)
-    return _Header(version, backing, size, encryption, features if version >= 3 else 0)
+    known = features if version >= 3 else 0
+    return _Header(version, backing, size, encryption, snapshots, known)
 
 
 def count_anew(path: Path, image_format: str) -> None:

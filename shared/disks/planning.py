@@ -17,6 +17,7 @@ from shared.hypervisor.definition import (
     DiskDefinition,
     DomainDefinition,
     LeftOut,
+    alone,
     with_live_disks,
 )
 from shared.hypervisor.domains import Domain, State
@@ -116,6 +117,11 @@ def plan(
         replace(s, needed_bytes=images.measure(s.path, s.disk.format, s.copy_format))
         for s in sources
     )
+    left_out += tuple(
+        LeftOut(s.disk.target, images.INSIDE_NOT_COPIED)
+        for s in sources
+        if images.has_snapshots_inside(s.path, s.disk.format)
+    )
     needed = sum(s.needed_bytes for s in sources)
     needed *= 2 if compress and state != "stopped" else 1
     return Plan("stream", obstacle or reason, state, live, sources, left_out, needed)
@@ -154,9 +160,10 @@ def refuse_memory(domain: Domain, chosen: Plan) -> None:
 
 def definition_of(domain: Domain, chosen: Plan) -> tuple[str, tuple[LeftOut, ...]]:
     """The definition that goes with the copy, and what it names that is not in the copy."""
+    copied = {source.disk.target for source in chosen.sources}
     xml = domain.definition()
     if chosen.state == "stopped":
-        return xml, chosen.left_out
+        return alone(xml, copied), chosen.left_out
     inactive = DomainDefinition.parse(xml)
     plugged = {disk.target for disk in chosen.live.disks}
     later = tuple(
@@ -165,7 +172,7 @@ def definition_of(domain: Domain, chosen: Plan) -> tuple[str, tuple[LeftOut, ...
         if disk.target not in plugged
     )
     later += tuple(each for each in inactive.left_beside if each not in chosen.left_out)
-    return with_live_disks(inactive, chosen.live), (*chosen.left_out, *later)
+    return alone(with_live_disks(inactive, chosen.live), copied), (*chosen.left_out, *later)
 
 
 def _source(disk: DiskDefinition) -> SourceDisk:

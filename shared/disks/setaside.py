@@ -52,10 +52,7 @@ def prepare(live: Mapping[str, Path], operation_id: str) -> dict[str, Path]:
     paths = {}
     for target, path in live.items():
         if path.exists() and not stat.S_ISREG(path.lstat().st_mode):
-            raise DiskError(
-                f"{target} is {path}, which is no plain file, so it cannot be replaced as a "
-                "whole. Nothing was changed; restore it by hand, or clone the copy instead."
-            )
+            raise no_plain_file(target, path)
         if _swapped(path, old_path(path, operation_id)):
             raise SetAsideConflict(f"{target} was already replaced by this operation.")
         folder = folder_of(path, operation_id)
@@ -65,6 +62,13 @@ def prepare(live: Mapping[str, Path], operation_id: str) -> dict[str, Path]:
         paths[target].unlink(missing_ok=True)
         old_path(path, operation_id).unlink(missing_ok=True)  # a second name, no more
     return paths
+
+
+def no_plain_file(target: str, path: Path) -> DiskError:
+    return DiskError(
+        f"{target} is {path}, which is no plain file, so it cannot be replaced as a whole. Nothing "
+        "was changed; restore it by hand, or clone the copy instead."
+    )
 
 
 def swap(live: Mapping[str, Path], operation_id: str) -> None:

@@ -52,7 +52,7 @@ def differences(site: Site) -> Iterator[Finding]:
                 yield from _missing(each, kind, states.get(copy_id), add_rows)
                 continue
             yield from _misjudged(each, add_rows)
-            if each.verdict != "deleted":
+            if each.verdict not in ("deleted", "foreign"):
                 state = "complete" if each.verdict == "adopted" else states.get(copy_id)
                 yield from _damaged(site.vault, each, kind, state)
                 yield from _loose(site, each.path)
@@ -118,6 +118,12 @@ def _misjudged(found: Judged, add_rows: Callable[[], bool]) -> Iterator[Finding]
         case "deleted":
             remedy = "if it is not needed any more, remove the folder"
             yield Finding(CHECK, found.path, found.detail.partition(";")[0], remedy)
+        case "foreign":
+            remedy = "put it into its own host's vault, or remove it"
+            yield Finding(CHECK, found.path, found.detail.partition(",")[0], remedy)
+        case "registered_anew":
+            told, _, remedy = found.detail.partition("Nothing was changed; ")
+            yield Finding(CHECK, found.path, told.rstrip(". "), remedy)
         case "conflict":
             remedy = "delete one of them: `triptych snapshot delete`, or remove this folder"
             yield Finding(CHECK, found.path, found.detail.partition(";")[0], remedy)

@@ -10,7 +10,7 @@ from shared.doctor.findings import Finding
 from shared.doctor.site import Site, spoken_for
 from shared.hypervisor.locks import refuse_if_open
 from shared.models import Image, Operation, Snapshot
-from shared.vault import DELETING, PARTIAL
+from shared.vault import DELETING, PARTIAL, Vault
 
 CHECK = "leftover"
 
@@ -19,7 +19,7 @@ def differences(site: Site) -> Iterator[Finding]:
     """What no unfinished operation has yet to keep or to remove."""
     vault = site.vault
     for folder in (*vault.partials(), *vault.leftovers(), *vault.copies("farm")):
-        if _is_owned(folder):
+        if _is_owned(vault, folder):
             continue
         name, copy = str(folder.relative_to(vault.root)), _copy(folder)
         if _has_row(copy.name) and not copy.exists():
@@ -49,7 +49,7 @@ def _copy(folder: Path) -> Path:
     return folder
 
 
-def _is_owned(folder: Path) -> bool:
+def _is_owned(vault: Vault, folder: Path) -> bool:
     """Whether an unfinished operation clears it up, or it is gone by now."""
     copy = _copy(folder)
     with reading() as session:
@@ -58,7 +58,7 @@ def _is_owned(folder: Path) -> bool:
             operation = session.scalars(query).one_or_none()
             if operation and operation.finished_at is None:
                 return True  # of which each attempt has the same folder
-        if str(copy) in spoken_for(session, "folder"):
+        if copy in map(vault.here, spoken_for(session, "folder")):
             return True
     return not folder.exists()
 
@@ -70,7 +70,7 @@ def _has_row(copy_id: str) -> bool:
 
 
 def _removed(site: Site, folder: Path) -> bool:
-    if _is_owned(folder) or site.disks_in(folder):
+    if _is_owned(site.vault, folder) or site.disks_in(folder):
         return not folder.exists()
     # A copy job that was ended a moment ago lets go of its files a little later.
     refuse_if_open((each for each in folder.iterdir() if each.is_file()), "removed")

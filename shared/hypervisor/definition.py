@@ -5,7 +5,7 @@ Making a second domain out of a definition is `duplicate.py`'s.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Literal, cast, get_args
@@ -72,6 +72,10 @@ class DiskDefinition:
     has_backing: bool
     encrypted: bool = False
     transient: bool = False
+    has_source: bool = True
+    """False for a drive without a medium."""
+    may_be_missing: bool = False
+    """Whether a start goes without it where its file is gone (`startupPolicy`)."""
 
     @property
     def left_out_because(self) -> str | None:
@@ -254,6 +258,24 @@ def with_live_disks(inactive: DomainDefinition, live: DomainDefinition) -> str:
     return to_text(root)
 
 
+def alone(xml: str, targets: Collection[str]) -> str:
+    """The definition with these disks standing on no other file, as their copies do; the same text
+    where that is so.
+
+    libvirt writes down the chain that an external snapshot of its makes, and goes by that: QEMU is
+    given a backing file then that the copy's header does not name (qemuSnapshotDiskUpdateSource).
+    """
+    root = parse_domain(xml)
+    disks = [node for node in root.iterfind("devices/disk") if _target(node) in targets]
+    chains = [node for disk in disks for node in disk.findall("backingStore") if len(node)]
+    chains += [node for disk in disks for node in disk.findall("source/dataStore")]
+    for node in chains:
+        parent = node.getparent()
+        assert parent is not None  # noqa: S101 - it is a disk's
+        parent.remove(node)
+    return to_text(root) if chains else xml
+
+
 def to_text(root: etree._Element) -> str:
     return etree.tostring(root, encoding="unicode", pretty_print=True)
 
@@ -324,6 +346,7 @@ def _disk(node: etree._Element) -> DiskDefinition:
     raw_kind = node.get("type", "file")
     kind = cast(Kind, raw_kind if raw_kind in get_args(Kind) else "other")
     backing = node.find("backingStore")
+    optional = source is not None and source.get("startupPolicy") == "optional"
     path = None
     if source is not None and kind in ("file", "block"):
         path = source.get(_SOURCE_ATTRIBUTE[kind])
@@ -340,6 +363,8 @@ def _disk(node: etree._Element) -> DiskDefinition:
         or node.find("source/dataStore") is not None,
         encrypted=node.find("encryption") is not None or node.find("source/encryption") is not None,
         transient=node.find("transient") is not None,
+        may_be_missing=optional,
+        has_source=path is not None or (kind not in ("file", "block") and source is not None),
     )
 
 

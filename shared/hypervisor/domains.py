@@ -7,12 +7,14 @@ idempotent.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from operator import methodcaller
 from typing import Any, Literal, TypeVar
 
 import libvirt
 
 from shared.hypervisor.connection import connect, is_gone, translate, translated
+from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.errors import DomainMissing, LibvirtBusy, LibvirtFailed
 
 State = Literal["running", "stopped", "paused"]
@@ -100,6 +102,23 @@ class Domain:
         """Whether it is paused because somebody (its owner or we) asked for it."""
         state, reason = self.call("Reading the state of", lambda handle: handle.state())
         return bool(state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_USER)
+
+    def lost_files(self, besides: Collection[str]) -> dict[str, str]:
+        """Files that a guest which is on has in drives, or for other raw disks, by target, and that
+        are gone: QEMU has them open, and does not start again without them. libvirt looks for
+        them, since it sees all of the host's directories."""
+        lost = {}
+        for disk in DomainDefinition.parse(self.live_definition()).disks:
+            ours = disk.kind == "file" and disk.format == "raw" and disk.target not in besides
+            if not ours or disk.path is None or disk.may_be_missing:
+                continue
+            read = methodcaller("blockPeek", disk.target, 0, 1)
+            try:
+                self.call("Looking at a disk of", read)
+            except LibvirtFailed as error:
+                if error.extra.get("libvirt_code") == libvirt.VIR_ERR_SYSTEM_ERROR:
+                    lost[disk.target] = disk.path
+        return lost
 
     @property
     def wanted_state(self) -> State:

@@ -301,7 +301,7 @@ def _own_source(
         _unset(source, "path")  # libvirt makes one per domain
         source.set("mode", "bind")
         return None
-    if kind in ("unix", "file", "pipe") and path and source.get("mode", "bind") == "bind":
+    if kind in ("unix", "file") and path and source.get("mode", "bind") == "bind":
         source.set("path", own_path(path, old_name, name))
         return None
     if kind in ("pty", "null", "stdio", "vc"):

@@ -41,7 +41,8 @@ def refuse_hot(xml: str, *, vcpus: int | None = None, memory_bytes: int | None =
 
 
 def _obstacles(domain: DomainDefinition, root: etree._Element) -> list[str]:
-    media = [disk for disk in domain.disks if disk.device in ("cdrom", "floppy") and disk.path]
+    drives = (disk for disk in domain.disks if disk.device in ("cdrom", "floppy"))
+    media = [disk for disk in drives if disk.has_source]
     disks = {disk.target: "/" for disk in domain.disks if not disk.left_out_because}
     clone = clone_definition(domain.xml, name="clone", uuid=_ANY_UUID, disk_paths=disks)
     return [

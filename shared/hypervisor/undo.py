@@ -18,6 +18,7 @@ import libvirt
 from shared.hypervisor.agent import FREEZE_TIMEOUT_S, agent_ready, unanswered
 from shared.hypervisor.backup import job_files
 from shared.hypervisor.connection import connect
+from shared.hypervisor.definition import DomainDefinition, renamed
 from shared.hypervisor.domains import Domain, State, define, find
 from shared.hypervisor.errors import DomainMissing, LibvirtBusy, LibvirtFailed
 from shared.hypervisor.locks import is_open
@@ -149,8 +150,10 @@ def undefine_domain(
 
 
 def define_domain(uri: str, xml: str) -> bool:
-    """Define (or redefine) a domain as it was."""
-    define(connect(uri), xml)
+    """Define (or redefine) a domain as it was, by the name that its owner may have given it since:
+    libvirt refuses another one for its UUID."""
+    domain = _find(uri, DomainDefinition.parse(xml).uuid)
+    define(connect(uri), renamed(xml, domain.name) if domain else xml)
     return True
 
 

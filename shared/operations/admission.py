@@ -5,6 +5,7 @@ be refused is refused before an operation exists. The handlers check again what 
 changed while the operation was queued.
 """
 
+from datetime import datetime
 from functools import singledispatch
 from typing import Any, NamedTuple
 
@@ -309,20 +310,26 @@ def _(
 ) -> Admitted:
     operation = lookups.operation(session, command.operation)
     if isinstance(command, UndoRevert | UndoRestore):
-        refuse_if_not_undoable(operation)
+        until = refuse_if_not_undoable(operation)
+        if until <= now():
+            raise errors.NotUndoable(
+                f"The time to undo operation {operation.id} was over at "
+                f"{until:%Y-%m-%d %H:%M} UTC; what it replaced is gone or going."
+            )
     server = lookups.server(session, operation.server_id, forgotten=True)
     return Admitted(server, command)
 
 
-def refuse_if_not_undoable(operation: Operation) -> None:
+def refuse_if_not_undoable(operation: Operation) -> datetime:
+    """Raise NotUndoable where nothing is set aside; returns until when an undo may be asked for.
+
+    One that was asked for in time may come to its turn later: what it puts back is there still,
+    since what drops that stands behind it in the server's line.
+    """
     if operation.undo is None or operation.undo_until is None:
         raise errors.NotUndoable(
             f"Operation {operation.id} ({operation.kind}, {operation.state}) set nothing aside "
             "that could be put back, or it was undone already. Only a revert or a restore that "
             "succeeded can be undone."
         )
-    if operation.undo_until <= now():
-        raise errors.NotUndoable(
-            f"The time to undo operation {operation.id} was over at "
-            f"{operation.undo_until:%Y-%m-%d %H:%M} UTC; what it replaced is gone or going."
-        )
+    return operation.undo_until

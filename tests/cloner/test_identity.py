@@ -101,12 +101,19 @@ def test_what_a_guest_has_of_its_source_is_renewed_and_read_back(
 
 
 @pytest.mark.vm
-def test_old_keys_stay_where_no_new_ones_can_be_made(running: Guest, domain: Domain) -> None:
-    """A guest is never left without SSH host keys; that they are the old ones is said."""
+@pytest.mark.parametrize("status", [0, 1])
+def test_old_keys_stay_where_no_new_ones_can_be_made(
+    running: Guest, domain: Domain, status: int
+) -> None:
+    """A guest is never left without SSH host keys, though an ssh-keygen that knows of no other
+    place says that all is well; that they are the old ones is said."""
     running.run("mkdir -p /etc/ssh; rm -f /etc/ssh/*")
     running.write("/etc/ssh/ssh_host_rsa_key.pub", OLD_KEY)
     running.write("/etc/ssh/ssh_host_rsa_key", "private")
-    running.write("/usr/bin/ssh-keygen", "#!/bin/sh\nexit 1\n")
+    running.write("/usr/bin/ssh-keygen", f"#!/bin/sh\nexit {status}\n")
+    running.write("/etc/hostname", "localhost.localdomain\n")
+    hosts = "127.0.0.1 localhost localhost.localdomain localhost4\n"
+    running.write("/etc/hosts", hosts)
 
     renewal = identity.renew_in_guest(domain, "web2", {})
 
@@ -115,6 +122,7 @@ def test_old_keys_stay_where_no_new_ones_can_be_made(running: Guest, domain: Dom
     assert (part, "the old ones stay" in reason) == ("ssh-host-keys", True)
     assert running.run("ls -A /etc/ssh") == (0, "ssh_host_rsa_key\nssh_host_rsa_key.pub\n")
     assert running.read("/etc/ssh/ssh_host_rsa_key.pub") == OLD_KEY
+    assert running.read("/etc/hosts") == hosts  # which stays the machine's own name, whoever it is
 
 
 @pytest.mark.vm

@@ -13,11 +13,11 @@ from doctor.patient import Patient, seal, writable
 from operations.spine import python
 from sqlalchemy import select
 
-from shared import doctor
+from shared import doctor, lookups
 from shared.database import now, transaction
 from shared.doctor import copies, leftovers
 from shared.manifest import Manifest, read_manifest, write_manifest
-from shared.models import Event, Image, Snapshot
+from shared.models import Event, Image, Server, Snapshot
 
 pytestmark = pytest.mark.vm
 
@@ -154,6 +154,19 @@ def test_image_that_is_not_what_its_manifest_says(patient: Patient) -> None:
 
         assert states()[f"img_{number}"] == "damaged"
         assert sorted(each.name for each in folder.iterdir()) == before
+
+
+def test_copy_of_another_host_is_told_of_and_left(patient: Patient) -> None:
+    """Its row is that host's, whose own copy is whole: this one's lost disk says nothing of it."""
+    server = patient.server()
+    lose_disk(patient.copy("image", "img_1", server))
+    with transaction() as session:
+        lookups.reporting_host(session, "kvm-9")
+        session.get_one(Server, server.id).host = "kvm-9"
+
+    patient.leaves("copy", f"images/{server.id}/img_1", "it is of host kvm-9", "own host's vault")
+
+    assert states() == {"img_1": "complete"}
 
 
 def test_what_only_a_person_can_decide_about_copies(patient: Patient) -> None:

@@ -14,13 +14,13 @@ from farms.farmed import Farmed, Made, outcomes, plug
 from sqlalchemy import select
 
 from services.snapshotter import snapshots  # noqa: F401  registers the handlers
-from shared import faults, recovery
+from shared import faults, forgetting, recovery
 from shared.commands import DeleteClone, DeleteFarm, RevertSnapshot, TakeSnapshot, UndoRevert
 from shared.database import now, reading, transaction
 from shared.disks import images
 from shared.disks.overlays import create_overlay
 from shared.hypervisor.errors import LibvirtBusy
-from shared.models import Clone, Operation
+from shared.models import Clone, Operation, Server
 from shared.operations import journal, runner
 from shared.operations.tasks import forget_due
 
@@ -80,6 +80,29 @@ def test_reverted_clone_is_not_linked_and_its_base_goes_after_the_undo(farmed: F
     assert not base.exists()
     assert overlay.exists()
     assert kept.guest.state() == "stopped"
+
+
+def test_base_stays_for_what_a_kept_clone_s_revert_set_aside(farmed: Farmed) -> None:
+    """It was forgotten and registered as a server of its own before; undone, it stands on the base
+    again."""
+    farm, (kept, _), base = farmed.linked_farm(2)
+    with transaction() as session:
+        server = session.get_one(Server, kept.server.id)
+        forgetting.forget(session, server, now())
+        server.forgotten_at = None
+    farmed.done(TakeSnapshot(server=kept.server.id))
+
+    revert = reverted(farmed, kept)
+    deleted = farmed.world.submit(DeleteFarm(farm=farm.id))
+    runner.run(deleted)
+
+    assert farmed.world.row(deleted).state == "succeeded"
+    assert base.exists()
+    runner.run(farmed.world.submit(UndoRevert(operation=revert.id)))
+    assert images.chain(kept.guest.disks[1], "qcow2") == [base]
+    revert = reverted(farmed, kept)
+    forget(farmed, revert)
+    assert not base.exists()
 
 
 def test_base_goes_with_a_reverted_clone_that_was_the_last(farmed: Farmed) -> None:

@@ -7,8 +7,8 @@ import pytest
 from lxml import etree
 
 from shared.errors import DomainWithoutDisks
-from shared.hypervisor.definition import DomainDefinition, log_files
-from shared.hypervisor.duplicate import clone_definition, own_path, random_mac
+from shared.hypervisor.definition import DomainDefinition, LeftOut, log_files
+from shared.hypervisor.duplicate import PSEUDO_TERMINAL, clone_definition, own_path, random_mac
 from shared.hypervisor.errors import DefinitionInvalid, DiskNotCopyable
 
 WINDOWS = (Path(__file__).parent / "data" / "windows.xml").read_text()
@@ -383,6 +383,15 @@ class TestClone:
         assert second.find("protocol") is None
         assert root.find("devices/channel[@type='unix']/source").get("path") is None
         assert root.find("devices/vsock/cid").attrib == {"auto": "yes"}
+
+    def test_a_pipe_becomes_a_pseudo_terminal(self) -> None:
+        """QEMU makes none: the clone would not start."""
+        pipe = "<serial type='pipe'><source path='/run/web.pipe'/></serial></devices>"
+        source = WINDOWS.replace("</devices>", pipe)
+        made = clone_definition(source, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
+        line = etree.fromstring(made.xml).findall("devices/serial")[-1]
+        assert (line.get("type"), line.find("source")) == ("pty", None)
+        assert made.left_out[-1] == LeftOut("serial pty", PSEUDO_TERMINAL)
 
     @pytest.mark.parametrize("fixed", ["tlsPort='5908'", "port='5907'", "port='-1' tlsPort='5908'"])
     def test_no_port_of_a_display_stays(self, fixed: str) -> None:

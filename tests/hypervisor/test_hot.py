@@ -26,6 +26,7 @@ def domain(devices: str = "", more: str = "") -> str:
     [
         "<interface type='bridge'><mac address='52:54:00:00:00:01'/></interface>",
         "<disk type='file' device='cdrom'><target dev='sda'/></disk>",
+        "<disk type='network' device='cdrom'><target dev='sda'/></disk>",
         "<serial type='tcp'><source host='127.0.0.1' service='1'/></serial>",
         "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>",
         "<graphics type='vnc' port='5901'/><video/><memballoon model='virtio'/>",
@@ -53,6 +54,16 @@ def test_what_a_clone_has_of_its_own_is_no_obstacle(devices: str) -> None:
         ("<channel type='tcp'><source host='h' service='1'/></channel>", "far end"),
         (
             "<disk device='cdrom'><source file='/iso'/><target dev='sda'/></disk>",
+            "sda holds a medium",
+        ),
+        (
+            "<disk type='network' device='cdrom'><source protocol='https' name='/iso'/>"
+            "<target dev='sda'/></disk>",
+            "sda holds a medium",
+        ),
+        (
+            "<disk type='volume' device='cdrom'><source pool='isos' volume='a.iso'/>"
+            "<target dev='sda'/></disk>",
             "sda holds a medium",
         ),
         (DISK.format("<shareable/>").replace("vda", "vdb"), "vdb: .*shared"),

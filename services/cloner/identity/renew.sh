@@ -79,7 +79,7 @@ hostname_() {
         copy=$(OLD=$old NEW=$1 awk '
             BEGIN { old = ENVIRON["OLD"]; new = ENVIRON["NEW"]
                     short = old; sub(/\..*/, "", short); new_short = new; sub(/\..*/, "", new_short) }
-            /^[ \t]*#/ || old == "localhost" { print; next }
+            /^[ \t]*#/ || short == "localhost" { print; next }
             { for (i = 2; i <= NF; i++)
                   if ($i == old) $i = new; else if ($i == short) $i = new_short
               print }' /etc/hosts) && printf '%s\n' "$copy" >/etc/hosts
@@ -102,7 +102,8 @@ ssh_host_keys() {
     ls /etc/ssh/ssh_host_*_key || return 0
     new=$(mktemp -d /etc/ssh/.new.XXXXXX) || return 0
     mkdir -p "$new/etc/ssh"
-    if ssh-keygen -q -A -f "$new"; then
+    # Before OpenSSH 7.6 it takes no other place, and says that all is well.
+    if ssh-keygen -q -A -f "$new" && ls "$new"/etc/ssh/ssh_host_*_key; then
         rm -f /etc/ssh/ssh_host_*
         mv "$new"/etc/ssh/ssh_host_* /etc/ssh/
         command -v restorecon && restorecon -R /etc/ssh
