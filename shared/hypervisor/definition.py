@@ -265,6 +265,8 @@ def alone(xml: str, targets: Collection[str]) -> str:
     libvirt writes down the chain that an external snapshot of its makes, and goes by that: QEMU is
     given a backing file then that the copy's header does not name (qemuSnapshotDiskUpdateSource).
     """
+    if "<backingStore" not in xml and "<dataStore" not in xml:
+        return xml
     root = parse_domain(xml)
     disks = [node for node in root.iterfind("devices/disk") if _target(node) in targets]
     chains = [node for disk in disks for node in disk.findall("backingStore") if len(node)]
