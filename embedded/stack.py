@@ -136,7 +136,7 @@ class Stack:
         self._spawn(service, [*CELERY, "-A", app, "worker", *ALONE])
 
     def start_beat(self) -> None:
-        command = [*CELERY, "-A", "shared.beat", "worker", "--beat", "--concurrency", "2", *ALONE]
+        command = [*CELERY, "-A", "shared.beat", "worker", "--concurrency", "2", *ALONE]
         self._spawn("beat", command)
 
     def wait_ready(self, timeout: float = 60) -> None:

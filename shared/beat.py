@@ -1,17 +1,27 @@
-"""Celery beat and the worker of its ticks, in one process: `celery -A shared.beat worker --beat`.
+"""Celery beat and the worker of its ticks, in one process: `celery -A shared.beat worker`.
 
 Ticks only read and write the database, so they never wait behind a long copy. Two beats
-by accident do no harm: each tick claims what is due in the database.
+by accident do no harm: each tick claims what is due in the database. Beat is a thread of the
+worker: Celery's own `--beat` is a process, and where that is killed nobody notices.
 """
 
+import threading
 import time
+from datetime import timedelta
 from typing import Any
 
-from celery.signals import setup_logging, task_success, worker_ready
+import structlog
+from celery.beat import Scheduler
+from celery.signals import setup_logging, task_success, worker_ready, worker_shutting_down
 
 from shared import liveness, logs
 from shared.celery_app import TICKS, make_app
 from shared.settings import settings
+
+log = structlog.get_logger()
+
+AGAIN_S = 5.0
+"""Until beat is begun again where it failed."""
 
 app = make_app(
     "beat",
@@ -27,7 +37,6 @@ app = make_app(
 app.set_default()
 app.conf.worker_pool = "threads"
 app.conf.worker_disable_prefetch = False
-app.conf.beat_scheduler = "celery.beat:Scheduler"
 app.conf.beat_schedule = {
     name: {
         "task": name,
@@ -62,9 +71,56 @@ liveness.CHECKS["ticks"] = _ticks
 liveness.install(app)
 
 
+class Steady(Scheduler):
+    """Celery's own goes by this machine's clock: once that is set back by hours, it would send
+    nothing for as long."""
+
+    def tick(self, *arguments: Any, **named: Any) -> float:
+        heap: list[tuple[float, int, Any]] | None = self._heap
+        if heap:
+            due, _, entry = heap[0]
+            if due - self._when(entry, 0) > settings().tick + 1:
+                log.warning("beat.clock_set_back")
+                for each in self.schedule.values():
+                    each.last_run_at = each.default_now() - timedelta(seconds=settings().tick)
+                self._heap: Any = None  # is made anew
+        return float(super().tick(*arguments, **named))
+
+
+class Beat(threading.Thread):
+    """Celery beat, for as long as its process lives."""
+
+    def __init__(self) -> None:
+        super().__init__(name="beat", daemon=True)
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def run(self) -> None:
+        app.set_current()
+        scheduler = Steady(app, max_interval=settings().tick)
+        pause = 0.0
+        while not self._stopped.wait(pause):
+            try:
+                pause = max(0.0, scheduler.tick())
+            except Exception:
+                log.exception("beat.failed")
+                pause = AGAIN_S
+
+
+beat = Beat()
+
+
 @worker_ready.connect
 def _on_ready(**_: Any) -> None:
     liveness.start()
+    beat.start()
+
+
+@worker_shutting_down.connect
+def _on_shutting_down(**_: Any) -> None:
+    beat.stop()
 
 
 @setup_logging.connect

@@ -26,7 +26,7 @@ from sqlalchemy import (
     make_url,
     text,
 )
-from sqlalchemy.exc import InvalidatePoolError
+from sqlalchemy.exc import InvalidatePoolError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlmodel import Session
@@ -154,6 +154,15 @@ def _postgresql(url: URL) -> Engine:
     def _introduce(connection: Any, record: Any) -> None:
         postgres.introduce(connection)
         _ask(connection, record)
+
+    @event.listens_for(made, "handle_error")
+    def _standby(failure: Any) -> Exception | None:
+        """A server that does not take writes (any more) is away: the next one that is asked may be
+        the one that does, as after a failover."""
+        if getattr(failure.original_exception, "sqlstate", None) != postgres.READ_ONLY:
+            return None
+        failure.is_disconnect = True
+        return OperationalError(failure.statement, None, failure.original_exception)
 
     @event.listens_for(made, "checkin")
     def _in_use(_connection: Any, record: Any) -> None:

@@ -3,11 +3,11 @@
 from typing import Any
 
 import structlog
-from sqlalchemy.exc import OperationalError
 
 from shared import errors
 from shared.commands import Command
 from shared.database import transaction
+from shared.operations.patience import DATABASE_AWAY
 from shared.operations.runner import run
 from shared.operations.submit import submit
 
@@ -39,7 +39,7 @@ def receive(
             code = getattr(error, "code", errors.InvalidRequest.code)
             log.error("command.refused", kind=command.kind, code=code, reason=str(error))
             return
-        except OperationalError as error:
+        except DATABASE_AWAY as error:
             raise task.retry(exc=error, countdown=DATABASE_RETRY, max_retries=None) from error
     if not isinstance(operation_id, str):
         log.error("message.refused", kind=command.kind, reason="operation_id is no string")

@@ -12,6 +12,8 @@ from typing import Any
 
 import psycopg
 
+READ_ONLY = "25006"
+"""SQLSTATE of a statement that writes where none may (`read_only_sql_transaction`)."""
 STATEMENT_PATIENCE = 10.0
 """Seconds for the answer to one statement, a wait for another's lock included."""
 PING_PATIENCE = 3.0

@@ -23,7 +23,7 @@ from sqlmodel import Session
 
 from shared import errors, runs
 from shared.commands import CreateImage
-from shared.database import now, reading, transaction
+from shared.database import database_now, reading, transaction
 from shared.models import Host, Operation, Schedule, ScheduleRun, Server
 from shared.operations import drain
 from shared.operations.admission import admit
@@ -58,7 +58,8 @@ def run_due_schedules() -> None:
     if not _under_way.acquire(blocking=False):
         return  # the tick before is still at it
     try:
-        moment = now()
+        with reading() as session:
+            moment = database_now(session)  # ours may have been put right since it was compared
         give_up_missed(moment)
         run_due(moment, settings().tick)
     finally:

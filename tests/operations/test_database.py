@@ -17,7 +17,9 @@ from sqlmodel import SQLModel
 from shared import database
 from shared.database import engine, reading, transaction
 from shared.models import Event, Farm, Host, Server
+from shared.operations import patience
 from shared.operations.drain import drain
+from shared.operations.patience import patiently
 
 MIGRATE = "from shared.database import migrate; migrate()"
 
@@ -241,6 +243,37 @@ def test_connections_that_ended_are_replaced(
     monkeypatch.setattr(database, "_FRESH", 0)
     _end_all_connections(postgres)
     world.server("after idleness")
+
+
+@pytest.mark.parametrize("any_database", ["postgresql"], indirect=True)
+def test_server_that_takes_no_writes_is_waited_for(
+    world: World, any_database: str, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the old one of a failover; the connection to it is not used again."""
+    monkeypatch.setattr(patience, "RETRY", 0.05)
+    administrator = create_engine(postgres.url("postgres"), isolation_level="AUTOCOMMIT")
+    name = engine().url.database
+
+    def set_to(value: str) -> None:
+        with administrator.connect() as connection:
+            sql = f"ALTER DATABASE {name} SET default_transaction_read_only = {value}"
+            connection.execute(text(sql))
+
+    set_to("on")
+    engine().dispose()
+    with pytest.raises(OperationalError, match="read-only"):
+        world.server("too early")
+    tries: list[int] = []
+
+    def write() -> None:
+        tries.append(1)
+        if len(tries) == 2:
+            set_to("off")
+        world.server("in the end")
+
+    patiently(lambda: None, write)
+    administrator.dispose()
+    assert len(tries) >= 2
 
 
 SPAWNED = """

@@ -36,7 +36,7 @@ def site(hypervisor: Hypervisor) -> Iterator[Site]:
         "TRIPTYCH_SCHEDULE_SPREAD": "0",
     }
     with open_site(hypervisor, "xfs", size=filesystems.GIB, host="short-lived", **short) as made:
-        command = ["-m", "celery", "-A", "shared.beat", "worker", "--beat", "--concurrency", "1"]
+        command = ["-m", "celery", "-A", "shared.beat", "worker", "--concurrency", "1"]
         environment = made.stack._process_environment()
         with (made.state / "log" / "second-beat.log").open("wb") as output:
             second = subprocess.Popen(
