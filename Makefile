@@ -9,6 +9,9 @@ PATIENT := tests/disks/test_qcow2.py $(filter-out \
 	%_claims.py %_events.py %_operations.py %_servers.py %_waiting.py, \
 	$(wildcard tests/test_*.py tests/api/test_*.py tests/schedules/test_*.py))
 
+# The tests of whole stacks mostly wait for their guests, and so does half of the rest: side by side.
+STACKS := tests/system tests/bench tests/embedded
+
 .PHONY: help setup demo test test-deployment test-guests faults year lint up down bench lock clean
 .DEFAULT_GOAL := help
 
@@ -24,7 +27,9 @@ demo: setup      ## Do the main job on a real VM built for it; KEEP=1 leaves it 
 test:            ## Run the tests (real libvirt, QEMU, Redis, PostgreSQL); ARGS="-k name" for some
 	@scripts/setup tests
 	@$(if $(ARGS),$(PYTHON) -m pytest $(ARGS),scripts/side-by-side \
-		"$(PYTHON) -m pytest $(patsubst %,--ignore=%,tests/compose tests/faults tests/guests $(PATIENT))" \
+		"$(PYTHON) -m pytest $(STACKS)" \
+		"$(PYTHON) -m pytest $(patsubst %,--ignore=%, \
+			tests/compose tests/faults tests/guests $(STACKS) $(PATIENT))" \
 		"nice -n 19 $(PYTHON) -m pytest --timeout=900 $(PATIENT)")
 
 test-deployment: ## Run the tests of the deployment by docker compose, faults of minutes included
