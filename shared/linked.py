@@ -54,7 +54,7 @@ def links_of(clone: Clone | None, definition: str, before: Sequence[str] = ()) -
     """
     if clone is None or not (clone.linked_to or before):
         return None
-    files = {path: "qcow2" for path in clone.files or [] if path.endswith(".qcow2")}
+    files = {path: "qcow2" for path in clone.files or [] if _is_qcow2(Path(path))}
     disks = DomainDefinition.parse(definition).disks
     files |= {disk.path: disk.format for disk in disks if disk.path}
     candidates = list(dict.fromkeys([*clone.linked_to, *before]))

@@ -3,6 +3,7 @@
 Each tolerates that its step never happened, or that it was carried out already.
 """
 
+import errno
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,12 +27,18 @@ log = structlog.get_logger()
 
 @action
 def remove_copy(folder: str) -> None:
-    """A snapshot's, image's or farm's folder in the vault, whole or half-made."""
+    """A snapshot's, image's or farm's folder in the vault, whole or half-made. On a vault that has
+    become read-only it is left, for the doctor to find: the server need not wait for the disk."""
     mounted.ensure()  # else it would be taken for gone
     vault = Vault(settings().vault)
     path = vault.here(folder)
     for each in (path.with_name(path.name + PARTIAL), path):
-        vault.remove(each)
+        try:
+            vault.remove(each)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            log.warning("copy.left", folder=str(each), reason=str(error))
 
 
 @action

@@ -94,8 +94,8 @@ def _judged(session: Session, manifest: Manifest) -> tuple[str, str]:
     server = session.get(Server, manifest.server.id)
     if server and server.host != settings().host:
         return "foreign", (
-            f"it is of host {server.host}, which looks for it in its own vault; nothing was "
-            f"changed. If this host takes that one's place, give it that name (TRIPTYCH_HOST)"
+            f"it is of host {server.host}, which looks for it in its own vault; if this host takes "
+            "that one's place, give it that name (TRIPTYCH_HOST)"
         )
     row: Any = session.get(Snapshot if manifest.kind == "snapshot" else Image, manifest.id)
     if row is None:

@@ -4,6 +4,7 @@ prepare new files ── stop ── swap names ── define ── start as it
       the old files stay beside the live ones for as long as this can be undone (E1)
 """
 
+import contextlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,10 +205,10 @@ def _refuse_unsafe(domain: Domain, replaced: Collection[str]) -> None:
     if domain.wanted_state != "stopped":
         for target, path in domain.lost_files(replaced).items():
             raise MediumMissing(
-                f"{domain.name} has {path} in {target}, and that file is gone: the guest goes on "
-                "with it, but once stopped it would not start again. Nothing was changed. Eject it "
-                f"(`virsh change-media {domain.name} {target} --eject --live --config`) or put the "
-                "file back, and ask again."
+                f"{domain.name} is to have {path} in {target}, and that file is gone: the guest "
+                "runs, but once stopped it would not start again. Nothing was changed. Take it out "
+                f"of its definition (`virsh change-media {domain.name} {target} --eject --config`, "
+                "and `--live` where the guest still has it) or put the file back, and ask again."
             )
 
 
@@ -248,16 +249,18 @@ def _refuse_devices(definition: str, manifest: Manifest) -> None:
 
 def _snapshots_inside(definition: str, manifest: Manifest, folder: Path) -> list[dict[str, str]]:
     """The disks whose image holds snapshots that the copy's does not: they go with what it is."""
-    stored = {disk.target: disk for disk in manifest.disks}
-    return [
-        {"target": disk.target, "reason": images.INSIDE_NOT_COPIED}
-        for disk in DomainDefinition.parse(definition).disks
-        if disk.target in stored
-        and images.has_snapshots_inside(Path(disk.path or ""), disk.format)
-        and not images.has_snapshots_inside(
-            folder / stored[disk.target].file, stored[disk.target].format
-        )
-    ]
+    stored = {disk.target: folder / disk.file for disk in manifest.disks}
+    formats = {disk.target: disk.format for disk in manifest.disks}
+    found = []
+    for disk in DomainDefinition.parse(definition).disks:
+        with contextlib.suppress(OSError):  # what cannot be read is what is to be replaced
+            if (
+                disk.target in stored
+                and images.has_snapshots_inside(Path(disk.path or ""), disk.format)
+                and not images.has_snapshots_inside(stored[disk.target], formats[disk.target])
+            ):
+                found.append({"target": disk.target, "reason": images.INSIDE_NOT_COPIED})
+    return found
 
 
 def _refuse_other_disks(wanted: str, stored: str, manifest: Manifest) -> None:

@@ -61,11 +61,11 @@ def strangers(domain: Domain, made: Iterable[Path]) -> dict[str, str]:
 
 
 def _chain(path: Path, image_format: str) -> list[Path]:
-    if image_format == "raw" or not path.is_file():
-        return []
     try:
+        if image_format == "raw" or not path.is_file():
+            return []
         return images.chain(path, image_format)
-    except CopyFailed:  # what cannot be read now starts no domain either
+    except (CopyFailed, OSError):  # what cannot be read now starts no domain either
         return []
 
 

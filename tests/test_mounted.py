@@ -26,9 +26,10 @@ from operations.spine import (  # noqa: F401
 from operations.waiting import wait_for
 from sqlalchemy import select, update
 
+from lab import filesystems
 from services.imager import images  # noqa: F401  registers the handlers
 from services.snapshotter import snapshots  # noqa: F401  registers the handlers
-from shared import admin, doctor, errors, hosts, mounted, recovery  # noqa: F401
+from shared import admin, doctor, errors, faults, hosts, mounted, recovery  # noqa: F401
 from shared.commands import (
     Command,
     CreateImage,
@@ -556,7 +557,6 @@ def test_nothing_is_begun_that_a_read_only_vault_does_not_let_end(live: Live) ->
     verifications of what can be read go on."""
     image = live.succeeds(CreateImage(server=live.server.id))["image"]
     live.succeeds(TakeSnapshot(server=live.server.id))
-    live.succeeds(VerifyImage(image=image))
     remount = ["mount", "-o", "remount,bind,{}", str(live.root)]
 
     subprocess.run([each.format("ro") for each in remount], check=True)
@@ -570,6 +570,32 @@ def test_nothing_is_begun_that_a_read_only_vault_does_not_let_end(live: Live) ->
     live.succeeds(DeleteSnapshot(server=live.server.id))
     live.succeeds(DeleteImage(image=image))
     assert list(Vault(live.root).copies()) == []
+
+
+def test_copy_that_a_disk_fails_under_holds_nobody_up(
+    live: Live,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its file system became read-only: what was copied by then is left, for the doctor."""
+    image = live.succeeds(CreateImage(server=live.server.id))["image"]
+
+    folder = live.root / "images"
+
+    def fail(name: str) -> None:
+        if name == "stream:disk-copied":
+            subprocess.run(["mount", "--bind", folder, folder], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+
+    monkeypatch.setattr(faults, "point", fail)
+    assert live.done(CreateImage(server=live.server.id)).state == "failed"
+    monkeypatch.undo()
+    live.succeeds(RestoreImage(image=image))
+
+    filesystems.unmount(folder)
+    left = Vault(live.root).partials()
+    assert len(left) == 1
+    doctor.repair([each for each in doctor.examine() if each.check == "leftover"])
+    assert Vault(live.root).partials() == []
 
 
 def test_background_work_rests_without_the_vault(

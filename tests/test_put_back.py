@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 from datetime import timedelta
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import libvirt
 import pytest
 from live_server import SIZE, Live, live  # noqa: F401
 from operations.spine import database_url, environment, world  # noqa: F401
@@ -381,30 +383,42 @@ def test_a_definition_is_put_back_under_the_name_of_now(live: Live) -> None:  # 
     assert again.UUIDString() == live.server.domain_uuid
 
 
-@pytest.mark.parametrize("policy", ["mandatory", "optional"])
+@pytest.mark.parametrize(
+    ("policy", "ejected"),
+    [
+        ("mandatory", None),
+        ("mandatory", libvirt.VIR_DOMAIN_AFFECT_LIVE),
+        ("mandatory", libvirt.VIR_DOMAIN_AFFECT_CONFIG),
+        ("optional", None),
+    ],
+)
 def test_a_guest_that_would_not_start_again_is_not_stopped(
     live: Live,  # noqa: F811
     workspace: Path,
     policy: str,
+    ejected: int | None,
 ) -> None:
     """The file of its CD is gone: it runs on with it, until it is stopped. Where a start goes
     without it, there is nothing to refuse."""
     medium = workspace / "medium.iso"
     medium.write_bytes(bytes(SIZE))
-    live.guest.domain.attachDeviceFlags(
-        "<disk type='file' device='cdrom'><driver name='qemu' type='raw'/>"
-        f"<source file='{medium}' startupPolicy='{policy}'/><target dev='sdz' bus='sata'/>"
-        "<readonly/></disk>",
-        2,  # VIR_DOMAIN_AFFECT_CONFIG
+    drive = (
+        "<disk type='file' device='cdrom'><driver name='qemu' type='raw'/>{}"
+        "<target dev='sdz' bus='sata'/><readonly/></disk>"
     )
+    source = f"<source file='{medium}' startupPolicy='{policy}'/>"
+    live.guest.domain.attachDeviceFlags(drive.format(source), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
     live.succeeds(TakeSnapshot(server=live.server.id))
     live.guest.domain.create()
     boot = live.guest.domain.ID()
+    if ejected is not None:
+        forced = ejected | libvirt.VIR_DOMAIN_DEVICE_MODIFY_FORCE
+        live.guest.domain.updateDeviceFlags(drive.format(""), forced)
     medium.unlink()
 
     reverted = live.done(RevertSnapshot(server=live.server.id))
 
-    if policy == "optional":
+    if policy == "optional" or ejected == libvirt.VIR_DOMAIN_AFFECT_CONFIG:
         assert reverted.state == "succeeded", reverted.error
     else:
         assert code(reverted) == "medium_missing"
@@ -412,3 +426,31 @@ def test_a_guest_that_would_not_start_again_is_not_stopped(
         assert live.guest.domain.ID() == boot
     assert live.guest.state() == "running"
     live.guest.domain.destroy()
+
+
+@pytest.mark.parametrize("whose", ["its own", "another's"])
+def test_a_disk_that_cannot_be_read_keeps_no_server_from_being_restored(
+    live: Live,  # noqa: F811
+    workspace: Path,
+    hypervisor: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    whose: str,
+) -> None:
+    """It may be the very one that is to be replaced."""
+    guest, server = qcow2_server(live, workspace, hypervisor)
+    image = live.succeeds(CreateImage(server=server.id))["image"]
+    damaged = guest.disks[0]
+    command: Command = RestoreImage(image=image)
+    if whose != "its own":
+        command = RestoreImage(image=live.succeeds(CreateImage(server=live.server.id))["image"])
+    opened = Path.open
+
+    def fail(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path == damaged:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", fail)
+    live.succeeds(command)
+    monkeypatch.undo()
+    guest.remove()

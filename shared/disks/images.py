@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shared.disks.errors import CopyFailed, ImageDamaged, InsufficientSpace
-from shared.disks.qcow2 import plainly_sound
+from shared.disks.qcow2 import below, plainly_sound
 from shared.disks.qemu_img import writing
 from shared.disks.space import says_full
 
@@ -70,6 +70,9 @@ def chain(path: Path, image_format: str) -> list[Path]:
     Where qemu-img cannot follow it to its end, as far as the image itself tells. Raises
     CopyFailed for one that cannot be read.
     """
+    plain = below(path) if image_format == "qcow2" and path.is_file() else None
+    if plain is not None:
+        return [each for each in plain if each.exists()]
     first = info(path, image_format).depends_on
     if first is None:
         return []

@@ -7,6 +7,7 @@ The format is QEMU's docs/interop/qcow2.txt.
 
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,12 @@ from numpy.typing import NDArray
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 _EXTENSION = struct.Struct(">II")
 _MAGIC, _VERSION = b"QFI\xfb", 3
-_HARMLESS = {0x6803F857, 0xE2792ACA}
+_BACKING_FORMAT = 0xE2792ACA
+_HARMLESS = {0x6803F857, _BACKING_FORMAT}
 """Header extensions without tables of their own: the features' names, the backing format."""
+_ON_NO_OTHER = 0b11001
+"""Incompatible features of an image that depends on its backing file alone: dirty, compression
+type, extended L2 entries."""
 _HEADERS = 4096
 """More than the header and harmless extensions take."""
 _REFCOUNT_ORDER = 4
@@ -52,6 +57,48 @@ def plainly_sound(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def below(path: Path) -> list[Path] | None:
+    """The files that a qcow2 depends on, however far down, as their headers tell, there or not;
+    None where they do not tell it plainly. Raises OSError."""
+    found: list[Path] = []
+    at, image_format = path, "qcow2"
+    try:
+        while image_format == "qcow2" and at.is_file():
+            backing = _backing(at)
+            if backing is None:
+                break
+            name, image_format = backing
+            at = at.parent / name
+            if at in (path, *found):
+                return None
+            found.append(at)
+    except _NotPlain:
+        return None
+    return found
+
+
+def _backing(path: Path) -> tuple[str, str] | None:
+    """The name of the backing file and its format; None without one."""
+    with path.open("rb") as file:
+        start = file.read(_HEADERS)
+    if len(start) < _HEADER.size:
+        raise _NotPlain
+    magic, version, name_at, name_bytes = _HEADER.unpack_from(start)[:4]
+    incompatible, header_bytes = (_HEADER.unpack_from(start)[at] for at in (13, 17))
+    if (magic, version) != (_MAGIC, _VERSION) or incompatible & ~_ON_NO_OTHER:
+        raise _NotPlain
+    if not name_at:
+        return None
+    name = start[name_at : name_at + name_bytes]
+    image_format = dict(_extensions(start, header_bytes)).get(_BACKING_FORMAT, b"")
+    # What comes before a colon is a protocol, in which the rest is no path.
+    if len(name) != name_bytes or b":" in name.partition(b"/")[0]:
+        raise _NotPlain
+    if image_format not in (b"raw", b"qcow2"):
+        raise _NotPlain
+    return os.fsdecode(name), image_format.decode()
 
 
 @dataclass(frozen=True)
@@ -177,11 +224,19 @@ def _refuse_extensions(start: bytes, at: int) -> None:
     """
     if at not in (_HEADER.size, _HEADER.size + 8) or any(start[_HEADER.size : at]):
         raise _NotPlain  # its last eight bytes tell the kind of compression, 0 being zlib
+    if any(kind not in _HARMLESS for kind, _ in _extensions(start, at)):
+        raise _NotPlain
+
+
+def _extensions(start: bytes, at: int) -> Iterator[tuple[int, bytes]]:
+    """Those that follow the header, which ends `at`, with what is in them."""
     while at + _EXTENSION.size <= len(start):
         kind, length = _EXTENSION.unpack_from(start, at)
-        at += _EXTENSION.size + -(-length // 8) * 8
         if kind == 0 and length == 0:
             return
-        if kind not in _HARMLESS or at > len(start):
-            raise _NotPlain
+        content = at + _EXTENSION.size
+        at = content + -(-length // 8) * 8
+        if at > len(start):
+            break
+        yield kind, start[content : content + length]
     raise _NotPlain

@@ -119,8 +119,8 @@ def _misjudged(found: Judged, add_rows: Callable[[], bool]) -> Iterator[Finding]
             remedy = "if it is not needed any more, remove the folder"
             yield Finding(CHECK, found.path, found.detail.partition(";")[0], remedy)
         case "foreign":
-            remedy = "put it into its own host's vault, or remove it"
-            yield Finding(CHECK, found.path, found.detail.partition(",")[0], remedy)
+            told, _, remedy = found.detail.partition("; ")
+            yield Finding(CHECK, found.path, told, f"put it into its own host's vault. {remedy}")
         case "registered_anew":
             told, _, remedy = found.detail.partition("Nothing was changed; ")
             yield Finding(CHECK, found.path, told.rstrip(". "), remedy)

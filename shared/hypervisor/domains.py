@@ -9,6 +9,7 @@ idempotent.
 import time
 from collections.abc import Callable, Collection
 from operator import methodcaller
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import libvirt
@@ -104,21 +105,35 @@ class Domain:
         return bool(state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_USER)
 
     def lost_files(self, besides: Collection[str]) -> dict[str, str]:
-        """Files that a guest which is on has in drives, or for other raw disks, by target, and that
-        are gone: QEMU has them open, and does not start again without them. libvirt looks for
-        them, since it sees all of the host's directories."""
+        """Files that a guest which is on has in drives, or for other disks than those `besides`, by
+        target, and that are gone: it may have them open, and does not start again without them.
+
+        Those that it has now libvirt looks for, since it sees all of the host's directories, as
+        far as they are raw. Those that it is to have at its next start alone are looked for here,
+        where their directory is.
+        """
+        disks = DomainDefinition.parse(self.live_definition()).disks
+        live = {disk.target: disk.path for disk in disks}
         lost = {}
-        for disk in DomainDefinition.parse(self.live_definition()).disks:
-            ours = disk.kind == "file" and disk.format == "raw" and disk.target not in besides
-            if not ours or disk.path is None or disk.may_be_missing:
+        for disk in DomainDefinition.parse(self.definition()).disks:
+            if disk.target in besides or disk.kind != "file" or disk.may_be_missing:
                 continue
-            read = methodcaller("blockPeek", disk.target, 0, 1)
-            try:
-                self.call("Looking at a disk of", read)
-            except LibvirtFailed as error:
-                if error.extra.get("libvirt_code") == libvirt.VIR_ERR_SYSTEM_ERROR:
-                    lost[disk.target] = disk.path
+            if disk.path is None:
+                continue
+            if live.get(disk.target) == disk.path:
+                gone = disk.format == "raw" and self._cannot_read(disk.target)
+            else:
+                gone = Path(disk.path).parent.is_dir() and not Path(disk.path).exists()
+            if gone:
+                lost[disk.target] = disk.path
         return lost
+
+    def _cannot_read(self, target: str) -> bool:
+        try:
+            self.call("Looking at a disk of", methodcaller("blockPeek", target, 0, 1))
+        except LibvirtFailed as error:
+            return bool(error.extra.get("libvirt_code") == libvirt.VIR_ERR_SYSTEM_ERROR)
+        return False
 
     @property
     def wanted_state(self) -> State:

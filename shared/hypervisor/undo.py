@@ -33,15 +33,21 @@ _silent_since: dict[str, float] = {}
 
 
 def resume_domain(uri: str, uuid: str) -> bool:
-    """Resume a domain that is paused because somebody asked for it.
+    """Resume a domain that is paused because somebody asked for it, or is about to be.
 
-    Only for domains that ran when the journal entry was made: an owner's pause
-    looks the same.
+    libvirt carries a suspend out whose caller has died, and says until then that the domain runs:
+    so it is asked to resume such a one too, which waits for that. Only for domains that ran when
+    the journal entry was made: an owner's pause looks the same. Raises LibvirtBusy.
     """
     domain = _find(uri, uuid)
-    if domain is None or not domain.paused_by_user:
+    if domain is None or not (domain.paused_by_user or domain.state == "running"):
         return False
-    domain.resume()
+    try:
+        domain.resume()
+    except LibvirtFailed as error:  # it ran, with no suspend before the resume's turn
+        if error.extra.get("libvirt_code") != libvirt.VIR_ERR_OPERATION_INVALID:
+            raise
+        return False
     return True
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shared.disks import images
 from shared.disks.errors import ImageDamaged
-from shared.disks.qcow2 import plainly_sound
+from shared.disks.qcow2 import below, plainly_sound
 
 MIB = 1 << 20
 CLUSTER = 65536
@@ -201,3 +201,54 @@ def test_yes_is_only_said_where_qemu_finds_nothing(image: Path, data: st.DataObj
     if plainly_sound(path):
         done = subprocess.run(["qemu-img", "check", "-f", "qcow2", str(path)], capture_output=True)
         assert done.returncode in (0, 3), done.stderr
+
+
+def overlay(folder: Path, name: str, on: str, *options: str, image_format: str = "qcow2") -> Path:
+    """An image on that one, which is named as it is given."""
+    made = folder / name
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", on, "-F", image_format]
+    subprocess.run([*create, *options, str(made), "1M"], check=True, cwd=folder)
+    return made
+
+
+def test_a_chain_is_followed_without_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By relative and absolute names, through a link, with spaces, down to a raw file; also where
+    one is not there."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "base.raw").write_bytes(bytes(MIB))
+    middle = overlay(tmp_path / "elsewhere", "the middle.qcow2", "../base.raw", image_format="raw")
+    (tmp_path / "link.qcow2").symlink_to(middle)
+    first = overlay(tmp_path, "first.qcow2", str(tmp_path / "link.qcow2"))
+    lost = overlay(tmp_path, "lost.qcow2", "gone.qcow2")
+    alone = made(tmp_path / "alone.qcow2")
+    by_qemu = {each: images.chain(each, "qcow2") for each in (first, middle, lost, alone)}
+    monkeypatch.setattr(images, "below", lambda path: None)
+    told = {each: images.chain(each, "qcow2") for each in by_qemu}
+
+    assert below(middle) == [tmp_path / "elsewhere/../base.raw"]
+    assert below(lost) == [tmp_path / "gone.qcow2"]
+    assert below(alone) == []
+    resolved = {each: [path.resolve() for path in found] for each, found in by_qemu.items()}
+    assert resolved == {each: [path.resolve() for path in found] for each, found in told.items()}
+    assert resolved[middle] == [tmp_path / "base.raw"]
+    assert resolved[lost] == resolved[alone] == []
+
+
+@pytest.mark.parametrize(
+    "how", ["version 2", "a protocol", "another format", "a data file", "a loop"]
+)
+def test_a_chain_that_is_not_plain_is_for_qemu(tmp_path: Path, how: str) -> None:
+    """None is no verdict."""
+    (tmp_path / "base.raw").write_bytes(bytes(MIB))
+    options: list[str] = {
+        "version 2": ["-o", "compat=0.10"],
+        "a data file": ["-o", "data_file=data.raw"],
+    }.get(how, [])
+    name = {"a protocol": "nbd://localhost/x", "a loop": "first.qcow2"}.get(how, "base.raw")
+    if how == "a data file":
+        create = ["qemu-img", "create", "-q", "-f", "qcow2", *options, "first.qcow2", "1M"]
+        subprocess.run(create, check=True, cwd=tmp_path)
+    else:
+        image_format = {"another format": "vmdk", "a loop": "qcow2"}.get(how, "raw")
+        overlay(tmp_path, "first.qcow2", name, *options, image_format=image_format)
+    assert below(tmp_path / "first.qcow2") is None

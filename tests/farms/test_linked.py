@@ -14,7 +14,7 @@ from farms.farmed import Farmed, Made, outcomes, plug
 from sqlalchemy import select
 
 from services.snapshotter import snapshots  # noqa: F401  registers the handlers
-from shared import faults, forgetting, recovery
+from shared import faults, forgetting, linked, recovery
 from shared.commands import DeleteClone, DeleteFarm, RevertSnapshot, TakeSnapshot, UndoRevert
 from shared.database import now, reading, transaction
 from shared.disks import images
@@ -103,6 +103,24 @@ def test_base_stays_for_what_a_kept_clone_s_revert_set_aside(farmed: Farmed) -> 
     revert = reverted(farmed, kept)
     forget(farmed, revert)
     assert not base.exists()
+
+
+def test_what_stands_on_a_base_is_no_matter_of_its_name(farmed: Farmed) -> None:
+    """A disk that a deleted clone left behind keeps the base, also once an image of that clone was
+    restored, whose own disks stand alone."""
+    _, (gone, _), base = farmed.linked_farm(2)
+    left = farmed.disks / "data.img"
+    create_overlay(base, "raw", left)
+    with transaction() as session:
+        clone = session.get_one(Clone, gone.clone.id)
+        clone.state, clone.files = "deleted", [str(left)]
+    found = linked.clone_of(gone.server.id)
+    definition = gone.guest.domain.XMLDesc(2).replace(str(gone.guest.disks[1]), str(gone.disk))
+
+    links = linked.links_of(found, definition)
+
+    assert links
+    assert (links.was, links.now) == ([str(base)], [str(base)])
 
 
 def test_base_goes_with_a_reverted_clone_that_was_the_last(farmed: Farmed) -> None:

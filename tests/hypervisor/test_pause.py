@@ -8,13 +8,14 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from lab.guest import Guest
 from lab.libvirtd import Hypervisor
-from lab.processes import is_gone
+from lab.processes import holder_of, is_gone
 from shared.hypervisor import undo
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.errors import LibvirtFailed, PauseFailed, WatchdogUnavailable
@@ -276,6 +277,26 @@ def test_undo_resumes_once_and_only_what_is_paused(domain: Domain) -> None:
     assert undo.resume_domain(domain.uri, domain.uuid)
     assert not undo.resume_domain(domain.uri, domain.uuid)
     assert not undo.resume_domain(domain.uri, "99999999-aaaa-4bbb-8ccc-dddddddddddd")
+    assert domain.state == "running"
+
+
+def test_undo_waits_for_a_suspend_that_libvirt_is_still_at(guest: Guest, domain: Domain) -> None:
+    """Who asked for it is dead, and libvirt says that the guest runs until QEMU has answered."""
+    qemu = holder_of(guest.disks[0])
+    assert qemu
+    os.kill(qemu, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            asked = pool.submit(domain.suspend)
+            time.sleep(1)  # nothing tells that it has begun
+            undone = pool.submit(undo.resume_domain, domain.uri, domain.uuid)
+            time.sleep(1)
+            assert not asked.done()
+            assert not undone.done()
+            os.kill(qemu, signal.SIGCONT)
+    finally:
+        os.kill(qemu, signal.SIGCONT)
+    assert (asked.result(), undone.result()) == (None, True)
     assert domain.state == "running"
 
 
