@@ -70,7 +70,7 @@ def still_under(files: Mapping[str, str], candidates: Sequence[str]) -> list[str
             continue
         try:
             found |= {each.resolve() for each in images.chain(Path(path), image_format)}
-        except CopyFailed:
+        except (CopyFailed, OSError):
             return list(candidates)
     return [each for each in candidates if Path(each).resolve() in found]
 

@@ -137,7 +137,7 @@ def put_back(
     wanted = alone(wanted, _targets(manifest))
     if domain:
         wanted = renamed(wanted, domain.name)
-        _refuse_unsafe(domain, _targets(manifest))
+        _refuse_unsafe(domain, wanted, _targets(manifest))
     saved = folder / manifest.memory if memory and manifest.memory else None
     if saved:
         refuse_other_name(settings().libvirt_uri, saved, domain.name if domain else server.name)
@@ -158,7 +158,7 @@ def put_back(
     way = write_out(context, folder, manifest, destinations, _formats(wanted))
 
     context.phase("swapping")
-    state = _stop(context, server, domain, previous, live)
+    state = _stop(context, server, domain, previous, wanted, live)
     context.undo(
         "swap_back",
         live=journalled,
@@ -188,8 +188,9 @@ def _find(connection: Any, server: Server) -> Domain | None:
         return None
 
 
-def _refuse_unsafe(domain: Domain, replaced: Collection[str]) -> None:
-    """Raise where stopping the domain, or new disks under it, would lose something."""
+def _refuse_unsafe(domain: Domain, wanted: str, replaced: Collection[str]) -> None:
+    """Raise where stopping the domain, or new disks under it, would lose something; it is to be
+    started by the definition that is `wanted`, or, where that fails, by its own."""
     if not domain.is_persistent:
         raise ServerTransient(
             f"{domain.name} is transient: libvirt would forget it once it is stopped. Nothing was "
@@ -203,12 +204,14 @@ def _refuse_unsafe(domain: Domain, replaced: Collection[str]) -> None:
             "server, or drop the state with `virsh managedsave-remove`, and ask again."
         )
     if domain.wanted_state != "stopped":
-        for target, path in domain.lost_files(replaced).items():
+        for target, path in domain.lost_files((wanted, domain.definition()), replaced).items():
             raise MediumMissing(
                 f"{domain.name} is to have {path} in {target}, and that file is gone: the guest "
-                "runs, but once stopped it would not start again. Nothing was changed. Take it out "
-                f"of its definition (`virsh change-media {domain.name} {target} --eject --config`, "
-                "and `--live` where the guest still has it) or put the file back, and ask again."
+                "runs, but once stopped it would not start again. Nothing was changed. Put the "
+                "file back, or take it out of the domain's definition (`virsh change-media "
+                f"{domain.name} {target} --eject --config`, and `--live` where the guest still has "
+                "it), and ask again; where it is in the image's definition alone, shut the server "
+                "down first: it is restored then without being started."
             )
 
 
@@ -357,6 +360,7 @@ def _stop(
     server: Server,
     domain: Domain | None,
     previous: str | None,
+    wanted: str,
     live: dict[str, Path],
 ) -> State:
     """Stop the server and make sure that nobody uses its disks; returns its state before.
@@ -374,7 +378,7 @@ def _stop(
     if domain is None:
         refuse_if_open(live.values(), "replaced")
         return "stopped"
-    _refuse_unsafe(domain, live)
+    _refuse_unsafe(domain, wanted, live)
     state = domain.wanted_state
     if state != "stopped":
         context.undo("start_domain", uuid=domain.uuid, paused=state == "paused")
@@ -442,7 +446,8 @@ def undo(context: Context, operation_id: str) -> Outcome:
     clone = linked.clone_of(server.id)
 
     context.phase("swapping")
-    state = _stop(context, server, domain, current, live)
+    before = renamed(record["previous"] or current, domain.name)
+    state = _stop(context, server, domain, current, before, live)
     context.undo(
         "swap_again", live=record["live"], operation_id=operation_id, uuid=server.domain_uuid
     )
@@ -451,7 +456,6 @@ def undo(context: Context, operation_id: str) -> Outcome:
     # A TPM that had no state would begin anew without what its maker gives it (decision 0034).
     had_none = [target for target in record["missing"] if target != TPM]
     setaside.take_away({target: live[target] for target in had_none}, operation_id)
-    before = renamed(record["previous"] or current, domain.name)
     domain = _define(context, connection, server, current, before)
     _start(context, domain, state)
     links = linked.links_of(clone, before, record.get(linked.STOOD_ON, ()))

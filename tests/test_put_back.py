@@ -32,7 +32,8 @@ from shared.copying import vault
 from shared.database import now, reading, transaction
 from shared.disks import images, planning
 from shared.disks.overlays import create_overlay
-from shared.hypervisor import undo
+from shared.hypervisor import domains, undo
+from shared.hypervisor.connection import connect
 from shared.models import Image, Operation, Server
 from shared.operations import runner
 from shared.operations.tasks import forget_due
@@ -428,6 +429,53 @@ def test_a_guest_that_would_not_start_again_is_not_stopped(
     live.guest.domain.destroy()
 
 
+def test_an_image_whose_definition_would_not_start_leaves_the_guest_on(
+    live: Live,  # noqa: F811
+    workspace: Path,
+) -> None:
+    """A CD was in its drive, and is gone from the host since. Of one that is off it is restored."""
+    medium = workspace / "medium.iso"
+    medium.write_bytes(bytes(SIZE))
+    drive = (
+        "<disk type='file' device='cdrom'><driver name='qemu' type='raw'/>{}"
+        "<target dev='sdz' bus='sata'/><readonly/></disk>"
+    )
+    domain, config = live.guest.domain, libvirt.VIR_DOMAIN_AFFECT_CONFIG
+    domain.attachDeviceFlags(drive.format(f"<source file='{medium}'/>"), config)
+    image = live.succeeds(CreateImage(server=live.server.id))["image"]
+    domain.updateDeviceFlags(drive.format(""), config)
+    medium.unlink()
+    domain.create()
+    boot = domain.ID()
+
+    assert code(live.done(RestoreImage(image=image))) == "medium_missing"
+
+    assert live.guest.domain.ID() == boot
+    live.guest.domain.destroy()
+    live.succeeds(RestoreImage(image=image))
+
+
+def test_what_a_container_does_not_see_is_not_called_gone(
+    live: Live,  # noqa: F811
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its own directories have the names of the host's; those of the host are mounted."""
+    mounts = workspace / "mounts"
+    mounts.write_text("overlay / overlay rw 0 0\n")
+    monkeypatch.setattr(domains, "_MOUNTS", mounts)
+    of, at = "<disk type='file' device='cdrom'><source file='{}'/>", "<target dev='sdz'/></disk>"
+    wanted = live.guest.domain.XMLDesc(2)
+    domain = domains.find(connect(live.guest.hypervisor.uri), live.server.domain_uuid)
+
+    def lost(path: Path) -> list[str]:
+        drive = f"{of.format(path)}{at}</devices>"
+        return list(domain.lost_files([wanted.replace("</devices>", drive)], []))
+
+    assert lost(workspace / "medium.iso") == []
+    assert lost(live.root / "medium.iso") == ["sdz"]  # that is mounted
+
+
 @pytest.mark.parametrize("whose", ["its own", "another's"])
 def test_a_disk_that_cannot_be_read_keeps_no_server_from_being_restored(
     live: Live,  # noqa: F811
@@ -450,7 +498,13 @@ def test_a_disk_that_cannot_be_read_keeps_no_server_from_being_restored(
             raise OSError(errno.EIO, "Input/output error")
         return opened(path, *arguments, **named)
 
+    overlay = workspace / "overlay.qcow2"
+    qemu("qemu-img", "create", "-f", "qcow2", "-b", damaged, "-F", "qcow2", overlay)
     monkeypatch.setattr(Path, "open", fail)
     live.succeeds(command)
+    if whose == "its own":
+        other = Guest.create(hypervisor, workspace, None, [str(overlay)])
+        assert code(live.done(command)) == "disk_in_use"
+        other.remove()
     monkeypatch.undo()
     guest.remove()

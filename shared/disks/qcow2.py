@@ -61,22 +61,31 @@ def plainly_sound(path: Path) -> bool:
 
 def below(path: Path) -> list[Path] | None:
     """The files that a qcow2 depends on, however far down, as their headers tell, there or not;
-    None where they do not tell it plainly. Raises OSError."""
+    None where they do not tell it plainly. Raises OSError where its own cannot be read."""
     found: list[Path] = []
-    at, image_format = path, "qcow2"
     try:
-        while image_format == "qcow2" and at.is_file():
-            backing = _backing(at)
-            if backing is None:
-                break
+        backing = _backing(path)
+        while backing:
             name, image_format = backing
-            at = at.parent / name
+            at = (found[-1] if found else path).parent / name
             if at in (path, *found):
                 return None
             found.append(at)
+            backing = _backing_below(at) if image_format == "qcow2" else None
     except _NotPlain:
         return None
     return found
+
+
+def _backing_below(path: Path) -> tuple[str, str] | None:
+    try:
+        if not path.exists():
+            return None
+        if not path.is_file():  # a device
+            raise _NotPlain
+        return _backing(path)
+    except OSError:  # what is above it tells of it all the same
+        return None
 
 
 def _backing(path: Path) -> tuple[str, str] | None:

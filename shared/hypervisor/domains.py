@@ -6,8 +6,9 @@ the connection dead is made once more on a fresh one, since every call here is
 idempotent.
 """
 
+import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -45,6 +46,8 @@ _HALTED = (
     libvirt.VIR_DOMAIN_PAUSED_WATCHDOG,
     libvirt.VIR_DOMAIN_PAUSED_CRASHED,
 )
+_MOUNTS = Path("/proc/self/mounts")
+_CONTAINERS_OWN = ("/", "/tmp", "/run", "/dev", "/proc", "/sys")  # noqa: S108 - not to write there
 DESTROY_TIMEOUT_S = 60.0
 OTHERS_JOB_S = 30.0
 """What libvirt itself waits for a domain's job; hard-coded there."""
@@ -104,18 +107,18 @@ class Domain:
         state, reason = self.call("Reading the state of", lambda handle: handle.state())
         return bool(state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_USER)
 
-    def lost_files(self, besides: Collection[str]) -> dict[str, str]:
-        """Files that a guest which is on has in drives, or for other disks than those `besides`, by
-        target, and that are gone: it may have them open, and does not start again without them.
+    def lost_files(self, definitions: Iterable[str], besides: Collection[str]) -> dict[str, str]:
+        """Files that these definitions have in drives, or for other disks than those `besides`, by
+        target, and that are gone: a guest that is on may have them open, and does not start again
+        without them.
 
         Those that it has now libvirt looks for, since it sees all of the host's directories, as
-        far as they are raw. Those that it is to have at its next start alone are looked for here,
-        where their directory is.
+        far as they are raw. The others are looked for here, where their directory is the host's.
         """
-        disks = DomainDefinition.parse(self.live_definition()).disks
-        live = {disk.target: disk.path for disk in disks}
+        parsed = [DomainDefinition.parse(each) for each in (self.live_definition(), *definitions)]
+        live = {disk.target: disk.path for disk in parsed[0].disks}
         lost = {}
-        for disk in DomainDefinition.parse(self.definition()).disks:
+        for disk in (disk for each in parsed[1:] for disk in each.disks):
             if disk.target in besides or disk.kind != "file" or disk.may_be_missing:
                 continue
             if disk.path is None:
@@ -123,7 +126,7 @@ class Domain:
             if live.get(disk.target) == disk.path:
                 gone = disk.format == "raw" and self._cannot_read(disk.target)
             else:
-                gone = Path(disk.path).parent.is_dir() and not Path(disk.path).exists()
+                gone = _is_the_hosts(Path(disk.path).parent) and not Path(disk.path).exists()
             if gone:
                 lost[disk.target] = disk.path
         return lost
@@ -284,6 +287,17 @@ class Domain:
         """Throw away the saved state, if there is one. It cannot be had back."""
         if self.has_managed_save:
             self.call("Removing the saved state of", lambda handle: handle.managedSaveRemove())
+
+
+def _is_the_hosts(folder: Path) -> bool:
+    """Whether a directory that is here is the host's own: in a container what is mounted is."""
+    if not folder.is_dir():
+        return False
+    mounts = [line.split() for line in _MOUNTS.read_text().splitlines()]
+    if not any(at == "/" and "overlay" in kind for _, at, kind, *_ in mounts):
+        return True
+    above = [each for each in (folder, *folder.parents) if str(each) not in _CONTAINERS_OWN]
+    return any(os.path.ismount(each) for each in above)
 
 
 def find(connection: Any, uuid: str) -> Domain:

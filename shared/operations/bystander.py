@@ -89,13 +89,16 @@ def attend(owner: str) -> None:
             if claim.take_over(operation.id, me) is None:
                 continue  # somebody else was faster, or the owner lives after all
             log.warning("operation.worker_died", operation=operation.id, kind=operation.kind)
-            try:
-                for entry in reversed(journal.pending(operation.id, "undo")):
-                    if entry.action in AT_ONCE:
+            failures = []
+            for entry in reversed(journal.pending(operation.id, "undo")):
+                if entry.action in AT_ONCE:
+                    try:
                         journal.act(entry)
-            except Exception:
+                    except Exception as error:  # a thaw need not wait for what a resume waits for
+                        failures.append(error)
+            if failures:
                 _leave(operation.id, me, owner)
-                raise
+                raise failures[0]
             _leave(operation.id, me, None)
     if left:
         flush_if_possible()

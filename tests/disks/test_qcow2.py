@@ -1,7 +1,9 @@
 """The quick yes to a qcow2: given to what is sound, never to what qemu-img finds damaged."""
 
+import errno
 import os
 import shutil
+import stat
 import struct
 import subprocess
 from pathlib import Path
@@ -232,6 +234,32 @@ def test_a_chain_is_followed_without_qemu(tmp_path: Path, monkeypatch: pytest.Mo
     assert resolved == {each: [path.resolve() for path in found] for each, found in told.items()}
     assert resolved[middle] == [tmp_path / "base.raw"]
     assert resolved[lost] == resolved[alone] == []
+
+
+def test_what_is_below_an_unreadable_image_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image itself is, by what is above it."""
+    (tmp_path / "base.raw").write_bytes(bytes(MIB))
+    middle = overlay(tmp_path, "middle.qcow2", "base.raw", image_format="raw")
+    first = overlay(tmp_path, "first.qcow2", "middle.qcow2")
+    opened = Path.open
+
+    def fail(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path == middle:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", fail)
+    assert images.chain(first, "qcow2") == [middle]
+
+
+def test_a_chain_through_a_device_is_for_qemu(tmp_path: Path) -> None:
+    """None is no verdict; it may go on below that."""
+    device = tmp_path / "device"
+    os.mknod(device, 0o600 | stat.S_IFBLK, os.makedev(7, 250))
+    overlay(tmp_path, "first.qcow2", "device")
+    assert below(tmp_path / "first.qcow2") is None
 
 
 @pytest.mark.parametrize(
