@@ -31,7 +31,7 @@ DATA_SIZE = 64 * MIB
 #: What to load before the root is mounted, with all that these depend on.
 MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "crc32c_generic", "ext4")
 #: What the guest loads later, if the kernel has it: network, power button.
-LATE_MODULES = ("virtio_net", "button", "evdev")
+LATE_MODULES = ("virtio_net", "button", "evdev", "bridge")
 KERNEL_METAPACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual")
 
 

@@ -24,7 +24,7 @@ from shared.hypervisor.definition import DomainDefinition, alone, renamed
 from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import DiskInUse, DomainMissing, MemoryNotUsable
 from shared.hypervisor.locks import refuse_if_open
-from shared.hypervisor.memory import refuse_other_name, resume_from
+from shared.hypervisor.memory import definition_in, refuse_other_name, resume_from
 from shared.manifest import NVRAM, TPM, Manifest, read_manifest
 from shared.models import Operation, Server
 from shared.operations.admission import refuse_if_not_undoable
@@ -137,10 +137,12 @@ def put_back(
     wanted = alone(wanted, _targets(manifest))
     if domain:
         wanted = renamed(wanted, domain.name)
-        _refuse_unsafe(domain, wanted, _targets(manifest))
     saved = folder / manifest.memory if memory and manifest.memory else None
+    started_by = definition_in(settings().libvirt_uri, saved) if saved else wanted
+    if domain:
+        _refuse_unsafe(domain, started_by, _targets(manifest))
     if saved:
-        refuse_other_name(settings().libvirt_uri, saved, domain.name if domain else server.name)
+        refuse_other_name(started_by, domain.name if domain else server.name)
         _refuse_other_disks(wanted, (folder / manifest.definition).read_text(), manifest)
     _refuse_devices(wanted, manifest)
     live = _live_files(wanted, manifest)
@@ -158,7 +160,7 @@ def put_back(
     way = write_out(context, folder, manifest, destinations, _formats(wanted))
 
     context.phase("swapping")
-    state = _stop(context, server, domain, previous, wanted, live)
+    state = _stop(context, server, domain, previous, started_by, live)
     context.undo(
         "swap_back",
         live=journalled,
@@ -188,9 +190,9 @@ def _find(connection: Any, server: Server) -> Domain | None:
         return None
 
 
-def _refuse_unsafe(domain: Domain, wanted: str, replaced: Collection[str]) -> None:
-    """Raise where stopping the domain, or new disks under it, would lose something; it is to be
-    started by the definition that is `wanted`, or, where that fails, by its own."""
+def _refuse_unsafe(domain: Domain, started_by: str, replaced: Collection[str]) -> None:
+    """Raise where stopping the domain, or new disks under it, would lose something. It is
+    `started_by` that definition again, or, where that fails, by its own."""
     if not domain.is_persistent:
         raise ServerTransient(
             f"{domain.name} is transient: libvirt would forget it once it is stopped. Nothing was "
@@ -204,14 +206,14 @@ def _refuse_unsafe(domain: Domain, wanted: str, replaced: Collection[str]) -> No
             "server, or drop the state with `virsh managedsave-remove`, and ask again."
         )
     if domain.wanted_state != "stopped":
-        for target, path in domain.lost_files((wanted, domain.definition()), replaced).items():
+        for target, path in domain.lost_files((started_by, domain.definition()), replaced).items():
             raise MediumMissing(
                 f"{domain.name} is to have {path} in {target}, and that file is gone: the guest "
                 "runs, but once stopped it would not start again. Nothing was changed. Put the "
                 "file back, or take it out of the domain's definition (`virsh change-media "
                 f"{domain.name} {target} --eject --config`, and `--live` where the guest still has "
-                "it), and ask again; where it is in the image's definition alone, shut the server "
-                "down first: it is restored then without being started."
+                "it), and ask again. Where it is in the copy's definition alone: revert without "
+                "its memory, or shut the server down first, then it is restored without a start."
             )
 
 
@@ -360,7 +362,7 @@ def _stop(
     server: Server,
     domain: Domain | None,
     previous: str | None,
-    wanted: str,
+    started_by: str,
     live: dict[str, Path],
 ) -> State:
     """Stop the server and make sure that nobody uses its disks; returns its state before.
@@ -378,7 +380,7 @@ def _stop(
     if domain is None:
         refuse_if_open(live.values(), "replaced")
         return "stopped"
-    _refuse_unsafe(domain, wanted, live)
+    _refuse_unsafe(domain, started_by, live)
     state = domain.wanted_state
     if state != "stopped":
         context.undo("start_domain", uuid=domain.uuid, paused=state == "paused")
@@ -425,7 +427,7 @@ def _resume(context: Context, domain: Domain, saved: Path) -> State:
     if domain.is_active:  # it is not ours
         context.strike("stop_domain")
     _refuse_started(domain)
-    resume_from(domain, saved)
+    resume_from(domain, saved, check=context.check)
     faults.point("started")
     return "running"
 

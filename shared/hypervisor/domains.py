@@ -38,8 +38,13 @@ HELD_BY_SAVE = (
     libvirt.VIR_DOMAIN_PAUSED_UNKNOWN,
     libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
     libvirt.VIR_DOMAIN_PAUSED_SAVE,
+)
+ASKED_FOR = (
+    libvirt.VIR_DOMAIN_PAUSED_USER,
     libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT,
 )
+"""Why it is paused where somebody asked for that; the second is libvirt's reason for as long as it
+saves the memory for a snapshot (qemuDomainSuspend)."""
 _ASLEEP = (libvirt.VIR_DOMAIN_CRASHED, libvirt.VIR_DOMAIN_PMSUSPENDED)
 _HALTED = (
     libvirt.VIR_DOMAIN_PAUSED_IOERROR,
@@ -105,7 +110,7 @@ class Domain:
     def paused_by_user(self) -> bool:
         """Whether it is paused because somebody (its owner or we) asked for it."""
         state, reason = self.call("Reading the state of", lambda handle: handle.state())
-        return bool(state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_USER)
+        return bool(state == libvirt.VIR_DOMAIN_PAUSED and reason in ASKED_FOR)
 
     def lost_files(self, definitions: Iterable[str], besides: Collection[str]) -> dict[str, str]:
         """Files that these definitions have in drives, or for other disks than those `besides`, by

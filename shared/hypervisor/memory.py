@@ -35,6 +35,7 @@ from shared.hypervisor.watchdog import DEADLINE_S, GIVE_UP_S, Watchdog
 
 Held = Literal["memory", "pause"]
 _POLL_S = 0.1
+_CHECK_S = 0.05
 _MEANWHILE_S = 1.0
 _ABORT_PATIENCE_S = 60.0
 
@@ -165,6 +166,8 @@ class _Save:
             )
             # Paused now: from here on there is a deadline, whatever the other thread is at.
             self.arms.append(self.watchdog.arm(self.domain.uuid, "release", self._deadline_s))
+            if self._held:
+                self.arms.append(self.watchdog.arm(self.domain.uuid, "resume", self._deadline_s))
             for arm in self.arms:
                 self.watchdog.held(arm)
         except Exception as error:
@@ -227,10 +230,15 @@ def _description(domain: Domain, target: Path, disks: Iterable[str]) -> str:
     return etree.tostring(snapshot, encoding="unicode")
 
 
-def refuse_other_name(uri: str, saved: Path, name: str) -> None:
-    """Raise MemoryNotUsable where the memory is of a domain by another name: libvirt refuses it."""
+def definition_in(uri: str, saved: Path) -> str:
+    """The definition that libvirt resumes the memory by."""
     with translated(f"Reading {saved.name}"):
-        was = etree.fromstring(connect(uri).saveImageGetXMLDesc(str(saved))).findtext("name")
+        return str(connect(uri).saveImageGetXMLDesc(str(saved)))
+
+
+def refuse_other_name(definition: str, name: str) -> None:
+    """Raise MemoryNotUsable where the memory is of a domain by another name: libvirt refuses it."""
+    was = DomainDefinition.parse(definition).name
     if was != name:
         raise MemoryNotUsable(
             f"The memory was saved when the domain was called {was!r}, and libvirt does not resume "
@@ -239,17 +247,60 @@ def refuse_other_name(uri: str, saved: Path, name: str) -> None:
         )
 
 
-def resume_from(domain: Domain, saved: Path) -> None:
+def resume_from(domain: Domain, saved: Path, *, check: Callable[[], None] = lambda: None) -> None:
     """Start the stopped domain at the instant of its saved memory; nothing of it is changed.
 
-    Raises MemoryNotUsable where libvirt or QEMU cannot take it, and LibvirtUnavailable.
+    Raises what `restore` does.
     """
-    flags = libvirt.VIR_DOMAIN_SAVE_RUNNING
+    restore(
+        domain,
+        saved,
+        libvirt.VIR_DOMAIN_SAVE_RUNNING,
+        "The server was put back as it had been; revert without the memory, for the disks alone.",
+        check,
+    )
+
+
+def restore(
+    domain: Domain, saved: Path, flags: int, otherwise: str, check: Callable[[], None]
+) -> None:
+    """Bring up a defined domain that is off from a save file with its name and UUID.
+
+    `check` is called meanwhile, and its error ends it, with the domain off, unless somebody has
+    booted it by then. Raises MemoryNotUsable where libvirt or QEMU cannot take the memory, which
+    ends by saying what is to be done `otherwise`, and LibvirtUnavailable.
+    """
+    failure: list[HypervisorError] = []
+    thread = threading.Thread(
+        target=_restore, args=(domain, saved, flags, otherwise, failure), daemon=True
+    )
+    thread.start()
     try:
-        with translated(f"Resuming the memory of {domain.name}"):
+        while thread.is_alive():
+            check()
+            thread.join(_CHECK_S)
+    except BaseException:
+        alive = True
+        while alive:  # also where QEMU was not there yet; once more when it may be up
+            alive = thread.is_alive()
+            with contextlib.suppress(HypervisorError):
+                if not domain.was_booted:
+                    domain.destroy()
+            thread.join(_CHECK_S)
+        raise
+    if failure:
+        raise failure[0]
+
+
+def _restore(
+    domain: Domain, saved: Path, flags: int, otherwise: str, failure: list[HypervisorError]
+) -> None:
+    try:
+        with translated(f"Restoring the memory of {domain.name}"):
             connect(domain.uri).restoreFlags(os.fspath(saved), None, flags)
     except LibvirtFailed as error:
-        raise MemoryNotUsable(
-            f"{error.detail} The server was put back as it had been; revert without the memory "
-            "to have the disks alone."
-        ) from error
+        unusable = MemoryNotUsable(f"{error.detail} {otherwise}")
+        unusable.__cause__ = error
+        failure.append(unusable)
+    except HypervisorError as error:
+        failure.append(error)

@@ -11,9 +11,6 @@ has the new address, which is what QEMU announces, and the link is taken down be
 runs.
 """
 
-import contextlib
-import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,16 +21,11 @@ import libvirt
 from lxml import etree
 
 from shared.hypervisor.agent import CHANNEL, agent_ready
-from shared.hypervisor.connection import connect, translated
 from shared.hypervisor.definition import parse_domain, to_text
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.duplicate import CloneDefinition
-from shared.hypervisor.errors import (
-    HypervisorError,
-    LibvirtBusy,
-    LibvirtFailed,
-    MemoryNotUsable,
-)
+from shared.hypervisor.errors import LibvirtBusy, LibvirtFailed
+from shared.hypervisor.memory import restore
 
 UNPLUG_S = 10.0
 """A Linux guest lets go of a card within a second through ACPI, and within six through PCIe."""
@@ -60,42 +52,15 @@ def restore_paused(
 ) -> None:
     """Bring up a defined domain from a save file with its name and UUID; its CPUs stand still.
 
-    `check` is called meanwhile, and its error ends it, with the domain off. Raises MemoryNotUsable
-    where libvirt or QEMU cannot take the memory, and LibvirtUnavailable.
+    Raises what `restore` does.
     """
-    failure: list[HypervisorError] = []
-    thread = threading.Thread(target=_restore, args=(domain, saved, failure), daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            check()
-            thread.join(_POLL_S)
-    except BaseException:
-        alive = True
-        while alive:  # also where QEMU was not there yet; once more when it may be up
-            alive = thread.is_alive()
-            with contextlib.suppress(HypervisorError):
-                domain.destroy()
-            thread.join(_POLL_S)
-        raise
-    if failure:
-        raise failure[0]
-
-
-def _restore(domain: Domain, saved: Path, failure: list[HypervisorError]) -> None:
-    flags = libvirt.VIR_DOMAIN_SAVE_PAUSED
-    try:
-        with translated(f"Restoring the memory of {domain.name}"):
-            connect(domain.uri).restoreFlags(os.fspath(saved), None, flags)
-    except LibvirtFailed as error:
-        unusable = MemoryNotUsable(
-            f"{error.detail} This clone was not made; its source was not touched. Clone it "
-            "without memory."
-        )
-        unusable.__cause__ = error
-        failure.append(unusable)
-    except HypervisorError as error:
-        failure.append(error)
+    restore(
+        domain,
+        saved,
+        libvirt.VIR_DOMAIN_SAVE_PAUSED,
+        "This clone was not made; its source was not touched. Clone it without memory.",
+        check,
+    )
 
 
 def unlink(domain: Domain, restored: CloneDefinition) -> list[Card]:

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import libvirt
 
-from shared.hypervisor.domains import HELD_BY_SAVE
+from shared.hypervisor.domains import ASKED_FOR, HELD_BY_SAVE
 from shared.hypervisor.errors import WatchdogUnavailable
 from shared.hypervisor.watchdog import GIVE_UP_S, Action, hold_of, locked
 
@@ -236,7 +236,7 @@ def _attempt(connection: Any, uuid: str, action: Action) -> bool | None:
         return False
     paused = state == libvirt.VIR_DOMAIN_PAUSED
     if action == "resume":
-        if not (paused and reason == libvirt.VIR_DOMAIN_PAUSED_USER):
+        if not (paused and reason in ASKED_FOR):
             return None
         domain.resume()
         return True

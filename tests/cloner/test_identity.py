@@ -126,6 +126,25 @@ def test_old_keys_stay_where_no_new_ones_can_be_made(
 
 
 @pytest.mark.vm
+def test_a_bridge_of_a_card_gets_an_address_of_its_own(running: Guest, domain: Domain) -> None:
+    """What a guest sends through it would else come from its source's. One without a card, and one
+    that has its card's address, are left alone."""
+    for number, card in ((0, "eth0"), (1, None)):
+        given = f"ip link set br{number} address 02:00:00:00:00:7{number}"
+        assert running.run(f"ip link add name br{number} type bridge && {given}")[0] == 0
+        if card:
+            assert running.run(f"ip link set {card} master br{number}")[0] == 0
+
+    renewal = identity.renew_in_guest(domain, "web2", {})
+
+    assert "bridge-mac" in renewal.renewed
+    address = running.read("/sys/class/net/br0/address").strip()
+    assert re.fullmatch(r"02(:[0-9a-f]{2}){5}", address)
+    assert address != "02:00:00:00:00:70"
+    assert running.read("/sys/class/net/br1/address").strip() == "02:00:00:00:00:71"
+
+
+@pytest.mark.vm
 def test_arguments_are_never_read_by_a_shell(running: Guest, domain: Domain) -> None:
     """What is handed over arrives as it is, whatever is in it."""
     wicked = ["$(touch /run/one)", "; touch /run/one", "`touch /run/one`", "a b\n'\""]
@@ -247,6 +266,7 @@ BEFORE = {
     "dhcp-client": ["systemd-networkd"],
     "dhcp-state": ["123 4 /var/lib/dhcpcd/duid"],
     "source-mac": ["52:54:00:aa:bb:01 in /etc/netplan/a.yaml"],
+    "bridge-mac": ["02:00:00:00:00:77 of br0"],
 }
 AFTER = {
     "hostname": ["web"],
@@ -255,6 +275,7 @@ AFTER = {
     "dbus-machine-id": ["1" * 32],
     "ssh-host-key": ["ssh-rsa C", "ssh-ed25519 D"],
     "dhcp-client": ["systemd-networkd"],
+    "bridge-mac": ["02:11:22:33:44:55 of br0"],
 }
 
 
@@ -262,7 +283,7 @@ def test_a_guest_that_tells_new_values_is_renewed() -> None:
     """All that it had is listed as its own."""
     judged = inside.judge(BEFORE, AFTER, "web", "1" * 32)
 
-    everything = ["hostname", "machine-id", "ssh-host-keys", "network-config", "dhcp"]
+    everything = ["hostname", "machine-id", "ssh-host-keys", "network-config", "bridge-mac", "dhcp"]
     assert judged == Renewal(hostname="web", renewed=everything)
 
 
@@ -277,6 +298,7 @@ def test_a_guest_that_tells_new_values_is_renewed() -> None:
         ("ssh-host-keys", {"ssh-host-key": ["ssh-rsa C", "ssh-ed25519 B"]}),
         ("ssh-host-keys", {"ssh-host-key": []}),
         ("network-config", {"source-mac": BEFORE["source-mac"]}),
+        ("bridge-mac", {"bridge-mac": BEFORE["bridge-mac"]}),
         ("dhcp", {"dhcp-state": BEFORE["dhcp-state"]}),
     ],
 )

@@ -25,7 +25,12 @@ from shared.hypervisor.errors import (
     PauseFailed,
     ServerNotRunning,
 )
-from shared.hypervisor.memory import memory_saved, refuse_other_name, resume_from
+from shared.hypervisor.memory import (
+    definition_in,
+    memory_saved,
+    refuse_other_name,
+    resume_from,
+)
 from shared.hypervisor.watchdog import Watchdog
 
 pytestmark = pytest.mark.vm
@@ -72,6 +77,7 @@ def test_memory_and_disks_are_one_instant(
         resume_from(domain, taken.memory)
 
         assert not domain.was_booted
+        guest.wait_ready()  # libvirt hears of its agent a moment later
         first = _count(guest)
         assert 0 < on_disk <= first
         wait_until(lambda: _count(guest) > first)
@@ -140,11 +146,41 @@ def test_a_pause_that_its_owner_asks_for_meanwhile_stays(
         domain.resume()
 
 
-def test_a_hung_workers_guest_is_resumed_at_the_deadline(
-    domain: Domain, watchdog: Watchdog, saved: Path
+@pytest.mark.parametrize("then", ["it ends", "it is cancelled", "the worker dies"])
+def test_a_pause_that_its_owner_asks_for_during_the_save_stays(
+    domain: Domain, watchdog: Watchdog, saved: Path, then: str
 ) -> None:
-    """The worker lives and loses its hold, and learns that its copy is void."""
-    held = memory_saved(domain, watchdog, saved, ["vda", "vdb"], deadline_s=0.5)
+    """libvirt has a reason of its own for it while it saves."""
+    asked: list[bool] = []
+
+    def check() -> None:
+        if not asked and saved.exists() and saved.stat().st_size:
+            asked.append(True)
+            domain.suspend()
+            if then == "the worker dies":
+                undo.release_memory(domain.uri, domain.uuid)
+            if then != "it ends":
+                raise Cancelled("now")
+
+    saving = memory_saved(domain, watchdog, saved, ["vda", "vdb"], check=check)
+    try:
+        with pytest.raises(PauseFailed if then == "it ends" else Cancelled), saving:
+            pass
+        assert asked
+        assert domain.paused_by_user
+    finally:
+        domain.resume()
+
+
+@pytest.mark.parametrize("most_bytes", [None, 0])
+def test_a_hung_workers_guest_is_resumed_at_the_deadline(
+    domain: Domain, watchdog: Watchdog, saved: Path, most_bytes: int | None
+) -> None:
+    """The worker lives and loses its hold, and learns that its copy is void; also of a guest that
+    was paused for the save."""
+    held = memory_saved(
+        domain, watchdog, saved, ["vda", "vdb"], deadline_s=0.5, most_bytes=most_bytes
+    )
     with pytest.raises(PauseFailed, match="paused or resumed by somebody else"), held:
         wait_until(lambda: domain.state == "running")
 
@@ -233,6 +269,7 @@ def test_memory_of_another_name_is_refused(domain: Domain, watchdog: Watchdog, s
     """libvirt would refuse it after the disks had been exchanged."""
     with memory_saved(domain, watchdog, saved, ["vda", "vdb"]):
         pass
-    refuse_other_name(domain.uri, saved, domain.name)
+    definition = definition_in(domain.uri, saved)
+    refuse_other_name(definition, domain.name)
     with pytest.raises(MemoryNotUsable, match="virsh domrename"):
-        refuse_other_name(domain.uri, saved, "another")
+        refuse_other_name(definition, "another")

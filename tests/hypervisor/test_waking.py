@@ -20,6 +20,7 @@ from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, define, find_by_name
 from shared.hypervisor.duplicate import CloneDefinition, clone_definition
 from shared.hypervisor.errors import MemoryNotUsable
+from shared.hypervisor.memory import resume_from
 from shared.hypervisor.savefile import SaveFile
 from shared.hypervisor.waking import exchange, restore_paused, set_clock, unlink
 from shared.hypervisor.watchdog import Watchdog
@@ -129,9 +130,10 @@ def test_a_restore_that_is_cancelled(clone: tuple[Domain, CloneDefinition, Path]
         if domain.is_active:
             raise Cancelled("The clone was cancelled.")
 
-    with pytest.raises(Cancelled):
-        restore_paused(domain, saved, check=cancel)
-    assert domain.state == "stopped"
+    for bring_up in (restore_paused, resume_from):
+        with pytest.raises(Cancelled):
+            bring_up(domain, saved, check=cancel)
+        assert domain.state == "stopped"
     restore_paused(domain, saved)
     assert domain.state == "paused"
 

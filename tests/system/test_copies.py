@@ -146,6 +146,31 @@ def test_a_revert_with_memory_resumes_that_very_instant(site: Site, power: str) 
 
 
 @on_xfs
+def test_a_memory_that_would_not_resume_leaves_the_guest_on(site: Site) -> None:
+    """A CD was in its drive when it was saved, and is gone from the host since."""
+    medium = site.disks / "medium.iso"
+    medium.write_bytes(bytes(MIB))
+    drive = (
+        "<disk type='file' device='cdrom'><driver name='qemu' type='raw'/>{}"
+        "<target dev='sdz' bus='sata'/><readonly/></disk>"
+    )
+    devices = drive.format(f"<source file='{medium}'/>")
+    machine = site.machine(["qcow2"], "running", devices=devices)
+    machine.guest.wait_ready()
+    both = libvirt.VIR_DOMAIN_AFFECT_CONFIG | libvirt.VIR_DOMAIN_AFFECT_LIVE
+    both |= libvirt.VIR_DOMAIN_DEVICE_MODIFY_FORCE
+    site.done(site.client.snapshots.take(machine.id, with_memory=True))
+    machine.guest.domain.updateDeviceFlags(drive.format(""), both)
+    medium.unlink()
+    boot = machine.guest.domain.ID()
+
+    assert site.refused(site.client.snapshots.revert(machine.id)) == "medium_missing"
+
+    assert machine.guest.domain.ID() == boot
+    site.remove(machine)
+
+
+@on_xfs
 def test_a_revert_without_the_memory_boots_from_the_disks(site: Site) -> None:
     """Asked for so, the server boots; a promoted image has the disks alone."""
     machine = site.machine(["qcow2"], "running")

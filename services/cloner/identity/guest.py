@@ -75,6 +75,9 @@ def judge(before: Facts, after: Facts, hostname: str, machine_id: str) -> Renewa
     if before.get("source-mac"):
         left = after.get("source-mac", [])
         part("network-config", not left, f"it still names the source's MAC: {', '.join(left)}")
+    if bridges := before.get("bridge-mac"):
+        left = sorted(set(bridges) & set(after.get("bridge-mac", [])))
+        part("bridge-mac", not left, f"{', '.join(left)} is the source's until it is made anew")
     if after.get("dhcp-client"):
         stale = set(before.get("dhcp-state", [])) & set(after.get("dhcp-state", []))
         files = ", ".join(sorted(each.split(" ", 2)[-1] for each in stale))

@@ -22,11 +22,25 @@ dhcp_files() {
 
 network_files() {
     for file in /etc/netplan/*.yaml /etc/systemd/network/*.network /etc/systemd/network/*.link \
+        /etc/systemd/network/*.netdev /run/systemd/network/*.netdev \
         /run/systemd/network/*.network /run/systemd/network/*.link \
         /etc/network/interfaces /etc/network/interfaces.d/* \
         /etc/udev/rules.d/*persistent-net.rules \
         /etc/NetworkManager/system-connections/* /etc/sysconfig/network-scripts/ifcfg-*; do
         [ -f "$file" ] && echo "$file"
+    done
+}
+
+# Those of a card that were given an address of their own, as systemd makes one of the machine-id:
+# it does not go with the card, and is the source's until it is made anew.
+bridges() {
+    [ -z "$OFFLINE" ] || return 0
+    for ports in /sys/class/net/*/brif; do
+        bridge=$(dirname "$ports")
+        [ "$(cat "$bridge/addr_assign_type")" = 3 ] || continue
+        for port in "$ports"/*; do
+            [ -e "/sys/class/net/${port##*/}/device" ] && echo "${bridge##*/}" && break
+        done
     done
 }
 
@@ -52,6 +66,9 @@ look() {
             fact dhcp-client "$client"
     done
     dhcp_files | while read -r file; do fact dhcp-state "$(cksum "$file")"; done
+    bridges | while read -r bridge; do
+        fact bridge-mac "$(cat "/sys/class/net/$bridge/address") of $bridge"
+    done
     for pair in "$@"; do
         network_files | while read -r file; do
             grep -qi "${pair%=*}" "$file" && fact source-mac "${pair%=*} in $file"
@@ -152,6 +169,9 @@ renew() {
     ssh_host_keys
     shift 2
     own_macs "$@"
+    bridges | while read -r bridge; do
+        ip link set dev "$bridge" address "02$(od -An -N5 -tx1 /dev/urandom | tr ' ' :)"
+    done
     dhcp
     if [ -n "$OFFLINE" ]; then
         rm -f /var/lib/systemd/random-seed
