@@ -1,9 +1,9 @@
 """`triptych-admin vault rescan`: rows for what this host's vault holds, from the folders alone.
 
 For a database that was lost, or restored from a backup that is older than the copies. It adds
-rows and changes none but an image's that has no folder (it is `missing`) or has got it back; it
-touches no file. What it does not do it says: a folder that explains nothing, or whose place in
-the database is taken.
+rows and changes none but an image's that has no folder (it is `missing`) or has got it back, and a
+forgotten server's that has a snapshot (it is registered again); it touches no file. What it does
+not do it says: a folder that explains nothing, or whose place in the database is taken.
 """
 
 from collections.abc import Iterator, Sequence

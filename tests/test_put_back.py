@@ -39,6 +39,11 @@ from shared.operations import runner
 from shared.operations.tasks import forget_due
 
 pytestmark = pytest.mark.vm
+DRIVE = (
+    "<disk type='file' device='cdrom'><driver name='qemu' type='raw'/>{}"
+    "<target dev='sdz' bus='sata'/><readonly/></disk>"
+)
+"""Of a CD, without or with its source."""
 
 
 def ended(live: Live, operation: str) -> Operation:  # noqa: F811
@@ -403,18 +408,14 @@ def test_a_guest_that_would_not_start_again_is_not_stopped(
     without it, there is nothing to refuse."""
     medium = workspace / "medium.iso"
     medium.write_bytes(bytes(SIZE))
-    drive = (
-        "<disk type='file' device='cdrom'><driver name='qemu' type='raw'/>{}"
-        "<target dev='sdz' bus='sata'/><readonly/></disk>"
-    )
     source = f"<source file='{medium}' startupPolicy='{policy}'/>"
-    live.guest.domain.attachDeviceFlags(drive.format(source), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    live.guest.domain.attachDeviceFlags(DRIVE.format(source), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
     live.succeeds(TakeSnapshot(server=live.server.id))
     live.guest.domain.create()
     boot = live.guest.domain.ID()
     if ejected is not None:
         forced = ejected | libvirt.VIR_DOMAIN_DEVICE_MODIFY_FORCE
-        live.guest.domain.updateDeviceFlags(drive.format(""), forced)
+        live.guest.domain.updateDeviceFlags(DRIVE.format(""), forced)
     medium.unlink()
 
     reverted = live.done(RevertSnapshot(server=live.server.id))
@@ -436,14 +437,10 @@ def test_an_image_whose_definition_would_not_start_leaves_the_guest_on(
     """A CD was in its drive, and is gone from the host since. Of one that is off it is restored."""
     medium = workspace / "medium.iso"
     medium.write_bytes(bytes(SIZE))
-    drive = (
-        "<disk type='file' device='cdrom'><driver name='qemu' type='raw'/>{}"
-        "<target dev='sdz' bus='sata'/><readonly/></disk>"
-    )
     domain, config = live.guest.domain, libvirt.VIR_DOMAIN_AFFECT_CONFIG
-    domain.attachDeviceFlags(drive.format(f"<source file='{medium}'/>"), config)
+    domain.attachDeviceFlags(DRIVE.format(f"<source file='{medium}'/>"), config)
     image = live.succeeds(CreateImage(server=live.server.id))["image"]
-    domain.updateDeviceFlags(drive.format(""), config)
+    domain.updateDeviceFlags(DRIVE.format(""), config)
     medium.unlink()
     domain.create()
     boot = domain.ID()

@@ -97,8 +97,7 @@ async def show(
     """The operation now; with `wait` as soon as it ends, or after that many seconds."""
     began = time.monotonic()
     found = await run_in_threadpool(_shown, operation)
-    ended = found if found.state in ENDED else None
-    while ended is None:
+    while found.state not in ENDED:
         waited = time.monotonic() - began
         stopping = request.app.state.stopping.is_set()
         if waited >= wait or stopping or await request.is_disconnected():
@@ -106,7 +105,8 @@ async def show(
         step = min(max(FIRST_STEP, waited * PART), LAST_STEP)
         await asyncio.sleep(min(step, wait - waited))
         ended = await run_in_threadpool(_ended, found.id)
-    return ended
+        found = ended or found
+    return found
 
 
 CANCELLED: dict[int | str, dict[str, Any]] = {

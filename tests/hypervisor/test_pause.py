@@ -300,6 +300,29 @@ def test_undo_waits_for_a_suspend_that_libvirt_is_still_at(guest: Guest, domain:
     assert domain.state == "running"
 
 
+def test_undo_looks_again_where_its_resume_had_to_wait(
+    domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The suspend had waited for the same job, and came second."""
+    resume, refused = domain.resume, []
+
+    def resumed(self: Domain) -> None:
+        if refused:
+            resume()
+            return
+        refused.append(True)
+        time.sleep(2 * undo._AT_ONCE_S)
+        try:
+            resume()  # it runs
+        finally:
+            self.suspend()
+
+    monkeypatch.setattr(Domain, "resume", resumed)
+    assert undo.resume_domain(domain.uri, domain.uuid)
+    assert refused
+    assert domain.state == "running"
+
+
 def test_a_helper_of_the_dead_leaves_a_successors_pause(
     guest: Guest, domain: Domain, watchdog: Watchdog
 ) -> None:

@@ -137,6 +137,32 @@ def test_libvirt_that_is_away_is_waited_for(
     assert set(world.woken()) == {held}
 
 
+def test_thaw_waits_for_no_resume_that_cannot_be(world: World, held: str) -> None:
+    """As while somebody's job holds the domain; both are tried again until both are done."""
+    thawed: list[str] = []
+    tries: list[str] = []
+
+    def fail_first(step: str) -> None:
+        tries.append(step)
+        if len(tries) == 1:
+            raise ConnectionError("a job holds the domain")
+
+    world.action("thaw_domain", thawed.append)
+    world.action("resume_domain", fail_first)
+    with transaction() as session:
+        journal.strike(session, held, "resume_domain")
+        journal.write(session, held, "undo", "thaw_domain", step="thaw")
+        journal.write(session, held, "undo", "resume_domain", step="resume")
+
+    with pytest.raises(ConnectionError):
+        attend(owner())
+    assert (tries, thawed) == (["resume"], ["thaw"])
+
+    attend(owner())
+    assert tries == ["resume", "resume"]
+    assert world.row(held).owner is None
+
+
 def test_living_attempts_are_left_alone(
     world: World, running: Bystander, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,9 +18,9 @@ from schedules.planned import (
 from sqlalchemy import select
 
 from services.imager import ticks
-from shared import errors
+from shared import database, errors
 from shared.commands import CreateImage
-from shared.database import transaction
+from shared.database import database_now, transaction
 from shared.models import Schedule
 from shared.operations import claim, drain, runner
 from shared.operations.cancel import cancel
@@ -41,6 +41,20 @@ def test_slot_runs_once_however_many_ticks(world: World, any_database: str) -> N
     assert sum(started) == 3
     assert [len(runs(each)) for each in schedules] == [1, 1, 1]
     assert len(operations()) == len(world.woken()) == 3
+
+
+def test_tick_asks_the_database_for_the_time(
+    world: World, schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This machine's clock was put right since it was last compared: what was added is wrong."""
+    with transaction() as session:
+        row = session.get_one(Schedule, schedule.id)
+        row.next_run_at = row.start_at = database_now(session) + 4 * HOUR
+    monkeypatch.setattr(database, "_ahead", 8 * HOUR)
+
+    ticks.run_due_schedules()
+
+    assert runs(schedule) == []
 
 
 def test_tick_between_slots_does_nothing(world: World, schedule: Schedule) -> None:
