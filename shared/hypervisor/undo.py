@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 _ABORT_PATIENCE_S = 60.0
 _THAW_PATIENCE_S = 60.0
 _AT_ONCE_S = 0.1
+_SUSPEND_S = 1.0
+_LOOK_S = 0.02
 _silent_since: dict[str, float] = {}
 """Domains whose agent did not answer a thaw, and when that was first seen."""
 
@@ -41,19 +43,23 @@ def resume_domain(uri: str, uuid: str) -> bool:
     the journal entry was made: an owner's pause looks the same. Raises LibvirtBusy.
     """
     domain = _find(uri, uuid)
-    if domain is None or not (domain.paused_by_user or domain.state == "running"):
-        return False
+    if domain is None or not (domain.state == "running" or domain.paused_by_user):
+        return False  # in this order: it may be paused between the two
     asked = time.monotonic()
     try:
         domain.resume()
     except LibvirtFailed as error:  # it ran, with no suspend before the resume's turn
         if error.extra.get("libvirt_code") != libvirt.VIR_ERR_OPERATION_INVALID:
             raise
-        if time.monotonic() - asked < _AT_ONCE_S:
+        waited = time.monotonic() - asked
+        if waited < _AT_ONCE_S:
             return False
-        time.sleep(_AT_ONCE_S)  # a suspend may have waited for the same job, and come second
-        if not domain.paused_by_user:
-            return False
+        # A suspend may have waited for the same job, and come second: on a host that is as slow.
+        until = time.monotonic() + max(_SUSPEND_S, waited)
+        while not domain.paused_by_user:
+            if time.monotonic() > until:
+                return False
+            time.sleep(_LOOK_S)
         domain.resume()
     return True
 

@@ -303,7 +303,7 @@ def test_undo_waits_for_a_suspend_that_libvirt_is_still_at(guest: Guest, domain:
 def test_undo_looks_again_where_its_resume_had_to_wait(
     domain: Domain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The suspend had waited for the same job, and came second."""
+    """The suspend had waited for the same job, came second, and takes its time."""
     resume, refused = domain.resume, []
 
     def resumed(self: Domain) -> None:
@@ -312,10 +312,8 @@ def test_undo_looks_again_where_its_resume_had_to_wait(
             return
         refused.append(True)
         time.sleep(2 * undo._AT_ONCE_S)
-        try:
-            resume()  # it runs
-        finally:
-            self.suspend()
+        threading.Timer(3 * undo._AT_ONCE_S, self.suspend).start()
+        resume()  # it runs
 
     monkeypatch.setattr(Domain, "resume", resumed)
     assert undo.resume_domain(domain.uri, domain.uuid)
