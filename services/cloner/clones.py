@@ -24,7 +24,7 @@ from shared.copying import copy_server, ensure_room_for, vault, write_out
 from shared.database import reading
 from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
-from shared.hypervisor.definition import DomainDefinition, log_files, parse_domain
+from shared.hypervisor.definition import DomainDefinition, LeftOut, log_files, parse_domain
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.duplicate import CloneDefinition, clone_definition, refuse_uncloneable
 from shared.hypervisor.errors import DomainMissing
@@ -118,6 +118,8 @@ def create(context: Context, command: CreateClones) -> Outcome:
         "clones": [_outcome(clone) for clone in planned],
         "pause_ms": pause_ms,
         "taken_at": taken_at,
+        "consistency": template.manifest.consistency,
+        "consistency_reason": template.manifest.consistency_reason,
     }
     if command.linked and template.base is None:
         result["not_linked"] = bases.UNNEEDED
@@ -278,6 +280,11 @@ def _make(
         mac_prefix=settings().mac_prefix,
         macs=macs,
     )
+    named = {each.target for each in definition.left_out}
+    lost = (
+        LeftOut(each.target, each.reason) for each in manifest.left_out if each.target not in named
+    )
+    definition = replace(definition, left_out=(*definition.left_out, *lost))
     beside = next(iter(files.values())).parent
     way = template.choice.begin(clone.name, beside, context.check)
     prepared = way.prepare(definition)
@@ -314,8 +321,10 @@ def _own_identity(context: Context, command: CreateClones, new: _Made) -> dict[s
     if command.with_memory:  # its links are down, and are its source's
         new.way.renew(new.domain)
         # Until here nobody on the network has seen whose double it was.
-        network = memory.connect_to_network(context, new.domain, new.cards)
-        new.way.connected(new.domain, network.cards)
+        linked = not new.way.renewal.addresses
+        network = memory.connect_to_network(context, new.domain, new.cards, linked=linked)
+        if linked:
+            new.way.connected(new.domain, network.cards)
     elif command.start:
         new.way.after_start(new.domain)
     return network.tell(identity.report(new.definition, new.has_nvram, new.way.renewal))

@@ -6,7 +6,7 @@ down, it runs, and gets other network cards. What is its source's until it boots
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from shared.commands import CreateClones
 from shared.copying import vault
 from shared.disks.reflink import can_reflink, reflink
 from shared.errors import SnapshotWithoutMemory
-from shared.hypervisor import domains, waking
+from shared.hypervisor import domains, links, waking
 from shared.hypervisor.connection import connect
 from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.domains import Domain
@@ -129,12 +129,17 @@ class Network:
         return {**told, "renewed": has, "kept": [*told["kept"], *kept]}
 
 
-def connect_to_network(context: Context, domain: Domain, cards: list[Card]) -> Network:
-    """Set the guest's clock and give it network cards of its own, which have a link."""
+def connect_to_network(
+    context: Context, domain: Domain, cards: list[Card], *, linked: bool
+) -> Network:
+    """Set the guest's clock and give it network cards of its own, which have a link if `linked`."""
     kept = [KEPT]
     if reason := waking.set_clock(domain):
         kept.append(("clock", f"as at the instant of its memory: {reason}"))
     faults.point("clone:clock-set")
+    if not linked:
+        links.link_down(domain)
+        cards = [replace(card, xml=links.without_link(card.xml)) for card in cards]
     stayed = waking.exchange(domain, cards, check=context.check)
     faults.point("clone:connected")
     for card in cards:

@@ -33,6 +33,9 @@ Policy = Literal["auto", "require", "never"]
 Level = Literal["application", "file-system", "crash"]
 
 CHANNEL = "org.qemu.guest_agent.0"
+FROZEN = "its file systems were frozen through the guest agent"
+NO_AGENT = "no guest agent answers in the guest"
+"""Reasons of a consistency that also tell, of a stored copy, whether its guest has an agent."""
 FREEZE_TIMEOUT_S = 10
 # libvirt first synchronises with the agent, which has its own 5 s.
 _GRACE_S = 6.0
@@ -113,7 +116,7 @@ def frozen(
             ) from error
         yield Consistency("crash", f"the guest could not be frozen: {error.detail}")
         return
-    consistency = Consistency(level, "its file systems were frozen through the guest agent")
+    consistency = Consistency(level, FROZEN)
     try:
         yield consistency
     finally:
@@ -139,7 +142,7 @@ def _without_freeze(domain: Domain, policy: Policy, state: State) -> Consistency
     if state == "paused":
         reason = "the guest was paused by its owner"
     elif not agent_ready(domain):
-        reason = "no guest agent answers in the guest"
+        reason = NO_AGENT
     if reason and policy == "require":
         raise QuiesceFailed(
             f"{domain.name} could not be frozen: {reason}. Nothing was copied. "

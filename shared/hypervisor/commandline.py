@@ -149,6 +149,8 @@ class _Option:
                 if change.get(key, "") is not None:
                     part = f"{key}={change[key]}" if key in change else part
                     parts.append(part.replace(",", ",,"))
+            there = {part.partition("=")[0] for part in parts}
+            parts += [f"{key}={text}" for key, text in change.items() if text and key not in there]
             text = ",".join(parts)
         self.set(text)
 
@@ -326,6 +328,20 @@ def _make_own(option: _Option, own: Own, new_mac: Callable[[str], str]) -> None:
         if option.name in ("device", "nic", "net") and key in given:
             own.macs[given[key]] = new_mac(given[key])
             _current(option).change({key: own.macs[given[key]]})
+    if lacks := _lacks_mac(option):  # QEMU would give it the one that it gives its source's
+        _current(option).change({lacks: new_mac("")})
+
+
+def _lacks_mac(option: _Option) -> str | None:
+    """The property for its address, of a card that has none given."""
+    given = option.properties
+    if any(key in given for key in _MACS):
+        return None
+    if (option.name == "device" and "netdev" in given) or (
+        option.name == "nic" and option.kind not in ("user", "none")
+    ):
+        return "mac"
+    return "macaddr" if option.name == "net" and option.kind == "nic" else None
 
 
 def _current(option: _Option) -> _Option:

@@ -25,6 +25,7 @@ from shared.hypervisor.definition import (
 from shared.hypervisor.errors import DefinitionInvalid
 from shared.hypervisor.sizing import set_memory, set_vcpus
 
+_PRIORITY = "of two at one priority on the same CPUs of the host one may starve the other"
 # A host device, memory that others map and a place in the host's network belong to one running
 # guest; a lease and a pstore name one owner; labels are assigned anew by libvirt.
 _DROPPED = (
@@ -41,6 +42,10 @@ _DROPPED = (
         "devices/interface[@type='direct']/source[@mode='passthrough']/..",
         "a host device belongs to one guest",
     ),
+    (
+        "devices/interface[@type='ethernet']/target[@managed='no']/..",
+        "its tap device on the host belongs to one guest",
+    ),
     ("devices/interface[@type='server']", "its socket on the host belongs to one guest"),
     ("devices/interface[@type='client']", "its socket on the host belongs to one guest"),
     ("devices/interface[@type='udp']", "its socket on the host belongs to one guest"),
@@ -54,8 +59,12 @@ _DROPPED = (
         "its socket on the host belongs to one guest",
     ),
     ("devices/interface/portForward", "the host's ports are forwarded to one guest"),
+    ("cputune/vcpusched", _PRIORITY),
+    ("cputune/iothreadsched", _PRIORITY),
+    ("cputune/emulatorsched", _PRIORITY),
 )
 _DROPPED_SILENTLY = (
+    "title",  # virt-manager shows it in the name's place
     "seclabel",
     "devices//seclabel",
     "devices/lease",
@@ -71,15 +80,15 @@ _OWN_ADDRESSES = ("MAC", "IP", "IPV6")
 
 @dataclass(frozen=True)
 class CloneDefinition:
-    """A clone's XML; its MACs by the source's; what of the source it goes without, and which of
-    QEMU's own options are as the source's."""
+    """A clone's XML; its MACs by the source's; what of the source it goes without, and what is as
+    the source's: (part, which)."""
 
     xml: str
     name: str
     uuid: str
     macs: Mapping[str, str]
     left_out: tuple[LeftOut, ...]
-    options: tuple[str, ...] = ()
+    kept: tuple[tuple[str, str], ...] = ()
 
 
 def clone_definition(
@@ -125,8 +134,14 @@ def clone_definition(
         set_memory(root, memory_bytes)
     if vcpus is not None:
         set_vcpus(root, vcpus)
+    kept = {"qemu:commandline": ", ".join(own.kept), "cpu-pins": _pins(root)}
     return CloneDefinition(
-        to_text(root), name, uuid, its_macs | own.macs, tuple(left_out), tuple(own.kept)
+        to_text(root),
+        name,
+        uuid,
+        its_macs | own.macs,
+        tuple(left_out),
+        tuple((part, which) for part, which in kept.items() if which),
     )
 
 
@@ -254,6 +269,8 @@ def _renew_interfaces(
         new = known.get(old) or random_mac(prefix)
         while new in macs.values():
             new = random_mac(prefix)
+        if old:  # the guest knows two that are a team by their one address
+            new = macs.get(old, new)
         mac.set("address", new)
         _unset(mac, "type", "check")
         macs[old] = new
@@ -275,9 +292,18 @@ def _own_port_on_the_host(interface: etree._Element) -> None:
             _remove(parameter)
 
 
+def _pins(root: etree._Element) -> str:
+    """The CPUs of the host that it is pinned to."""
+    pinned = [*root.findall("vcpu"), *root.findall("cputune/*")]
+    return ", ".join(sorted({each.get("cpuset") or "" for each in pinned} - {""}))
+
+
 def _own_character_devices(root: etree._Element, old_name: str, name: str) -> list[LeftOut]:
-    """Give sockets and log files of serial lines and channels the clone's own paths."""
+    """Give sockets and log files of serial lines and channels, and files of sound, the clone's own
+    paths."""
     left_out = []
+    for audio in root.iterfind("devices/audio[@path]"):
+        audio.set("path", own_path(audio.get("path", ""), old_name, name))
     for tag in CHARACTER_DEVICES:
         for device in root.findall(f"devices/{tag}"):
             for log in device.findall("log"):

@@ -4,8 +4,7 @@ Owns: taking them out of a definition, and putting them in on a running domain. 
 owner of the domain took out is never put in.
 """
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterator
 
 import libvirt
 from lxml import etree
@@ -22,31 +21,61 @@ def without_links(definition: str) -> tuple[str, list[str]]:
         link, mac = interface.find("link"), interface.find("mac")
         if mac is None or (link is not None and link.get("state") == "down"):
             continue
-        if link is None:
-            link = etree.SubElement(interface, "link")
-        link.set("state", "down")
+        _set_link(interface, "down")
         macs.append(mac.get("address", ""))
     return to_text(root), macs
 
 
-def link_up(domain: Domain, macs: Collection[str]) -> None:
-    """Put up the links of these interfaces, in the running domain (if it runs) and for its next
-    starts."""
+def without_link(interface: str) -> str:
+    """The definition of an interface with its link down."""
+    return _set_link(etree.fromstring(interface), "down")
+
+
+def link_down(domain: Domain) -> None:
+    """Take out the links of all interfaces for the domain's next starts."""
     config = libvirt.VIR_DOMAIN_AFFECT_CONFIG
-    _link_up(domain, domain.definition(), macs, config)
-    if domain.is_active:
-        _link_up(domain, domain.live_definition(), macs, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    for interface in parse_domain(domain.definition()).iterfind("devices/interface"):
+        _update(domain, _set_link(interface, "down"), config)
 
 
-def _link_up(domain: Domain, definition: str, macs: Collection[str], flags: int) -> None:
+def link_up(domain: Domain, macs: Collection[str]) -> list[str]:
+    """Put up the links of these interfaces, in the running domain (if it runs) and for its next
+    starts; returns those whose link never was down."""
+    config, live = libvirt.VIR_DOMAIN_AFFECT_CONFIG, libvirt.VIR_DOMAIN_AFFECT_LIVE
+    for _, device in linked(domain.definition(), macs):
+        if device:
+            _update(domain, device, config)
+    if not domain.is_active:
+        return []
+    never_down = []
+    for mac, device in linked(domain.live_definition(), macs):
+        if device is None:
+            never_down.append(mac)
+        else:
+            _update(domain, device, live)
+    return never_down
+
+
+def linked(definition: str, macs: Collection[str]) -> Iterator[tuple[str, str | None]]:
+    """Those of these interfaces that have a `<link>`, with it up, by MAC. None for a function of
+    the host's that stands for one of a pool while the domain runs: that has no link of QEMU's, and
+    libvirt changes nothing about it (qemuDomainChangeNet)."""
     for interface in parse_domain(definition).iterfind("devices/interface"):
-        link, mac = interface.find("link"), interface.find("mac")
-        if link is None or mac is None or mac.get("address", "") not in macs:
-            continue
-        link.set("state", "up")
-        device = etree.tostring(interface, encoding="unicode")
+        mac = interface.find("mac")
+        address = mac.get("address", "") if mac is not None else ""
+        if interface.find("link") is not None and address in macs:
+            hosts = interface.get("type") in ("hostdev", "vdpa")
+            yield address, None if hosts else _set_link(interface, "up")
 
-        def put_up(handle: Any, device: str = device) -> Any:
-            return handle.updateDeviceFlags(device, flags)
 
-        domain.call("Putting up a link of", put_up)
+def _set_link(interface: etree._Element, state: str) -> str:
+    """Change it in place; returns it as text."""
+    link = interface.find("link")
+    if link is None:
+        link = etree.SubElement(interface, "link")
+    link.set("state", state)
+    return to_text(interface)
+
+
+def _update(domain: Domain, device: str, flags: int) -> None:
+    domain.call("Setting a link of", lambda handle: handle.updateDeviceFlags(device, flags))

@@ -20,11 +20,12 @@ from typing import Any
 import libvirt
 from lxml import etree
 
-from shared.hypervisor.agent import CHANNEL, agent_ready
+from shared.hypervisor.agent import CHANNEL, NO_AGENT, agent_ready
 from shared.hypervisor.definition import parse_domain, to_text
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.duplicate import CloneDefinition
 from shared.hypervisor.errors import LibvirtBusy, LibvirtFailed
+from shared.hypervisor.links import without_link
 from shared.hypervisor.memory import restore
 
 UNPLUG_S = 10.0
@@ -72,11 +73,7 @@ def unlink(domain: Domain, restored: CloneDefinition) -> list[Card]:
     for live in _interfaces(domain):
         mac = _mac(live)
         cards.append(Card(_alias(live), was[mac], mac, wanted[mac]))
-        link = live.find("link")
-        if link is None:
-            link = etree.SubElement(live, "link")
-        link.set("state", "down")
-        _update(domain, to_text(live))
+        _update(domain, without_link(to_text(live)))
     return cards
 
 
@@ -132,7 +129,7 @@ def set_clock(domain: Domain) -> str | None:
     deadline = time.monotonic() + (_AGENT_WAIT_S if _has_channel(domain) else 0)
     while not agent_ready(domain):
         if time.monotonic() > deadline:
-            return "no guest agent answers in the guest"
+            return NO_AGENT
         time.sleep(_POLL_S)
 
     def give(handle: Any) -> None:

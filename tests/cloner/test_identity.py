@@ -23,7 +23,7 @@ from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, find_by_name
 from shared.hypervisor.duplicate import CloneDefinition
 from shared.hypervisor.errors import HypervisorError
-from shared.hypervisor.links import link_up, without_links
+from shared.hypervisor.links import link_up, linked, without_links
 from shared.settings import Settings
 
 OLD_MAC, NEW_MAC = "52:54:00:AA:BB:01", "52:54:00:aa:bb:02"
@@ -142,6 +142,48 @@ def test_a_bridge_of_a_card_gets_an_address_of_its_own(running: Guest, domain: D
     assert re.fullmatch(r"02(:[0-9a-f]{2}){5}", address)
     assert address != "02:00:00:00:00:70"
     assert running.read("/sys/class/net/br1/address").strip() == "02:00:00:00:00:71"
+
+
+#: Files with an address of their own, each as its network manager has it written.
+WRITTEN = {
+    "/etc/network/interfaces": "iface lo inet static\n address 127.0.0.1\n"
+    "iface eth0 inet static\n\taddress  10.0.0.1/24\n\tgateway 10.0.0.254\n",
+    "/etc/netplan/a.yaml": "ethernets:\n  e:\n    addresses: # two\n    - '10.0.0.2/24':\n"
+    "    - 2001:db8::2/64\n    routes: [{to: 10.9.0.0/16, via: 10.0.0.254}]\n"
+    "    nameservers: {addresses: [10.9.9.9]}\n    macaddress: 52:54:00:aa:bb:01\n",
+    "/etc/systemd/network/a.network": "[Network]\nAddress=10.0.0.3/24\nGateway=10.0.0.254\n",
+    "/etc/NetworkManager/system-connections/a.nmconnection": "[ipv4]\n"
+    "address1=10.0.0.4/24,10.0.0.254\ndns=10.9.9.9;\n",
+    "/etc/sysconfig/network-scripts/ifcfg-eth0": 'IPADDR="10.0.0.5"\nGATEWAY=10.0.0.254\n',
+}
+
+
+@pytest.mark.vm
+def test_links_stay_down_where_the_guest_has_its_sources_addresses(
+    running: Guest, domain: Domain
+) -> None:
+    """Those that are written down in it, which no DHCP server makes its own. All are named."""
+    for path, text in WRITTEN.items():
+        running.run(f"mkdir -p {Path(path).parent}")
+        running.write(path, text)
+    by_agent = ByAgent("web2", Path(), False, lambda: None)
+    by_agent.links = [mac.attrib["address"] for mac in running.xml.iterfind(".//mac")]
+    try:
+        by_agent.after_start(domain)
+    finally:
+        running.run(f"rm {' '.join(WRITTEN)}")
+
+    places = dict(each.split(" in ") for each in by_agent.renewal.addresses)
+    assert sorted(places) == [*(f"10.0.0.{number}" for number in range(1, 6)), "2001:db8::2"]
+    assert set(places.values()) == set(WRITTEN)
+    assert running.xml.find(".//interface/link").attrib == {"state": "down"}
+    definition = CloneDefinition("", "web2", "", {}, (), (("cpu-pins", "2-3"),))
+    kept = {
+        each["part"]: each["reason"] for each in report(definition, False, by_agent.renewal)["kept"]
+    }
+    assert kept["cpu-pins"] == "2-3: its source's"
+    assert "10.0.0.1 in /etc/network/interfaces" in kept["ip-address"]
+    assert "domif-setlink" in kept["ip-address"]
 
 
 @pytest.mark.vm
@@ -329,6 +371,21 @@ def test_a_link_that_its_owner_took_out_stays_out() -> None:
 
     assert macs == ["52:54:00:00:00:01", "52:54:00:00:00:03"]
     assert changed.count('state="down"') == 3
+
+
+def test_a_function_of_the_hosts_from_a_pool_is_not_touched() -> None:
+    """libvirt refuses any change to one, and would undo the clone."""
+    xml = """<domain><name>a</name><devices>
+      <interface type='hostdev'><mac address='52:54:00:00:00:01'/><link state='down'/></interface>
+      <interface type='network'><mac address='52:54:00:00:00:02'/><link state='down'/></interface>
+      <interface type='network'><mac address='52:54:00:00:00:03'/><link state='down'/></interface>
+    </devices></domain>"""
+
+    found = dict(linked(xml, ["52:54:00:00:00:01", "52:54:00:00:00:02"]))
+
+    assert list(found) == ["52:54:00:00:00:01", "52:54:00:00:00:02"]
+    assert found["52:54:00:00:00:01"] is None
+    assert 'state="up"' in (found["52:54:00:00:00:02"] or "")
 
 
 def test_the_report_names_parts_with_reasons_and_what_to_do() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pycdlib
@@ -12,18 +13,22 @@ from lxml import etree
 
 from services.cloner.identity import choice
 from services.cloner.identity.by_seed import BySeed, write_seed
-from services.cloner.identity.choice import Choice, _by_evidence, _Evidence
+from services.cloner.identity.choice import Choice, _by_evidence, _Evidence, _evidence
 from shared.commands import CreateClones
 from shared.errors import CloneNameTaken, IdentityNotRenewed, Unsupported
+from shared.hypervisor.agent import CHANNEL, FROZEN, NO_AGENT
 from shared.hypervisor.duplicate import CloneDefinition
 from shared.hypervisor.seed_drive import had_seed, with_seed
+from shared.manifest import Manifest, ManifestServer, write_manifest
 from shared.models import Server
 
-ANSWERS = _Evidence(channel=True, silent=False, cloud_init=False)
-SILENT = _Evidence(channel=True, silent=True, cloud_init=False)
-NOTHING = _Evidence(channel=False, silent=False, cloud_init=False)
-SEEDED = _Evidence(channel=False, silent=False, cloud_init=True)
-BOTH = _Evidence(channel=True, silent=False, cloud_init=True)
+ANSWERS = _Evidence(channel=True, answers=True, silent=False, cloud_init=False)
+OFF = _Evidence(channel=True, answers=False, silent=False, cloud_init=False)
+SILENT = _Evidence(channel=True, answers=False, silent=True, cloud_init=False)
+NOTHING = _Evidence(channel=False, answers=False, silent=False, cloud_init=False)
+SEEDED = _Evidence(channel=False, answers=False, silent=False, cloud_init=True)
+BOTH = _Evidence(channel=True, answers=True, silent=False, cloud_init=True)
+OFF_SEEDED = _Evidence(channel=True, answers=False, silent=False, cloud_init=True)
 
 
 def definition(*disks: str, more: str = "") -> str:
@@ -50,6 +55,8 @@ def command(identity: str, **more: bool) -> CreateClones:
         (ANSWERS, True, True, "agent"),
         (BOTH, True, True, "agent"),  # what it does is read back
         (BOTH, False, True, "cloud-init"),  # costs nothing
+        (OFF, True, True, "agent"),
+        (OFF_SEEDED, True, True, "cloud-init"),  # cloud images often have a channel and no agent
         (SEEDED, True, True, "cloud-init"),
         (ANSWERS, False, True, "offline"),
         (ANSWERS, False, False, "keep"),
@@ -69,6 +76,31 @@ def test_auto_goes_by_what_is_known(
 
     assert (chosen.way, chosen.required) == (way, False)
     assert bool(chosen.reason) is (way == "keep")
+
+
+@pytest.mark.parametrize(
+    ("reason", "found"),
+    [(FROZEN, ANSWERS), (NO_AGENT, SILENT), ("quiesce was not asked for", OFF)],
+)
+def test_a_stored_copy_tells_whether_its_guest_had_an_agent(
+    reason: str, found: _Evidence, tmp_path: Path
+) -> None:
+    """By what came of the freeze; clones of a silent one are not waited for."""
+    channel = f"<channel type='unix'><target type='virtio' name='{CHANNEL}'/></channel>"
+    (tmp_path / "domain.xml").write_text(definition(more=channel))
+    manifest = Manifest(
+        kind="image",
+        id="i",
+        server=ManifestServer(id="s", name="web1", uuid="u"),
+        taken_at=datetime.now(UTC),
+        way="reflink",
+        consistency="crash",
+        consistency_reason=reason,
+        disks=[],
+    )
+    write_manifest(tmp_path, manifest)
+
+    assert _evidence(Server(), tmp_path) == found
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,38 @@ class TestClone:
         assert second == "52:54:00:00:00:07"
         assert first not in ("52:54:00:aa:bb:01", second)
 
+    def test_two_cards_that_are_a_team_have_one_address(self) -> None:
+        """The guest's net_failover finds them by it."""
+        teamed = WINDOWS.replace("52:54:00:aa:bb:02", "52:54:00:aa:bb:01")
+        made = clone_definition(teamed, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
+        nics = etree.fromstring(made.xml).findall("devices/interface/mac")
+        assert [nic.get("address") for nic in nics] == [made.macs["52:54:00:aa:bb:01"]] * 2
+
+    def test_cpus_of_the_host(self) -> None:
+        """That it has its source's is told; it takes none from its source by its priority."""
+        pins = (
+            "<vcpu cpuset='0-3'>2</vcpu><cputune><vcpupin vcpu='0' cpuset='2'/>"
+            "<vcpusched vcpus='0' scheduler='fifo' priority='1'/></cputune>"
+        )
+        source = re.sub("<vcpu .*</cputune>", pins, WINDOWS, flags=re.DOTALL)
+        made = clone_definition(source, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
+        assert ("cpu-pins", "0-3, 2") in made.kept
+        assert "vcpusched" in [each.target for each in made.left_out]
+        assert [each.tag for each in etree.fromstring(made.xml).find("cputune")] == ["vcpupin"]
+
+    def test_what_it_is_called(self) -> None:
+        """virt-manager shows a title in the name's place, and would call it as its source."""
+        source = WINDOWS.replace("<uuid>", "<title>Production</title><uuid>", 1)
+        made = clone_definition(source, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
+        assert "Production" not in made.xml
+
+    def test_sound_goes_to_a_file_of_its_own(self) -> None:
+        """QEMU writes it."""
+        audio = "<devices><audio id='1' type='file' path='/srv/sound.wav'/>"
+        source = WINDOWS.replace("<devices>", audio, 1)
+        made = clone_definition(source, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
+        assert etree.fromstring(made.xml).find("devices/audio").get("path") == "/srv/qa-1-sound.wav"
+
     def test_disks(self) -> None:
         """Copied disks are the clone's files, the CD-ROM drive is empty, shared disks go."""
         root = clone()
@@ -280,6 +312,7 @@ class TestClone:
                 "<tpm><backend type='external'><source type='unix' path='/run/t'/></backend></tpm>",
                 "tpm",
             ),
+            ("<interface type='ethernet'><target dev='t' managed='no'/></interface>", "ethernet"),
             ("<interface type='vdpa'><source dev='/dev/vhost-vdpa-0'/></interface>", "vdpa"),
             (
                 "<interface type='direct'><source dev='eth0' mode='passthrough'/></interface>",

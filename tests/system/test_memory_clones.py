@@ -35,7 +35,11 @@ FIXED, PLUGGED = "52:54:00:0f:00:01", "52:54:00:0f:00:02"
 can."""
 ETH_P_ALL = 3
 ADDRESS = "10.0.3.15"
-INTERFACES = f"iface eth1 inet static\n  address {ADDRESS}\n  netmask 255.255.255.0\n"
+INTERFACES = (
+    f"iface eth1 inet manual\n  up ip address add {ADDRESS}/24 dev eth1; ip link set eth1 up\n"
+    "  down ip address flush dev eth1\n"
+)
+STATIC = f"iface eth1 inet static\n  address {ADDRESS}\n  netmask 255.255.255.0\n"
 """For the ifupdown of busybox."""
 
 
@@ -236,6 +240,29 @@ def test_a_clone_whose_agent_ends_before_its_network_is_up(site: Site, counting:
     (pending,) = made["identity"]["pending"]
     assert pending["part"] == "network"
     assert "agent" in pending["reason"]
+    site.remove(Machine(site, guest, "running", made["server"], 2))
+
+
+def test_a_clone_with_its_sources_static_address_has_no_link(site: Site, counting: Machine) -> None:
+    """Neither now nor after its next start; its identity says which address, and what to do."""
+    counting.guest.write("/etc/network/interfaces", STATIC)
+    asked = {"name": f"{counting.name}-ip", "with_memory": True}
+    try:
+        operation = site.done(site.client.clones.create(counting.id, **asked))
+    finally:
+        counting.guest.write("/etc/network/interfaces", INTERFACES)
+    (made,) = operation["result"]["clones"]
+
+    guest = attach(site.hypervisor, made["name"]).wait_ready()
+    kept = {item["part"]: item["reason"] for item in made["identity"]["kept"]}
+    assert f"{ADDRESS} in /etc/network/interfaces; its links are down" in kept["ip-address"]
+    assert "hostname" in made["identity"]["renewed"]
+    macs = [mac.get("address", "") for mac in guest.xml.findall("./devices/interface/mac")]
+    assert [_card(guest, mac)[0] for mac in (FIXED, macs[1])] == ["0", "0"]
+    for flags in (0, libvirt.VIR_DOMAIN_XML_INACTIVE):
+        links = etree.fromstring(guest.domain.XMLDesc(flags)).findall("./devices/interface/link")
+        assert [link.get("state") for link in links] == ["down", "down"]
+    assert _card(counting.guest, PLUGGED)[0] == "1"
     site.remove(Machine(site, guest, "running", made["server"], 2))
 
 

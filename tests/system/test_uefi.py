@@ -120,7 +120,12 @@ def test_variables_that_cannot_be_read_are_named(site: Site, uefi: Machine) -> N
     away = seen.rename(seen.with_suffix(".away"))
     try:
         (left_out,) = site.done(site.client.snapshots.take(uefi.id))["result"]["left_out"]
+        made = site.done(site.client.clones.create(uefi.id, name=f"{uefi.name}-n", start=False))
     finally:
         away.rename(seen)
     assert left_out["target"] == "nvram"
     assert f"{seen}: No such file" in left_out["reason"]
+    (told,) = made["result"]["clones"]
+    assert left_out in told["identity"]["left_out"]
+    assert made["result"]["consistency"] == "crash"
+    site.done(site.client.clones.delete(told["id"]))

@@ -23,6 +23,8 @@ _RENEW_S = 60.0
 _CONNECT_S = 30.0
 _DOWN = "its interfaces were not brought up through the guest agent, and come up when it boots"
 
+_HOSTS = "it is a function of the host's, so it was on the network before its guest was renewed"
+
 
 @dataclass
 class ByAgent(Way):
@@ -42,7 +44,10 @@ class ByAgent(Way):
 
     def after_start(self, domain: Domain) -> None:
         self.renew(domain)
-        link_up(domain, self.links)
+        if self.renewal.addresses:
+            return
+        for mac in link_up(domain, self.links):
+            self.renewal.kept.append((f"link of {mac}", _HOSTS))
         faults.point("clone:linked")
         self.connected(domain, ())
 

@@ -17,7 +17,7 @@ from services.cloner.identity.way import Way
 from shared.commands import CreateClones
 from shared.errors import Unsupported
 from shared.hypervisor import domains
-from shared.hypervisor.agent import agent_ready
+from shared.hypervisor.agent import FROZEN, NO_AGENT, agent_ready
 from shared.hypervisor.connection import connect
 from shared.hypervisor.guest_exec import has_agent_channel, has_file
 from shared.hypervisor.seed_drive import had_seed
@@ -80,9 +80,10 @@ def choose(command: CreateClones, server: Server, folder: Path | None) -> Choice
 def _by_evidence(found: "_Evidence", start: bool) -> Choice:
     """The agent's work is read back, and done before anybody sees the clone: so it comes first.
 
-    A seed costs nothing; libguestfs takes its time, and is asked when nothing else is left.
+    Where nobody knows whether one answers a seed is surer, and costs nothing; libguestfs takes its
+    time, and is asked when nothing else is left.
     """
-    if start and found.channel and not found.silent:
+    if start and found.channel and (found.answers or not (found.silent or found.cloud_init)):
         return Choice("agent")
     if found.cloud_init:
         return Choice("cloud-init")
@@ -109,16 +110,20 @@ class _Evidence:
     """What is known of a source without having started a clone of it."""
 
     channel: bool
+    answers: bool
     silent: bool
-    """It runs, and no agent answers in it."""
+    """It runs or ran, and no agent answers in it. Of one that is off neither is known."""
     cloud_init: bool
 
 
 def _evidence(server: Server, folder: Path | None, *, ask_guest: bool = False) -> _Evidence:
     """`ask_guest`: the agent of a running server is to say whether it has cloud-init."""
     if folder is not None:
-        definition = (folder / read_manifest(folder).definition).read_text()
-        return _Evidence(has_agent_channel(definition), False, had_seed(definition))
+        manifest = read_manifest(folder)
+        definition = (folder / manifest.definition).read_text()
+        answers = manifest.consistency_reason == FROZEN
+        silent = manifest.consistency_reason == NO_AGENT
+        return _Evidence(has_agent_channel(definition), answers, silent, had_seed(definition))
     domain = domains.find(connect(settings().libvirt_uri), server.domain_uuid)
     definition = domain.definition()
     cloud_init = had_seed(definition)
@@ -126,4 +131,4 @@ def _evidence(server: Server, folder: Path | None, *, ask_guest: bool = False) -
     if ask_guest and answers and not cloud_init:
         cloud_init = has_file(domain, _CLOUD_INIT) and not has_file(domain, _DISABLED)
     silent = domain.state == "running" and not answers
-    return _Evidence(has_agent_channel(definition), silent, cloud_init)
+    return _Evidence(has_agent_channel(definition), answers, silent, cloud_init)

@@ -54,7 +54,7 @@ def judge(before: Facts, after: Facts, hostname: str, machine_id: str) -> Renewa
 
     What a guest does not have (an SSH server, a DHCP client) is neither renewed nor kept.
     """
-    result = Renewal(hostname=hostname)
+    result = Renewal(hostname=hostname, addresses=after.get("static-address", []))
 
     def part(name: str, is_own: bool, otherwise: str) -> None:
         if is_own:

@@ -29,6 +29,7 @@ from shared import faults
 from shared.hypervisor.definition import DiskDefinition, DomainDefinition
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.duplicate import CloneDefinition
+from shared.hypervisor.links import link_down
 
 log = structlog.get_logger()
 
@@ -72,6 +73,8 @@ class Offline(Way):
         except (OfflineFailed, OSError) as error:
             self.renewal = guest.nothing(f"libguestfs could not change its disks: {error}")
         self.renewal.way = "offline"
+        if self.renewal.addresses:
+            link_down(domain)
         faults.point("clone:edited")
         self.refuse_half_done()
 

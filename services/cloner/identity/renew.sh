@@ -44,6 +44,24 @@ bridges() {
     done
 }
 
+# Addresses that are written down: no DHCP server sees to it that a clone gets another one. In
+# netplan's files they have a length, as what a route or rule leads to has.
+static_addresses() {
+    network_files | while read -r file; do
+        case $file in
+            *.yaml)
+                sed -E 's/#.*//; /(to|from|via|allowed-ips):/d' "$file" |
+                    grep -oE '[0-9A-Fa-f.:]*[.:][0-9A-Fa-f.:]*/[0-9]+'
+                ;;
+            *.network) sed -nE 's/^Address=//p' "$file" ;;
+            /etc/network/interfaces*) sed -nE 's/^[[:space:]]*address[[:space:]]+//p' "$file" ;;
+            */ifcfg-*) sed -nE 's/^IP(V6)?ADDR[0-9]*=//p' "$file" | tr -d "\"'" ;;
+            */system-connections/*) sed -nE 's/^address[0-9]*=//p' "$file" ;;
+        esac | sed -E 's/[/, ].*//' | grep -vE '^(127\.|0\.0\.0\.0$|::|[Ff][Ee]80:|$)' |
+            while read -r address; do echo "$address in $file"; done
+    done | sort -u -k 1,1
+}
+
 running() {
     [ -z "$OFFLINE" ] && command -v systemctl >/dev/null && systemctl -q is-active "$1"
 }
@@ -69,6 +87,7 @@ look() {
     bridges | while read -r bridge; do
         fact bridge-mac "$(cat "/sys/class/net/$bridge/address") of $bridge"
     done
+    static_addresses | while read -r address; do fact static-address "$address"; done
     for pair in "$@"; do
         network_files | while read -r file; do
             grep -qi "${pair%=*}" "$file" && fact source-mac "${pair%=*} in $file"

@@ -9,6 +9,8 @@ _ADVICE = {
     "hostname": "set it in the guest",
     "machine-id": "write a new one to /etc/machine-id and reboot",
     "ssh-host-keys": "delete them in the guest and run `ssh-keygen -A`",
+    "ip-address": "its links are down. Give it another on its console and shut it down, then "
+    "`virsh domif-setlink NAME MAC up --config` and start it",
 }
 
 
@@ -16,7 +18,9 @@ _ADVICE = {
 class Renewal:
     """What became of the identity inside a guest.
 
-    `kept` has (part, reason); `pending` what the guest is to do by itself when it boots.
+    `kept` has (part, reason); `pending` what the guest is to do by itself when it boots;
+    `addresses` are the source's static ones, which its owner has to change: two machines of one
+    address on a network harm each other, so its links stay down.
     """
 
     way: str = "keep"
@@ -24,6 +28,7 @@ class Renewal:
     renewed: list[str] = field(default_factory=list)
     pending: list[tuple[str, str]] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)
+    addresses: list[str] = field(default_factory=list)
 
 
 def report(definition: CloneDefinition, has_nvram: bool, renewal: Renewal) -> dict[str, Any]:
@@ -31,8 +36,9 @@ def report(definition: CloneDefinition, has_nvram: bool, renewal: Renewal) -> di
     on_host = ["name", "uuid", *(f"mac {mac}" for mac in definition.macs.values())]
     if has_nvram:
         on_host.append("nvram")
-    options = ", ".join(definition.options)
-    kept = [*renewal.kept, *([("qemu:commandline", f"{options}: its source's")] if options else [])]
+    kept = [*renewal.kept, *((part, f"{which}: its source's") for part, which in definition.kept)]
+    if renewal.addresses:
+        kept.append(("ip-address", f"its source's is {', '.join(renewal.addresses)}"))
     return {
         "way": renewal.way,
         "hostname": renewal.hostname,
