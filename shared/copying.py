@@ -33,7 +33,6 @@ from shared.manifest import (
     ManifestDisk,
     ManifestLeftOut,
     ManifestServer,
-    read_manifest,
 )
 from shared.models import Image, Server, Snapshot
 from shared.operations.context import Context
@@ -135,6 +134,7 @@ def copy_server(
     context.phase("checking")
     folder = vault().folder(kind, server.id, copy_id)
     domain = domains.find(connect(settings().libvirt_uri), server.domain_uuid)
+    autostart = domain.autostart
     context.undo("remove_copy", folder=str(folder))
     with vault().begin(kind, server.id, copy_id) as partial:
         context.phase("copying")
@@ -155,7 +155,8 @@ def copy_server(
             swtpm=settings().swtpm,
         )
         manifest = _manifest(kind, copy_id, server, domain, capture)
-        manifest = manifest.model_copy(update={"about": about or ManifestAbout()})
+        more = {"about": about or ManifestAbout(), "autostart": autostart}
+        manifest = manifest.model_copy(update=more)
         partial.publish(manifest, capture.definition)
     return Stored(manifest)
 
@@ -164,10 +165,12 @@ def _journal(
     context: Context, domain: Domain, folder: Path, step: engine.Step, freezes: bool
 ) -> None:
     """What undoes a step upon the guest, should this worker and its watchdog both die."""
-    if step == "backup":  # a pause may have been given up; one that comes now is the owner's
+    if step in ("backup", "resumed"):  # no pause of ours; one that comes now is the owner's
         context.strike("resume_domain")
     if step == "thawed":  # a freeze that comes now is its owner's
         context.strike("thaw_domain")
+        return
+    if step == "resumed":
         return
     if step == "released":
         context.strike("resume_domain", "release_memory", "thaw_domain", "abort_backup")
@@ -250,7 +253,7 @@ def copy_stored(
     """Make another whole copy in the vault from the one in `source`."""
     context.phase("copying")
     folder = vault().folder(kind, server.id, copy_id)
-    manifest = read_manifest(source)
+    manifest = vault().manifest(source)
     context.undo("remove_copy", folder=str(folder))
     with vault().begin(kind, server.id, copy_id) as partial:
         files = {disk.target: partial.path / disk.file for disk in manifest.disks}

@@ -103,6 +103,7 @@ class Manifest(_Model):
     tpm: str | None = None
     memory: str | None = None
     memory_bytes: int = 0
+    autostart: bool = False
     tools: dict[str, str] = {}
     digests: dict[str, str] = {}
 

@@ -103,7 +103,7 @@ def _judged(session: Session, manifest: Manifest) -> tuple[str, str]:
     if row.deleted_at:
         return "deleted", f"it was deleted at {row.deleted_at:%Y-%m-%d %H:%M} UTC; remove it"
     if getattr(row, "state", "") == "missing":
-        row.state = "complete"
+        row.state = "damaged" if row.verified_result == "damaged" else "complete"
         return "found_again", "verify it before you rely on it"
     return "known", ""
 

@@ -5,15 +5,15 @@ prepare new files ── stop ── swap names ── define ── start as it
 """
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from sqlmodel import Session
 
-from shared import errors, events, faults, linked, lookups, using
-from shared.copying import write_out
+from shared import events, faults, linked, lookups
+from shared.copying import vault, write_out
 from shared.database import now, reading
 from shared.disks import images, setaside
 from shared.disks.beside import copy_small, make_state_folder
@@ -22,45 +22,26 @@ from shared.hypervisor import domains
 from shared.hypervisor.connection import connect
 from shared.hypervisor.definition import DomainDefinition, alone, renamed
 from shared.hypervisor.domains import Domain, State
-from shared.hypervisor.errors import DiskInUse, DomainMissing, MemoryNotUsable
+from shared.hypervisor.errors import DomainMissing
 from shared.hypervisor.locks import refuse_if_open
 from shared.hypervisor.memory import definition_in, refuse_other_name, resume_from
-from shared.manifest import NVRAM, TPM, Manifest, read_manifest
+from shared.manifest import NVRAM, TPM, Manifest
 from shared.models import Operation, Server
 from shared.operations.admission import refuse_if_not_undoable
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
+from shared.replaceable import (
+    TpmFolderMissing,
+    formats_of,
+    paths_of,
+    refuse_devices,
+    refuse_lost_folders,
+    refuse_other_disks,
+    refuse_taken,
+    refuse_unsafe,
+    targets_of,
+)
 from shared.settings import settings
-
-
-class SavedStatePresent(errors.Conflict):
-    """The server's memory is saved to disk"""
-
-    code = "managed_save_present"
-
-
-class ServerTransient(errors.Conflict):
-    """The server is gone once it is stopped"""
-
-    code = "server_transient"
-
-
-class MediumMissing(errors.Conflict):
-    """A file that the guest has in a drive is gone"""
-
-    code = "medium_missing"
-
-
-class DiskFolderMissing(errors.Conflict):
-    """The directory of the server's disks is gone"""
-
-    code = "disk_folder_missing"
-
-
-class TpmFolderMissing(errors.Conflict):
-    """The copy's TPM has nowhere to go"""
-
-    code = "tpm_folder_missing"
 
 
 @dataclass
@@ -73,7 +54,7 @@ class Replaced:
     previous: str | None
     """The definition before; None when the domain was gone."""
     set_aside: bool
-    """Whether there were files to set aside."""
+    """Whether there were files to set aside, or the definition before has its disks elsewhere."""
     missing: list[str]
     """Targets that had no file, so that nothing of theirs is set aside."""
     way: str
@@ -122,11 +103,12 @@ def put_back(
     With `current`, the server keeps its definition where that still has the copy's disks;
     with `stored` it gets the copy's. A domain that is gone is defined again. With `memory`,
     where the copy holds it, the guest is resumed at that instant, also if it was off. Raises
-    SavedStatePresent, MediumMissing, DiskInUse, DiskError, DiskFolderMissing, TpmFolderMissing,
-    InsufficientSpace, MemoryNotUsable and what libvirt raises.
+    SavedStatePresent, DiskLost, MediumMissing, DiskInUse, DiskError, DiskFolderMissing,
+    TpmFolderMissing, ManifestUnreadable, InsufficientSpace, MemoryNotUsable and what libvirt
+    raises.
     """
     context.phase("checking")
-    manifest = read_manifest(folder)
+    manifest = vault().manifest(folder)
     connection = connect(settings().libvirt_uri)
     domain = _find(connection, server)
     previous = domain.definition() if domain else None
@@ -134,22 +116,22 @@ def put_back(
     wanted = (folder / manifest.definition).read_text()
     if definition == "current" and previous and _has_the_same_disks(previous, manifest, wanted):
         wanted = previous
-    wanted = alone(wanted, _targets(manifest))
+    wanted = alone(wanted, targets_of(manifest))
     if domain:
         wanted = renamed(wanted, domain.name)
     saved = folder / manifest.memory if memory and manifest.memory else None
     started_by = definition_in(settings().libvirt_uri, saved) if saved else wanted
     if domain:
-        _refuse_unsafe(domain, started_by, _targets(manifest))
+        refuse_unsafe(domain, started_by, targets_of(manifest))
     if saved:
         refuse_other_name(started_by, domain.name if domain else server.name)
-        _refuse_other_disks(wanted, (folder / manifest.definition).read_text(), manifest)
-    _refuse_devices(wanted, manifest)
+        refuse_other_disks(wanted, (folder / manifest.definition).read_text(), manifest)
+    refuse_devices(wanted, manifest)
     live = _live_files(wanted, manifest)
     missing = [target for target, path in live.items() if not path.exists()]
-    _refuse_lost_folders(live)
+    refuse_lost_folders(live)
     late = _without_folder(live)
-    _refuse_taken(connection, server, previous, live)
+    refuse_taken(connection, server, previous, live)
     left_out = _snapshots_inside(wanted, manifest, folder)
 
     context.phase("copying")
@@ -157,7 +139,7 @@ def put_back(
     context.undo("discard_set_aside", live=journalled, operation_id=context.id)
     early = {target: path for target, path in live.items() if target not in late}
     destinations = setaside.prepare(early, context.id)
-    way = write_out(context, folder, manifest, destinations, _formats(wanted))
+    way = write_out(context, folder, manifest, destinations, formats_of(wanted))
 
     context.phase("swapping")
     state = _stop(context, server, domain, previous, started_by, live)
@@ -171,12 +153,13 @@ def put_back(
     _refuse_started(domain)
     _prepare_late(context, folder, manifest, late)
     setaside.swap(late | live, context.id)  # what is late comes first
-    domain = _define(context, connection, server, previous, wanted)
+    domain = _define(context, connection, server, previous, wanted, autostart=manifest.autostart)
     if saved:
         state = _resume(context, domain, saved)
     else:
         _start(context, domain, state)
-    set_aside = bool(setaside.swapped(live, context.id))
+    moved = bool(previous and previous != wanted and _some_exist(previous, manifest))
+    set_aside = moved or bool(setaside.swapped(live, context.id))
     links = linked.links_of(clone, wanted)
     return Replaced(
         context.id, journalled, previous, set_aside, missing, way, state, links, left_out
@@ -190,66 +173,15 @@ def _find(connection: Any, server: Server) -> Domain | None:
         return None
 
 
-def _refuse_unsafe(domain: Domain, started_by: str, replaced: Collection[str]) -> None:
-    """Raise where stopping the domain, or new disks under it, would lose something. It is
-    `started_by` that definition again, or, where that fails, by its own."""
-    if not domain.is_persistent:
-        raise ServerTransient(
-            f"{domain.name} is transient: libvirt would forget it once it is stopped. Nothing was "
-            f"changed. Define it (`virsh dumpxml {domain.name} > it.xml; virsh define it.xml`) "
-            "and ask again."
-        )
-    if domain.has_managed_save:
-        raise SavedStatePresent(
-            f"{domain.name} has a saved state (`virsh managedsave`) that belongs to the disks it "
-            "has now; waking it on other disks would damage them. Nothing was changed. Start the "
-            "server, or drop the state with `virsh managedsave-remove`, and ask again."
-        )
-    if domain.wanted_state != "stopped":
-        for target, path in domain.lost_files((started_by, domain.definition()), replaced).items():
-            raise MediumMissing(
-                f"{domain.name} is to have {path} in {target}, and that file is gone: the guest "
-                "runs, but once stopped it would not start again. Nothing was changed. Put the "
-                "file back, or take it out of the domain's definition (`virsh change-media "
-                f"{domain.name} {target} --eject --config`, and `--live` where the guest still has "
-                "it), and ask again. Where it is in the copy's definition alone: revert without "
-                "its memory, or shut the server down first, then it is restored without a start."
-            )
-
-
-def _refuse_taken(
-    connection: Any, server: Server, previous: str | None, live: dict[str, Path]
-) -> None:
-    """Raise DiskInUse where another domain stands on a file of the server's, or was given one that
-    was the server's once, and is no more; it need not run."""
-    own = {path.resolve() for path in _files(previous)} if previous else set()
-    uses = using.uses(connection)
-    for path in (path for target, path in live.items() if target != TPM):
-        others = (uses.standing if path in own else uses.needing).get(path, {})
-        names = sorted(name for uuid, name in others.items() if uuid != server.domain_uuid)
-        if names:
-            raise DiskInUse(
-                f"{path} is needed by domain {', '.join(names)} now, so it was not replaced and "
-                "every disk is as it was. Clone the copy instead, or take the file from that "
-                "domain, and ask again."
-            )
-
-
 def _has_the_same_disks(current: str, manifest: Manifest, stored: str) -> bool:
-    paths = _disk_paths(current)
-    was = _disk_paths(stored)
-    return all(paths.get(target) == was.get(target) for target in _targets(manifest))
+    paths = paths_of(current)
+    was = paths_of(stored)
+    return all(paths.get(target) == was.get(target) for target in targets_of(manifest))
 
 
-def _refuse_devices(definition: str, manifest: Manifest) -> None:
-    """Raise DiskError for a disk that is to be a device, also one that is not there: a file in its
-    place would lie in the host's memory."""
-    for disk in DomainDefinition.parse(definition).disks:
-        path = Path(disk.path or "")
-        if disk.target in _targets(manifest) and (
-            disk.kind != "file" or path.parts[1:2] == ("dev",)
-        ):
-            raise setaside.no_plain_file(disk.target, path)
+def _some_exist(definition: str, manifest: Manifest) -> bool:
+    paths = paths_of(definition)
+    return any(Path(paths.get(target) or "").is_file() for target in targets_of(manifest))
 
 
 def _snapshots_inside(definition: str, manifest: Manifest, folder: Path) -> list[dict[str, str]]:
@@ -268,62 +200,19 @@ def _snapshots_inside(definition: str, manifest: Manifest, folder: Path) -> list
     return found
 
 
-def _refuse_other_disks(wanted: str, stored: str, manifest: Manifest) -> None:
-    """Raise MemoryNotUsable where the memory would find its disks in another format, or another
-    place for the UEFI variables."""
-    now_, then = _formats(wanted), _formats(stored)
-    changed = [target for target in _targets(manifest) if now_.get(target) != then.get(target)]
-    nvram = [DomainDefinition.parse(each).nvram_path for each in (wanted, stored)]
-    if changed or nvram[0] != nvram[1]:
-        raise MemoryNotUsable(
-            f"Since the snapshot {', '.join(changed) or 'the UEFI variables'} of the server were "
-            "defined anew, in another format or place, which its memory knows nothing of. Nothing "
-            "was changed; revert without the memory."
-        )
-
-
-def _targets(manifest: Manifest) -> list[str]:
-    return [disk.target for disk in manifest.disks]
-
-
-def _formats(definition: str) -> dict[str, str]:
-    """The format that each disk is defined with, whatever it was stored in."""
-    return {disk.target: disk.format for disk in DomainDefinition.parse(definition).disks}
-
-
-def _disk_paths(definition: str) -> dict[str, str | None]:
-    return {disk.target: disk.path for disk in DomainDefinition.parse(definition).disks}
-
-
 def _known_by(definition: str) -> tuple[str, dict[str, str | None]]:
-    return DomainDefinition.parse(definition).name, _disk_paths(definition)
-
-
-def _files(definition: str) -> list[Path]:
-    """The disks' files, and that of the UEFI variables."""
-    domain = DomainDefinition.parse(definition)
-    return [Path(path) for path in (*_disk_paths(definition).values(), domain.nvram_path) if path]
+    return DomainDefinition.parse(definition).name, paths_of(definition)
 
 
 def _live_files(definition: str, manifest: Manifest) -> dict[str, Path]:
     """Where each file of the copy goes, with symbolic links resolved."""
-    paths, domain = _disk_paths(definition), DomainDefinition.parse(definition)
-    live = {target: Path(paths[target] or "").resolve() for target in _targets(manifest)}
+    paths, domain = paths_of(definition), DomainDefinition.parse(definition)
+    live = {target: Path(paths[target] or "").resolve() for target in targets_of(manifest)}
     if manifest.nvram and domain.nvram_path:  # the server may have lost it since, as its TPM
         live[NVRAM] = Path(domain.nvram_path).resolve()
     if manifest.tpm and domain.tpm_state:
         live[TPM] = (settings().swtpm / domain.tpm_state).resolve()
     return live
-
-
-def _refuse_lost_folders(live: dict[str, Path]) -> None:
-    """Raise DiskFolderMissing: none is made, since what was mounted there may be missing."""
-    for target, path in live.items():
-        if target != TPM and not path.parent.is_dir():
-            raise DiskFolderMissing(
-                f"{target} of the copy belongs in {path.parent}, which is no directory of this "
-                "host. Nothing was changed; make it, or mount what belongs there, and ask again."
-            )
 
 
 def _without_folder(live: dict[str, Path]) -> dict[str, Path]:
@@ -376,11 +265,11 @@ def _stop(
             f"{server.name} was given other disks, renamed, defined or undefined by somebody "
             "meanwhile. Its disks and its state are as that left them; ask again."
         )
-    _refuse_taken(connect(settings().libvirt_uri), server, previous, live)
+    refuse_taken(connect(settings().libvirt_uri), server, previous, live)
     if domain is None:
         refuse_if_open(live.values(), "replaced")
         return "stopped"
-    _refuse_unsafe(domain, started_by, live)
+    refuse_unsafe(domain, started_by, live)
     state = domain.wanted_state
     if state != "stopped":
         context.undo("start_domain", uuid=domain.uuid, paused=state == "paused")
@@ -391,7 +280,13 @@ def _stop(
 
 
 def _define(
-    context: Context, connection: Any, server: Server, previous: str | None, wanted: str
+    context: Context,
+    connection: Any,
+    server: Server,
+    previous: str | None,
+    wanted: str,
+    *,
+    autostart: bool = False,
 ) -> Domain:
     if previous is None:
         context.undo("undefine_domain", uuid=server.domain_uuid, keep_nvram=True, keep_tpm=True)
@@ -400,6 +295,8 @@ def _define(
     else:
         context.undo("define_domain", xml=previous)
     domain = domains.define(connection, wanted)
+    if previous is None and autostart:
+        domain.start_with_host()
     faults.point("defined")
     return domain
 

@@ -30,6 +30,7 @@ from shared.manifest import (
     NOTES,
     Kind,
     Manifest,
+    ManifestUnreadable,
     VaultError,
     read_manifest,
     seal_files,
@@ -220,6 +221,30 @@ class Vault:
         finally:
             os.close(lock)
 
+    def manifest(self, folder: Path) -> Manifest:
+        """That of a copy that is about to be used: it is that copy's, and the small files beside
+        the disks are what they were, as far as that is known.
+
+        Raises ManifestUnreadable.
+        """
+        manifest = read_manifest(folder)
+        if not self.is_in_place(folder, manifest):
+            raise ManifestUnreadable(
+                f"In {folder} are the files of {manifest.kind} {manifest.id}. Nothing was changed; "
+                "put each folder back where it belongs: `triptych-admin doctor` names them."
+            )
+        for name in filter(manifest.digests.get, {manifest.definition, *manifest.beside.values()}):
+            try:
+                same = digest(folder / name) == manifest.digests[name]
+            except OSError as error:
+                raise ManifestUnreadable(f"{folder / name} cannot be read: {error}.") from error
+            if not same:
+                raise ManifestUnreadable(
+                    f"{folder / name} is not what was stored. Nothing was changed; use another "
+                    "copy, or put this one's files back as they were."
+                )
+        return manifest
+
     def is_in_place(self, folder: Path, manifest: Manifest) -> bool:
         """Whether a folder is where the copy that its manifest describes belongs."""
         return folder == self.folder(manifest.kind, manifest.server.id, manifest.id)
@@ -273,6 +298,7 @@ def _notes(manifest: Manifest) -> str:
         lines.append(f"    install -D -m 600 {manifest.tpm} THE-PATH-OF-TPM")
     lines += [
         f"    virsh define {manifest.definition}",
+        *([f"    virsh autostart {server.name}"] if manifest.autostart else []),
         f"    virsh start {server.name}",
         "",
         f"The paths are those in {manifest.definition}: the `<source file=…>` of each disk"

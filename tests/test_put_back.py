@@ -26,14 +26,17 @@ from shared.commands import (
     RestoreImage,
     RevertSnapshot,
     TakeSnapshot,
+    UndoRestore,
     UndoRevert,
 )
 from shared.copying import vault
 from shared.database import now, reading, transaction
 from shared.disks import images, planning
+from shared.disks.digest import digest
 from shared.disks.overlays import create_overlay
 from shared.hypervisor import domains, undo
 from shared.hypervisor.connection import connect
+from shared.manifest import read_manifest, write_manifest
 from shared.models import Image, Operation, Server
 from shared.operations import runner
 from shared.operations.tasks import forget_due
@@ -313,7 +316,8 @@ def test_a_device_that_is_gone_is_not_made_a_file(
     """Its directory is there: a file in it would lie in the host's memory."""
     guest, server = qcow2_server(live, workspace, hypervisor)
     image = live.succeeds(CreateImage(server=server.id))["image"]
-    definition = vault().folder("image", server.id, image) / "domain.xml"
+    folder = vault().folder("image", server.id, image)
+    definition = folder / "domain.xml"
     device = workspace / "vg0-web"
     text = definition.read_text()
     disk = f"file='{guest.disks[0]}'"
@@ -324,6 +328,9 @@ def test_a_device_that_is_gone_is_not_made_a_file(
         .replace("<disk type='file'", "<disk type='block'")
         .replace(disk, f"dev='{device}'")
     )
+    manifest = read_manifest(folder)
+    digests = {**manifest.digests, definition.name: digest(definition)}
+    write_manifest(folder, manifest.model_copy(update={"digests": digests}))
     guest.domain.undefine()
 
     refused = live.done(RestoreImage(image=image))
@@ -428,6 +435,65 @@ def test_a_guest_that_would_not_start_again_is_not_stopped(
         assert live.guest.domain.ID() == boot
     assert live.guest.state() == "running"
     live.guest.domain.destroy()
+
+
+@pytest.mark.parametrize("what", ["revert", "undo"])
+def test_a_guest_whose_disk_has_no_name_any_more_is_not_stopped(live: Live, what: str) -> None:  # noqa: F811
+    """What it wrote since the copy is in a file that goes with its QEMU."""
+    live.succeeds(TakeSnapshot(server=live.server.id))
+    command: Command = RevertSnapshot(server=live.server.id)
+    if what == "undo":
+        command = UndoRevert(operation=live.done(command).id)
+    live.guest.domain.create()
+    boot = live.guest.domain.ID()
+    live.disk.unlink()
+
+    refused = live.done(command)
+
+    assert code(refused) == "disk_lost"
+    assert str(live.disk) in (refused.error or {})["message"]
+    assert (live.guest.domain.ID(), live.guest.state()) == (boot, "running")
+    live.guest.domain.destroy()
+    if what == "revert":
+        live.succeeds(command)
+        assert live.disk.read_bytes() == bytes(SIZE)
+
+
+def test_a_restore_of_a_server_whose_disk_was_moved_can_be_undone(
+    live: Live,  # noqa: F811
+    workspace: Path,
+) -> None:
+    """Nothing was set aside, since nothing was in its place; but the server's disk is elsewhere."""
+    image = live.succeeds(CreateImage(server=live.server.id))["image"]
+    moved = workspace / "moved.raw"
+    live.disk.write_bytes(b"x" * SIZE)
+    live.disk.rename(moved)
+    was = live.guest.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    live.guest.connection.defineXML(was.replace(str(live.disk), str(moved)))
+
+    restored = live.done(RestoreImage(image=image))
+    assert live.disk.read_bytes() == bytes(SIZE)
+    live.succeeds(UndoRestore(operation=restored.id))
+
+    assert str(moved) in live.guest.domain.XMLDesc()
+    assert moved.read_bytes() == b"x" * SIZE
+    assert not live.disk.exists()
+    moved.rename(live.disk)
+    live.guest.connection.defineXML(was)
+
+
+def test_a_server_that_started_with_its_host_does_so_again(live: Live) -> None:  # noqa: F811
+    """Its domain was undefined, and libvirt forgot it with that."""
+    live.guest.domain.setAutostart(1)
+    image = live.succeeds(CreateImage(server=live.server.id))["image"]
+    live.guest.domain.undefine()
+
+    live.succeeds(RestoreImage(image=image))
+
+    uuid = live.server.domain_uuid
+    assert live.guest.connection.lookupByUUIDString(uuid).autostart()
+    notes = vault().folder("image", live.server.id, image) / "RESTORE.md"
+    assert f"virsh autostart {live.guest.name}" in notes.read_text()
 
 
 def test_an_image_whose_definition_would_not_start_leaves_the_guest_on(

@@ -17,7 +17,7 @@ from operations.spine import (  # noqa: F401
     environment,
     world,
 )
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from shared import admin, recovery  # noqa: F401  registers the journal's actions
 from shared.commands import CreateImage, RevertSnapshot
@@ -267,6 +267,25 @@ def test_rows_without_a_folder(world: World, vault: Vault) -> None:  # noqa: F81
     aside.rename(folder)
     assert verdicts(vault) == {"img_1": "found_again"}
     assert [each.state for each in rows(Image)] == ["complete"]
+
+
+def test_a_damaged_image_that_was_away_is_damaged_still(
+    world: World,  # noqa: F811
+    vault: Vault,
+) -> None:
+    """It was found so, and nobody looked since: nothing is restored from it, none goes for it."""
+    server = world.server("web")
+    copy(vault, "image", "img_1", server)
+    verdicts(vault)
+    with transaction() as session:
+        session.execute(update(Image).values(state="damaged", verified_result="damaged"))
+    folder = vault.folder("image", server.id, "img_1")
+    aside = folder.rename(folder.parent / "img_1.partial")
+    verdicts(vault)
+    aside.rename(folder)
+
+    assert verdicts(vault) == {"img_1": "found_again"}
+    assert [each.state for each in rows(Image)] == ["damaged"]
 
 
 def test_command_says_first_what_it_would_do(

@@ -29,7 +29,7 @@ from shared.hypervisor.domains import Domain
 from shared.hypervisor.duplicate import CloneDefinition, clone_definition, refuse_uncloneable
 from shared.hypervisor.errors import DomainMissing
 from shared.hypervisor.waking import Card
-from shared.manifest import NVRAM, Manifest, read_manifest
+from shared.manifest import NVRAM, Manifest
 from shared.models import Clone, Server
 from shared.operations.admission import refuse_unusable
 from shared.operations.context import Context, Outcome
@@ -133,7 +133,7 @@ def _template(
     choice: identity.Choice,
     temporary: bool,
 ) -> Template:
-    manifest = read_manifest(source)
+    manifest = vault().manifest(source)
     original = DomainDefinition.parse((source / manifest.definition).read_text())
     _refuse_on_devices(original)
     refuse_uncloneable(parse_domain(original.xml))

@@ -34,7 +34,7 @@ from shared.operations import journal
 from shared.operations.context import Context, Outcome
 from shared.operations.journal import Step
 from shared.operations.runner import handles
-from shared.restoring import ServerTransient
+from shared.replaceable import ServerTransient
 from shared.settings import settings
 from shared.using import Users
 

@@ -13,7 +13,7 @@ from shared.database import now, reading
 from shared.disks import images as disk_images
 from shared.disks.digest import digest
 from shared.disks.errors import DiskError, ImageDamaged
-from shared.manifest import MANIFEST, Manifest, VaultError, read_manifest
+from shared.manifest import MANIFEST, Manifest, ManifestDisk, VaultError, read_manifest
 from shared.models import Image
 from shared.operations.context import Context, Outcome
 from shared.operations.runner import handles
@@ -84,11 +84,13 @@ def _faults(context: Context, folder: Path) -> list[dict[str, Any]]:
         manifest = read_manifest(folder)
     except VaultError as error:
         return [{"file": MANIFEST, "fault": error.detail}]
+    if not vault().is_in_place(folder, manifest):
+        return [{"file": MANIFEST, "fault": f"it is that of {manifest.kind} {manifest.id}"}]
     total = sum(disk.virtual_bytes for disk in manifest.disks)
     faults, found, before = [], {}, 0
     for disk in manifest.disks:
         try:
-            found[disk.file] = _digest(context, folder / disk.file, disk.format, before, total)
+            found[disk.file] = _digest(context, folder, disk, before, total)
         except (DiskError, OSError) as error:
             faults.append({"file": disk.file, "fault": str(error)})
         before += disk.virtual_bytes
@@ -117,6 +119,9 @@ def _recorded(folder: Path, found: dict[str, str], manifest: Manifest) -> Manife
         return manifest
 
 
-def _digest(context: Context, path: Path, image_format: str, before: int, total: int) -> str:
-    disk_images.check_by_qemu(path, image_format)
+def _digest(context: Context, folder: Path, disk: ManifestDisk, before: int, total: int) -> str:
+    path = folder / disk.file
+    if wrong := disk_images.wrong_size(path, disk.format, disk.virtual_bytes):
+        raise ImageDamaged(f"it {wrong}")
+    disk_images.check_by_qemu(path, disk.format)
     return digest(path, lambda at: context.progress(before + at, total), context.stopping)

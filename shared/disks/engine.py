@@ -33,13 +33,14 @@ from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import (
     BackupFailed,
     MemoryNotSaved,
+    PauseFailed,
 )
 from shared.hypervisor.locks import refuse_if_open
 from shared.hypervisor.memory import memory_saved
 from shared.hypervisor.pause import Pause, paused
 from shared.hypervisor.watchdog import Watchdog
 
-Step = Literal["pause", "memory", "backup", "thawed", "released"]
+Step = Literal["pause", "memory", "backup", "thawed", "resumed", "released"]
 MEMORY = "memory.save"
 PAUSE_BUDGET_MS = 100.0
 WITH_MEMORY = (
@@ -90,13 +91,13 @@ def capture(
     frozen then. `before(step)` is called ahead of what the journal must know: "pause" before a
     running guest is frozen and suspended, "memory" before its memory is saved, "backup" before
     QEMU's copy job; "thawed" where a stream goes on with a guest that is not frozen by us (any
-    more); and "released" once all of that is over, so that what the guest's owner does
-    from then on is not undone. The folder must be searchable by QEMU's user (0711) for the stream
-    way.
+    more); "resumed" where a copy fails whose guest is not paused by us (any more); and "released"
+    once all of that is over, so that what the guest's owner does from then on is not undone. The
+    folder must be searchable by QEMU's user (0711) for the stream way.
 
     Raises InsufficientSpace (before anything is touched, or when the room is taken up meanwhile:
     by stream as soon as less than `free_floor` is left), Cancelled, PauseFailed, PauseTooLong,
-    QuiesceFailed, ServerNotRunning, MemoryNeedsReflink, MemoryNotSaved, BackupFailed,
+    QuiesceFailed, ServerNotRunning, MemoryNeedsReflink, MemoryNotSaved, BackupFailed, LibvirtBusy,
     ServerChanged, ImageDamaged, CopyFailed and what `plan` raises; then no file is left and the
     guest is as it was.
     """
@@ -284,12 +285,28 @@ def _reflink(job: _Job) -> tuple[_Shot, tuple[CopiedDisk, ...]]:
         elif order.quiesce != "never":  # the less is left to write out, the shorter is the freeze
             for copy in copies:
                 os.fdatasync(copy.source)
-        shot, definition, checked = _shared(job, copies, aside)
+        _refuse_moving(job)
+        try:
+            shot, definition, checked = _shared(job, copies, aside)
+        except PauseFailed:  # it may not have been given back
+            raise
+        except Exception:
+            if job.plan.state == "running" and not order.memory:
+                order.before("resumed")
+            raise
         faults.point("reflink:resumed")
         if job.plan.state != "stopped":
             order.before("released")
     refuse_other_disks(job.plan, definition)
     return shot, checked()
+
+
+def _refuse_moving(job: _Job) -> None:
+    """Raise LibvirtBusy for a guest that is about to run elsewhere, or not here yet."""
+    if job.plan.state == "paused":
+        job.order.domain.refuse_arriving()
+    elif job.plan.state == "running" and not job.order.memory:  # which looks for itself
+        job.order.domain.refuse_other_job(job.order.check, backups=False)
 
 
 def _shared(

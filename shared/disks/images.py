@@ -103,6 +103,18 @@ def virtual_bytes(path: Path, image_format: str, *, alone: bool = False) -> int 
     return header.virtual_bytes
 
 
+def wrong_size(path: Path, image_format: str, expected: int) -> str | None:
+    """What is wrong with the size that the guest sees of a raw or qcow2 image, in bytes; None if it
+    is as expected, or the format does not tell. Raises OSError."""
+    if image_format not in ("raw", "qcow2"):
+        return None
+    size = virtual_bytes(path, image_format)
+    if size == expected:
+        return None
+    told = "no readable header" if size is None else f"{size} bytes"
+    return f"has {told}, the manifest says {expected} bytes"
+
+
 def is_encrypted(path: Path, image_format: str) -> bool:
     """Whether it is a qcow2 that nothing is read from without its key. Raises OSError."""
     header = _header(path) if image_format == "qcow2" else None

@@ -178,11 +178,8 @@ def _wrong_files(folder: Path, manifest: Manifest) -> Iterator[str]:
         path = folder / disk.file
         if not path.is_file():
             yield f"{disk.file} is missing"
-        elif disk.format in ("raw", "qcow2") and (
-            (size := images.virtual_bytes(path, disk.format)) != disk.virtual_bytes
-        ):
-            told = "no readable header" if size is None else f"{size} bytes"
-            yield f"{disk.file} has {told}, the manifest says {disk.virtual_bytes} bytes"
+        elif wrong := images.wrong_size(path, disk.format, disk.virtual_bytes):
+            yield f"{disk.file} {wrong}"
 
 
 def _loose(site: Site, path: str) -> Iterator[Finding]:

@@ -51,6 +51,11 @@ _HALTED = (
     libvirt.VIR_DOMAIN_PAUSED_WATCHDOG,
     libvirt.VIR_DOMAIN_PAUSED_CRASHED,
 )
+_ARRIVING = (
+    libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
+    libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
+    libvirt.VIR_DOMAIN_PAUSED_STARTING_UP,
+)
 _MOUNTS = Path("/proc/self/mounts")
 _CONTAINERS_OWN = ("/", "/tmp", "/run", "/dev", "/proc", "/sys")  # noqa: S108 - not to write there
 DESTROY_TIMEOUT_S = 60.0
@@ -136,6 +141,13 @@ class Domain:
                 lost[disk.target] = disk.path
         return lost
 
+    def nameless(self, targets: Collection[str]) -> list[str]:
+        """Files of these disks that the domain has and that are gone: a guest that is on has them
+        open. Only where their directory is the host's."""
+        disks = DomainDefinition.parse(self.live_definition()).disks
+        paths = [Path(each.path) for each in disks if each.target in targets and each.path]
+        return [str(path) for path in paths if _is_the_hosts(path.parent) and not path.exists()]
+
     def _cannot_read(self, target: str) -> bool:
         try:
             self.call("Looking at a disk of", methodcaller("blockPeek", target, 0, 1))
@@ -192,7 +204,11 @@ class Domain:
 
     @property
     def autostart(self) -> bool:
+        """Whether it is started with its host."""
         return bool(self.call("Reading autostart of", lambda handle: handle.autostart()))
+
+    def start_with_host(self) -> None:
+        self.call("Setting autostart of", lambda handle: handle.setAutostart(1))
 
     def definition(self) -> str:
         """The XML it will start with next, secrets included; a transient domain's live XML."""
@@ -204,12 +220,28 @@ class Domain:
         flags = libvirt.VIR_DOMAIN_XML_SECURE
         return str(self.call("Reading the definition of", lambda handle: handle.XMLDesc(flags)))
 
-    def refuse_other_job(self, check: Callable[[], None] = lambda: None) -> None:
-        """Raise LibvirtBusy where somebody's backup, save or migration of it goes on for longer
-        than libvirt would wait for it. `check` is called meanwhile, and its error ends it."""
+    def refuse_arriving(self) -> None:
+        """Raise LibvirtBusy where it is paused since it is being started, or comes from another
+        host: then its disks may be written to all the same."""
+        state, reason = self.call("Reading the state of", lambda handle: handle.state())
+        if state == libvirt.VIR_DOMAIN_PAUSED and reason in _ARRIVING:
+            raise LibvirtBusy(
+                f"{self.name} is being started or comes from another host. It was left alone and "
+                "nothing was copied; try again when it runs."
+            )
+
+    def refuse_other_job(
+        self, check: Callable[[], None] = lambda: None, *, backups: bool = True
+    ) -> None:
+        """Raise LibvirtBusy where somebody's save, migration or, unless they are in nobody's way,
+        backup of it goes on for longer than libvirt would wait for it. `check` is called meanwhile,
+        and its error ends it.
+
+        While the memory goes elsewhere libvirt pauses a guest, and does not resume it
+        (its masks of jobs, qemu_migration.c and virdomainjob.h; a backup's allows both).
+        """
         deadline = time.monotonic() + OTHERS_JOB_S
-        none = libvirt.VIR_DOMAIN_JOB_NONE
-        while self.call("Looking for jobs of", lambda h: h.jobStats()).get("type", none) != none:
+        while self._has_job(backups):
             if time.monotonic() > deadline:
                 raise LibvirtBusy(
                     f"A job of {self.name} is under way that somebody else began (`virsh "
@@ -218,6 +250,17 @@ class Domain:
                 )
             check()
             time.sleep(0.5)
+
+    def _has_job(self, backups: bool) -> bool:
+        try:
+            stats = self.call("Looking for jobs of", lambda handle: handle.jobStats())
+        except LibvirtFailed:
+            if self.is_active:
+                raise
+            return False  # it went off
+        if not stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE):
+            return False
+        return backups or stats.get("operation") != libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
 
     def start(self, paused: bool = False, *, discard_saved_state: bool = False) -> None:
         """Start it (nothing happens when it is on already).

@@ -16,7 +16,8 @@ from typing import Literal
 
 import structlog
 
-from shared.disks import leisure
+from shared.disks import images, leisure
+from shared.disks.errors import ImageDamaged
 from shared.errors import Cancelled, TriptychError
 from shared.manifest import read_manifest
 from shared.operations import presence
@@ -64,6 +65,9 @@ class Digester(Tender):
 
     def _complete(self, vault: Vault, folder: Path) -> None:
         manifest = read_manifest(folder)
+        for disk in manifest.disks:  # what is cut short is not to count as what was stored
+            if wrong := images.wrong_size(folder / disk.file, disk.format, disk.virtual_bytes):
+                raise ImageDamaged(f"{disk.file} {wrong}")
         for name in manifest.files:
             if manifest.digest_of(name) is None:
                 manifest = vault.record(folder, {name: self._digest(vault, folder, name)})

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -23,11 +24,14 @@ from shared.disks.extents import extent_count
 from shared.disks.materialise import materialise
 from shared.disks.planning import plan
 from shared.errors import Cancelled
+from shared.hypervisor import domains, memory, undo
 from shared.hypervisor.connection import connect
 from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.domains import Domain, find_by_name
-from shared.hypervisor.errors import DiskNotCopyable
+from shared.hypervisor.errors import DiskNotCopyable, LibvirtBusy, QuiesceFailed
+from shared.hypervisor.memory import memory_saved
 from shared.hypervisor.watchdog import Watchdog
+from shared.hypervisor.watchdog_helper import saving
 from shared.manifest import Manifest, ManifestDisk, ManifestServer, read_manifest
 from shared.vault import Vault
 
@@ -311,6 +315,65 @@ def test_too_little_room_is_refused_before_anything_happens(
     with pytest.raises(InsufficientSpace):
         capture(domain, folder, watchdog=watchdog, before=steps.append)
     assert steps == []
+
+
+def test_a_copy_that_fails_leaves_no_pause_to_undo(
+    domain: Domain, watchdog: Watchdog, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A freeze that was required fails, and the guest's owner may pause it from then on."""
+    steps: list[str] = []
+    monkeypatch.setattr("shared.hypervisor.agent.agent_ready", lambda _domain: False)
+    with pytest.raises(QuiesceFailed):
+        capture(domain, folder, watchdog=watchdog, quiesce="require", before=steps.append)
+    assert (steps, list(folder.iterdir())) == (["pause", "resumed"], [])
+
+
+def test_a_guest_that_is_on_its_way_elsewhere_is_not_paused(
+    domain: Domain, watchdog: Watchdog, folder: Path, xfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its memory is written out, to a file as to another host, libvirt pauses a guest when
+    asked, and resumes it only when that has ended. A backup is in nobody's way."""
+    monkeypatch.setattr(domains, "OTHERS_JOB_S", 0)
+    monkeypatch.setattr(memory, "_POLL_S", 0.005)
+    outcomes: list[str] = []
+
+    def check() -> None:
+        if outcomes or not saving(domain.call("Looking", lambda handle: handle.jobStats())):
+            return
+        place, steps = folder / "place", list[str]()
+        place.mkdir(mode=0o711)
+        try:
+            capture(domain, place, watchdog=watchdog, quiesce="never", before=steps.append)
+        except LibvirtBusy as error:
+            assert (steps, list(place.iterdir())) == ([], [])
+            outcomes.append(error.detail)
+            raise Cancelled("that will do") from error
+        finally:
+            shutil.rmtree(place)  # where it was taken: the save had ended, and there is another
+
+    while not outcomes:
+        with (
+            contextlib.suppress(Cancelled),
+            memory_saved(domain, watchdog, folder / "memory.save", ["vda"], check=check),
+        ):
+            pass
+        (folder / "memory.save").unlink(missing_ok=True)
+    assert "that somebody else began" in outcomes[0]
+
+    scratch = xfs / "pull"  # the path of a socket is short
+    scratch.mkdir()
+    scratch.chmod(0o777)
+    pull = (
+        f"<domainbackup mode='pull'><server transport='unix' socket='{scratch}/nbd'/><disks>"
+        f"<disk name='vda' backup='yes' type='file'><scratch file='{scratch}/vda'/></disk>"
+        "</disks></domainbackup>"
+    )
+    domain.call("Copying", lambda handle: handle.backupBegin(pull, None, 0))
+    try:
+        assert capture(domain, folder, watchdog=watchdog, quiesce="never").way == "reflink"
+    finally:
+        undo.abort_backup(domain.uri, domain.uuid, str(scratch))
+        shutil.rmtree(scratch)
 
 
 def test_cancelled_before_the_pause(domain: Domain, watchdog: Watchdog, folder: Path) -> None:

@@ -20,6 +20,7 @@ from operations.spine import (  # noqa: F401
 from lab import filesystems
 from shared.copying import Stored
 from shared.database import now
+from shared.disks import images
 from shared.manifest import Kind, Manifest, ManifestDisk, ManifestServer
 from shared.models import Server
 from shared.vault import Vault
@@ -84,7 +85,7 @@ class Copies:
                 target="vda",
                 file=name,
                 format=image_format,
-                virtual_bytes=size.st_size,
+                virtual_bytes=images.virtual_bytes(partial.path / name, image_format) or 0,
                 bytes=size.st_blocks * 512,
             )
             manifest = Manifest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from services.imager import images, verification
 from shared import recovery  # noqa: F401  registers the journal's actions
 from shared.commands import PromoteSnapshot, VerifyImage
 from shared.database import reading
-from shared.manifest import Manifest, read_manifest
+from shared.manifest import Manifest, ManifestUnreadable, read_manifest
 from shared.models import Image
 from shared.operations.runner import run
 from shared.settings import settings
@@ -104,6 +105,50 @@ def test_a_lost_file(world: World, folder: Path) -> None:
     (folder / "domain.xml").unlink()
     (fault,) = verified(world)["faults"]
     assert (fault["file"], "No such file" in fault["fault"]) == ("domain.xml", True)
+
+
+def test_a_disk_that_was_cut_short(world: World, copies: Copies) -> None:
+    """By a copy of the vault that ran out of room, before its digest was known: what is left does
+    not count as what was stored, now or later."""
+    folder = copies.image("img_1", world.server(), os.urandom(MIB))
+    disk = folder / "vda.raw"
+    disk.chmod(0o600)
+    os.truncate(disk, MIB // 2)
+
+    Digester("image").turn()
+    (fault,) = verified(world)["faults"]
+
+    told = f"it has {MIB // 2} bytes, the manifest says {MIB} bytes"
+    assert fault == {"file": "vda.raw", "fault": told}
+    assert read_manifest(folder).digest_of("vda.raw") is None
+
+
+def test_the_files_of_another_image(world: World, copies: Copies) -> None:
+    """Put back under the wrong name they are whole, and not this image's: nothing uses them."""
+    server = world.server()
+    folder = copies.image("img_1", server, os.urandom(MIB))
+    shutil.copytree(copies.image("img_2", server, os.urandom(MIB)), folder.with_name("img_3"))
+    shutil.rmtree(folder)
+    folder.with_name("img_3").rename(folder)
+
+    (fault,) = verified(world)["faults"]
+
+    assert fault == {"file": "manifest.json", "fault": "it is that of image img_2"}
+    with pytest.raises(ManifestUnreadable, match="image img_2"):
+        copies.vault.manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["domain.xml", "RESTORE.md"])
+def test_a_copy_is_used_if_what_is_beside_its_disks_is_what_it_was(
+    copies: Copies, folder: Path, name: str
+) -> None:
+    """A definition that rotted is neither defined nor made part of another copy."""
+    flip(folder / name, 3)
+    if name == "domain.xml":
+        with pytest.raises(ManifestUnreadable, match="not what was stored"):
+            copies.vault.manifest(folder)
+    else:  # which is for people
+        assert copies.vault.manifest(folder).id == "img_1"
 
 
 def test_both_at_once(world: World, copies: Copies, monkeypatch: pytest.MonkeyPatch) -> None:
