@@ -269,7 +269,7 @@ def _renew_interfaces(
         new = known.get(old) or random_mac(prefix)
         while new in macs.values():
             new = random_mac(prefix)
-        if old:  # the guest knows two that are a team by their one address
+        if interface.find("teaming") is not None:  # whose other card has the same address
             new = macs.get(old, new)
         mac.set("address", new)
         _unset(mac, "type", "check")

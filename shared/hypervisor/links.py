@@ -1,7 +1,7 @@
 """The links of a domain's network interfaces: whether their cables are in.
 
-Owns: taking them out of a definition, and putting them in on a running domain. A link that the
-owner of the domain took out is never put in.
+Owns: taking them out of a definition, or for a domain's next starts, and putting them in. A link
+that the owner of the domain took out is never put in.
 """
 
 from collections.abc import Collection, Iterator

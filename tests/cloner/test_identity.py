@@ -151,7 +151,7 @@ WRITTEN = {
     "/etc/netplan/a.yaml": "ethernets:\n  e:\n    addresses: # two\n    - '10.0.0.2/24':\n"
     "    - 2001:db8::2/64\n    routes: [{to: 10.9.0.0/16, via: 10.0.0.254}]\n"
     "    nameservers: {addresses: [10.9.9.9]}\n    macaddress: 52:54:00:aa:bb:01\n",
-    "/etc/systemd/network/a.network": "[Network]\nAddress=10.0.0.3/24\nGateway=10.0.0.254\n",
+    "/etc/systemd/network/a.network": "[Network]\nAddress = 10.0.0.3/24\nGateway=10.0.0.254\n",
     "/etc/NetworkManager/system-connections/a.nmconnection": "[ipv4]\n"
     "address1=10.0.0.4/24,10.0.0.254\ndns=10.9.9.9;\n",
     "/etc/sysconfig/network-scripts/ifcfg-eth0": 'IPADDR="10.0.0.5"\nGATEWAY=10.0.0.254\n',

@@ -115,6 +115,17 @@ def test_undo_ends_what_a_dead_worker_left(big: Domain, folder: Path) -> None:
     assert not undo.abort_backup(big.uri, big.uuid)
 
 
+def begin_another(domain: Domain, place: Path) -> None:
+    """A backup of its owner's, which goes on until it is ended; in a folder of a short path."""
+    place.chmod(0o777)
+    xml = (
+        f"<domainbackup mode='pull'><server transport='unix' socket='{place}/nbd'/><disks>"
+        f"<disk name='vda' backup='yes' type='file'><scratch file='{place}/vda'/></disk>"
+        "</disks></domainbackup>"
+    )
+    domain.call("Copying", lambda handle: handle.backupBegin(xml, None, 0))
+
+
 def test_anothers_job_is_left_alone(
     domain: Domain, folder: Path, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,13 +134,7 @@ def test_anothers_job_is_left_alone(
     theirs, ours = folder / "theirs", folder / "ours"
     for each in (theirs, ours):
         each.mkdir(mode=0o711)
-    pull = (
-        f"<domainbackup mode='pull'><server transport='unix' socket='{theirs}/nbd'/><disks>"
-        f"<disk name='vda' backup='yes' type='file'><scratch file='{theirs}/vda'/></disk>"
-        "</disks></domainbackup>"
-    )
-    theirs.chmod(0o777)
-    domain.call("Copying", lambda handle: handle.backupBegin(pull, None, 0))
+    begin_another(domain, theirs)
     monkeypatch.setattr(domains, "OTHERS_JOB_S", 0)
 
     entered: list[str] = []

@@ -224,10 +224,13 @@ class TestClone:
 
     def test_two_cards_that_are_a_team_have_one_address(self) -> None:
         """The guest's net_failover finds them by it."""
-        teamed = WINDOWS.replace("52:54:00:aa:bb:02", "52:54:00:aa:bb:01")
-        made = clone_definition(teamed, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
-        nics = etree.fromstring(made.xml).findall("devices/interface/mac")
-        assert [nic.get("address") for nic in nics] == [made.macs["52:54:00:aa:bb:01"]] * 2
+        alike = WINDOWS.replace("52:54:00:aa:bb:02", "52:54:00:aa:bb:01")
+        for more, addresses in (("", 2), ("<teaming type='persistent'/>", 1)):
+            source = alike.replace("</interface>", f"{more}</interface>")
+            made = clone_definition(source, name="qa-1", uuid=CLONE_UUID, disk_paths=DISKS)
+            nics = etree.fromstring(made.xml).findall("devices/interface/mac")
+            assert len({nic.get("address") for nic in nics}) == addresses
+            assert nics[-1].get("address") == made.macs["52:54:00:aa:bb:01"]
 
     def test_cpus_of_the_host(self) -> None:
         """That it has its source's is told; it takes none from its source by its priority."""

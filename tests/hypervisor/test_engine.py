@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from operations.waiting import wait_for
+from test_backup import begin_another
 
 from lab import offline
 from lab.guest import Guest
@@ -362,13 +363,7 @@ def test_a_guest_that_is_on_its_way_elsewhere_is_not_paused(
 
     scratch = xfs / "pull"  # the path of a socket is short
     scratch.mkdir()
-    scratch.chmod(0o777)
-    pull = (
-        f"<domainbackup mode='pull'><server transport='unix' socket='{scratch}/nbd'/><disks>"
-        f"<disk name='vda' backup='yes' type='file'><scratch file='{scratch}/vda'/></disk>"
-        "</disks></domainbackup>"
-    )
-    domain.call("Copying", lambda handle: handle.backupBegin(pull, None, 0))
+    begin_another(domain, scratch)
     try:
         assert capture(domain, folder, watchdog=watchdog, quiesce="never").way == "reflink"
     finally:

@@ -22,7 +22,6 @@ from shared.settings import settings
 _RENEW_S = 60.0
 _CONNECT_S = 30.0
 _DOWN = "its interfaces were not brought up through the guest agent, and come up when it boots"
-
 _HOSTS = "it is a function of the host's, so it was on the network before its guest was renewed"
 
 

@@ -53,7 +53,7 @@ static_addresses() {
                 sed -E 's/#.*//; /(to|from|via|allowed-ips):/d' "$file" |
                     grep -oE '[0-9A-Fa-f.:]*[.:][0-9A-Fa-f.:]*/[0-9]+'
                 ;;
-            *.network) sed -nE 's/^Address=//p' "$file" ;;
+            *.network) sed -nE 's/^Address[[:space:]]*=[[:space:]]*//p' "$file" ;;
             /etc/network/interfaces*) sed -nE 's/^[[:space:]]*address[[:space:]]+//p' "$file" ;;
             */ifcfg-*) sed -nE 's/^IP(V6)?ADDR[0-9]*=//p' "$file" | tr -d "\"'" ;;
             */system-connections/*) sed -nE 's/^address[0-9]*=//p' "$file" ;;
