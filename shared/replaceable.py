@@ -11,7 +11,7 @@ from shared import errors, using
 from shared.disks import setaside
 from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.domains import Domain
-from shared.hypervisor.errors import DiskInUse, MemoryNotUsable
+from shared.hypervisor.errors import DiskInUse, DiskLost, MemoryNotUsable
 from shared.manifest import TPM, Manifest
 from shared.models import Server
 
@@ -26,12 +26,6 @@ class ServerTransient(errors.Conflict):
     """The server is gone once it is stopped"""
 
     code = "server_transient"
-
-
-class DiskLost(errors.Conflict):
-    """The running guest's disk has no name any more"""
-
-    code = "disk_lost"
 
 
 class MediumMissing(errors.Conflict):
@@ -68,12 +62,14 @@ def refuse_unsafe(domain: Domain, started_by: str, replaced: Collection[str]) ->
             "server, or drop the state with `virsh managedsave-remove`, and ask again."
         )
     if domain.wanted_state != "stopped":
-        lost = domain.nameless(replaced)
-        if lost:
+        disks = DomainDefinition.parse(domain.live_definition()).disks
+        files = (Path(each.path) for each in disks if each.target in replaced and each.path)
+        if lost := domain.lost_disks(files):
             raise DiskLost(
                 f"{domain.name} runs on {', '.join(lost)}, and no file of that name is there any "
-                "more: what the guest has on it since the copy is in the file that QEMU holds open "
-                "alone, and gone once it is stopped. Nothing was changed. Save from inside the "
+                "more, or another one: what the guest has on it since the copy is in the file that "
+                "QEMU holds open alone, and gone once it is stopped. Nothing was changed. Save "
+                "from inside the "
                 "guest what you need (or as root from /proc/PID/fd of its QEMU), shut the server "
                 "down, and ask again."
             )

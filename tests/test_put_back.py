@@ -437,8 +437,13 @@ def test_a_guest_that_would_not_start_again_is_not_stopped(
     live.guest.domain.destroy()
 
 
+@pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
 @pytest.mark.parametrize("what", ["revert", "undo"])
-def test_a_guest_whose_disk_has_no_name_any_more_is_not_stopped(live: Live, what: str) -> None:  # noqa: F811
+def test_a_guest_whose_disk_has_no_name_any_more_is_not_stopped(
+    live: Live,  # noqa: F811
+    what: str,
+    replaced: bool,
+) -> None:
     """What it wrote since the copy is in a file that goes with its QEMU."""
     live.succeeds(TakeSnapshot(server=live.server.id))
     command: Command = RevertSnapshot(server=live.server.id)
@@ -447,6 +452,8 @@ def test_a_guest_whose_disk_has_no_name_any_more_is_not_stopped(live: Live, what
     live.guest.domain.create()
     boot = live.guest.domain.ID()
     live.disk.unlink()
+    if replaced:
+        live.disk.write_bytes(bytes(SIZE))
 
     refused = live.done(command)
 

@@ -23,15 +23,17 @@ from shared.disks.copied import CopiedDisk, Unchanged, copied, refuse_other_disk
 from shared.disks.copy import stream_copy
 from shared.disks.errors import InsufficientSpace, PauseTooLong
 from shared.disks.planning import Choice, Plan, Way, definition_of, plan, refuse_memory
-from shared.disks.reflink import create_target, writes_elsewhere
+from shared.disks.reflink import create_target
 from shared.disks.space import FLOOR, FloorWatch, ensure_space, full_is_said, says_full
 from shared.errors import Cancelled
+from shared.file_systems import writes_elsewhere
 from shared.hypervisor.agent import Consistency, Level, Policy, frozen
 from shared.hypervisor.backup import push_backup
 from shared.hypervisor.definition import LeftOut
 from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import (
     BackupFailed,
+    DiskLost,
     MemoryNotSaved,
     PauseFailed,
 )
@@ -98,8 +100,8 @@ def capture(
     Raises InsufficientSpace (before anything is touched, or when the room is taken up meanwhile:
     by stream as soon as less than `free_floor` is left), Cancelled, PauseFailed, PauseTooLong,
     QuiesceFailed, ServerNotRunning, MemoryNeedsReflink, MemoryNotSaved, BackupFailed, LibvirtBusy,
-    ServerChanged, ImageDamaged, CopyFailed and what `plan` raises; then no file is left and the
-    guest is as it was.
+    DiskLost, ServerChanged, ImageDamaged, CopyFailed and what `plan` raises; then no file is left
+    and the guest is as it was.
     """
     order = _Order(
         domain,
@@ -150,6 +152,8 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
         with full_is_said(destination), guard.blamed():
             if chosen.state == "stopped":
                 refuse_if_open((source.path for source in chosen.sources), "copied")
+            elif chosen.way == "reflink":
+                _refuse_lost(domain, chosen)
             shot, files = _reflink(job) if chosen.way == "reflink" else _stream(job)
             guard.verify()
     except BaseException:
@@ -172,6 +176,18 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
         tpm=beside.tpm.taken,
         memory=job.memory if order.memory else None,
     )
+
+
+def _refuse_lost(domain: Domain, chosen: Plan) -> None:
+    """Raise DiskLost where what would be copied is not what the guest runs on."""
+    lost = domain.lost_disks(source.path for source in chosen.sources)
+    if lost:
+        raise DiskLost(
+            f"{domain.name} runs on {', '.join(lost)}, and another file has that name by now: what "
+            "the guest has on it is in the file that QEMU holds open alone. Nothing was copied. "
+            "Put that file back from /proc/PID/fd of its QEMU, or shut the server down, and start "
+            "it on the file that it is to have."
+        )
 
 
 @dataclass(frozen=True)
@@ -333,11 +349,9 @@ def _shared(
     with order.frozen(job.plan.state) as consistency:
         faults.point("reflink:frozen")
         close_in()  # what was written meanwhile, and what a freeze made the guest write out
-        if order.memory:
-            hold = job.saved(close_in)
-        else:
-            hold = paused(order.domain, order.watchdog, before=tell)
-        with hold as pause:
+        if consistency.level != "crash":  # a freeze takes a while
+            order.domain.refuse_other_job(backups=False, patience_s=0)
+        with _held(job, close_in, tell) as pause:
             taken_at = datetime.now(UTC)
             faults.point("reflink:paused")
             # Files that are the live ones here are so until the guest writes again.
@@ -350,6 +364,14 @@ def _shared(
     if job.plan.state == "running" and not pause.was_running:
         job.guard.refuse_running()
     return _Shot(taken_at, consistency, pause.ms), definition, checked
+
+
+def _held(
+    job: _Job, close_in: Callable[[], None], tell: Callable[[], None]
+) -> contextlib.AbstractContextManager[Pause]:
+    if job.order.memory:
+        return job.saved(close_in)
+    return paused(job.order.domain, job.order.watchdog, before=tell)
 
 
 def _stream(job: _Job) -> tuple[_Shot, tuple[CopiedDisk, ...]]:

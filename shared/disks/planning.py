@@ -12,7 +12,8 @@ from typing import Literal
 
 from shared.disks import images
 from shared.disks.extents import extent_count
-from shared.disks.reflink import can_reflink, writes_elsewhere
+from shared.disks.reflink import can_reflink
+from shared.file_systems import writes_elsewhere
 from shared.hypervisor.definition import (
     DiskDefinition,
     DomainDefinition,

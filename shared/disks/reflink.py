@@ -5,7 +5,6 @@ when either side writes it. Cost is per extent (about 19 µs), not per byte.
 """
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -24,7 +23,6 @@ FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
 FS_NOCOW_FL = 0x00800000
 
-_XFS, _BTRFS = 0x58465342, 0x9123683E
 _RANGE = struct.Struct("=qQQQ")  # struct file_clone_range
 
 # What file systems answer when they cannot share these two files' extents.
@@ -99,15 +97,6 @@ def clone_ranges(src_fd: int, dst_fd: int, ranges: Ranges) -> None:
             if start < size:
                 length = 0 if end >= size else end - start  # 0 is up to the end
                 fcntl.ioctl(dst_fd, FICLONERANGE, _RANGE.pack(src_fd, start, length, start))
-
-
-def writes_elsewhere(path: Path) -> bool:
-    """Whether the file system is known to write to no shared block, and FIEMAP to tell blocks
-    of one disk: XFS and btrfs (statfs(2)). SMB, say, reflinks too, and tells no places."""
-    answer = ctypes.create_string_buffer(256)
-    if ctypes.CDLL(None).statfs(bytes(path), answer):
-        return False
-    return int(struct.unpack_from("l", answer)[0]) in (_XFS, _BTRFS)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Literal
 import libvirt
 from lxml import etree
 
+from shared.hypervisor.agent_timeout import unlimited
 from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import (
     DomainMissing,
@@ -151,20 +152,20 @@ def _without_freeze(domain: Domain, policy: Policy, state: State) -> Consistency
     return Consistency("crash", reason) if reason else None
 
 
-_told: dict[str, tuple[tuple[int, int], str]] = {}
-"""The system in each domain, by UUID, and since when it is known: the boot (libvirt's number of it)
-in which libvirt was told how many seconds to wait for an answer. It writes that to its disk."""
+_systems: dict[str, tuple[int, str]] = {}
+"""The system in each domain, by UUID, and the boot (libvirt's number of it) in which it told."""
 
 
 def _level(domain: Domain, timeout_s: int) -> Level:
-    """Windows' freeze goes through VSS, which has applications write out their state."""
+    """Have the agent answer in time, the first time what system it is in: Windows' freeze goes
+    through VSS, which has applications write out their state."""
 
     def ask(handle: libvirt.virDomain) -> str:
-        told, system = _told.get(domain.uuid, (None, ""))
-        if told != (handle.ID(), timeout_s):
-            handle.agentSetResponseTimeout(timeout_s)
+        handle.agentSetResponseTimeout(timeout_s)
+        boot, system = _systems.get(domain.uuid, (None, ""))
+        if boot != handle.ID():
             system = str(handle.guestInfo(libvirt.VIR_DOMAIN_GUEST_INFO_OS).get("os.id", ""))
-            _told[domain.uuid] = (handle.ID(), timeout_s), system
+            _systems[domain.uuid] = handle.ID(), system
         return system
 
     with contextlib.suppress(HypervisorError):
@@ -207,12 +208,12 @@ def _freeze(domain: Domain, watchdog: Watchdog, arm: Arm, timeout_s: int) -> Non
         if not over.is_set():
             raise QuiesceFailed(f"the agent did not answer within {timeout_s} s.")
     if outcome[0] is not None or late.is_set():
-        _told.pop(domain.uuid, None)  # the watchdog, if not its owner, may have told libvirt else
         failure = outcome[0] or QuiesceFailed(f"the agent did not answer within {timeout_s} s.")
         if unanswered(failure):
-            watchdog.fire(arm)
+            watchdog.fire(arm)  # which has a time limit of its own
             raise failure
         if asked == 1 and _NOT_DONE in failure.detail:
+            _give_time(domain)
             watchdog.disarm(arm)
             raise FreezeRefused(failure.detail) from failure
         _thaw(domain, watchdog, arm, patience_s=0)
@@ -229,22 +230,38 @@ def _thaw(
     while True:
         try:
             domain.call("Thawing", lambda handle: handle.fsThaw())
+            _give_time(domain)
             return first
         except DomainMissing:
             return False
         except HypervisorError as error:
             first = False
-            if _is_off(domain):  # what boots next is not frozen
+            if _is_off(domain):  # what boots next is not frozen, what wakes up is
+                if _is_saved(domain):
+                    watchdog.fire(arm)
                 return False
             if time.monotonic() >= deadline:
                 if patience_s:
                     log.error("%s does not thaw: %s", domain.name, error.detail)
                     watchdog.fire(arm)
+                else:
+                    _give_time(domain)
                 return False
         time.sleep(0.2)
+
+
+def _give_time(domain: Domain) -> None:
+    with contextlib.suppress(HypervisorError):
+        domain.call("Asking", unlimited)
 
 
 def _is_off(domain: Domain) -> bool:
     with contextlib.suppress(HypervisorError):
         return not domain.is_active
+    return False
+
+
+def _is_saved(domain: Domain) -> bool:
+    with contextlib.suppress(HypervisorError):
+        return domain.has_managed_save
     return False

@@ -15,9 +15,11 @@ from typing import Any, Literal, TypeVar
 
 import libvirt
 
+from shared.file_systems import keeps_locks
 from shared.hypervisor.connection import connect, is_gone, translate, translated
 from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.errors import DomainMissing, LibvirtBusy, LibvirtFailed
+from shared.hypervisor.locks import is_open
 
 State = Literal["running", "stopped", "paused"]
 Result = TypeVar("Result")
@@ -141,12 +143,23 @@ class Domain:
                 lost[disk.target] = disk.path
         return lost
 
-    def nameless(self, targets: Collection[str]) -> list[str]:
-        """Files of these disks that the domain has and that are gone: a guest that is on has them
-        open. Only where their directory is the host's."""
-        disks = DomainDefinition.parse(self.live_definition()).disks
-        paths = [Path(each.path) for each in disks if each.target in targets and each.path]
-        return [str(path) for path in paths if _is_the_hosts(path.parent) and not path.exists()]
+    def lost_disks(self, paths: Iterable[Path]) -> list[str]:
+        """Those of these files, disks of a guest that is on, that are gone, or have another file
+        by their name now: QEMU has the disk open, and nobody else.
+
+        Only where their directory is the host's, and its file system keeps QEMU's locks. A guest
+        that is paused may hold none.
+        """
+        lost = []
+        for path in paths:
+            if path.exists():
+                another = path.is_file() and keeps_locks(path) and not is_open(path)
+                gone = another and self.state == "running"
+            else:
+                gone = _is_the_hosts(path.parent)
+            if gone:
+                lost.append(str(path))
+        return lost
 
     def _cannot_read(self, target: str) -> bool:
         try:
@@ -231,18 +244,22 @@ class Domain:
             )
 
     def refuse_other_job(
-        self, check: Callable[[], None] = lambda: None, *, backups: bool = True
+        self,
+        check: Callable[[], None] = lambda: None,
+        *,
+        backups: bool = True,
+        patience_s: float | None = None,
     ) -> None:
         """Raise LibvirtBusy where somebody's save, migration or, unless they are in nobody's way,
-        backup of it goes on for longer than libvirt would wait for it. `check` is called meanwhile,
-        and its error ends it.
+        backup of it goes on for longer than `patience_s` seconds, or than libvirt would wait for
+        it. `check` is called meanwhile, and its error ends it.
 
         While the memory goes elsewhere libvirt pauses a guest, and does not resume it
         (its masks of jobs, qemu_migration.c and virdomainjob.h; a backup's allows both).
         """
-        deadline = time.monotonic() + OTHERS_JOB_S
+        deadline = time.monotonic() + (OTHERS_JOB_S if patience_s is None else patience_s)
         while self._has_job(backups):
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 raise LibvirtBusy(
                     f"A job of {self.name} is under way that somebody else began (`virsh "
                     f"domjobinfo {self.name}` shows it). It was left alone and nothing was copied; "

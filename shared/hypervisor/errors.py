@@ -55,6 +55,13 @@ class DiskNotCopyable(HypervisorError):
     status = 422
 
 
+class DiskLost(HypervisorError):
+    """The running guest's disk is not the file of its name any more"""
+
+    code = "disk_lost"
+    status = 409
+
+
 class DiskInUse(HypervisorError):
     """A disk of the server is in use by somebody else"""
 

@@ -18,7 +18,7 @@ def is_open(path: Path) -> bool:
     QEMU, block/file-posix.c: RAW_LOCK_PERM_BASE and RAW_LOCK_SHARED_BASE.
     """
     question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 100, 200, 0)
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question)
     finally:

@@ -16,6 +16,7 @@ from typing import Any
 import libvirt
 
 from shared.hypervisor.agent import FREEZE_TIMEOUT_S, agent_ready, unanswered
+from shared.hypervisor.agent_timeout import answers_within
 from shared.hypervisor.backup import job_files
 from shared.hypervisor.connection import connect
 from shared.hypervisor.definition import DomainDefinition, renamed
@@ -91,8 +92,8 @@ def thaw_domain(uri: str, uuid: str) -> bool:
         return False
 
     def thaw(handle: libvirt.virDomain) -> int:
-        handle.agentSetResponseTimeout(FREEZE_TIMEOUT_S)
-        return int(handle.fsThaw())
+        with answers_within(handle, FREEZE_TIMEOUT_S):
+            return int(handle.fsThaw())
 
     try:
         thawed = domain.call("Thawing", thaw) > 0

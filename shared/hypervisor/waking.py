@@ -21,6 +21,7 @@ import libvirt
 from lxml import etree
 
 from shared.hypervisor.agent import CHANNEL, NO_AGENT, agent_ready
+from shared.hypervisor.agent_timeout import answers_within
 from shared.hypervisor.definition import parse_domain, to_text
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.duplicate import CloneDefinition
@@ -133,9 +134,9 @@ def set_clock(domain: Domain) -> str | None:
         time.sleep(_POLL_S)
 
     def give(handle: Any) -> None:
-        handle.agentSetResponseTimeout(_AGENT_TIMEOUT_S)
-        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-        handle.setTime({"seconds": seconds, "nseconds": nanoseconds})
+        with answers_within(handle, _AGENT_TIMEOUT_S):
+            seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+            handle.setTime({"seconds": seconds, "nseconds": nanoseconds})
 
     try:
         domain.call("Setting the clock of", give)

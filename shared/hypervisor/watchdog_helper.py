@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import libvirt
 
+from shared.hypervisor.agent_timeout import answers_within
 from shared.hypervisor.domains import ASKED_FOR, HELD_BY_SAVE
 from shared.hypervisor.errors import WatchdogUnavailable
 from shared.hypervisor.watchdog import GIVE_UP_S, Action, hold_of, locked
@@ -157,7 +158,8 @@ def give_back(
     With `holds`, nothing is done while somebody alive holds the domain. Resumes only a domain
     that is paused because somebody asked for it. Uses connections of its own, without an event
     loop, so that nothing but libvirtd can be in its way. Gives up `linger_s` seconds after it
-    first saw nothing to do, or a day after it started; a paused guest is yet to be thawed.
+    first saw nothing to do, or a day after it started; a paused guest is yet to be thawed, and so
+    is one whose memory was saved.
     """
     begun, reached, pause_s = time.monotonic(), 0.0, 0.05
     while time.monotonic() - begun < GIVE_UP_S:
@@ -232,8 +234,8 @@ def _attempt(connection: Any, uuid: str, action: Action) -> bool | None:
             return False
         raise
     state, reason = domain.state()
-    if state == libvirt.VIR_DOMAIN_SHUTOFF:
-        return False
+    if state == libvirt.VIR_DOMAIN_SHUTOFF:  # from a saved memory it wakes up as it was
+        return None if action == "thaw" and domain.hasManagedSaveImage() else False
     paused = state == libvirt.VIR_DOMAIN_PAUSED
     if action == "resume":
         if not (paused and reason in ASKED_FOR):
@@ -244,8 +246,8 @@ def _attempt(connection: Any, uuid: str, action: Action) -> bool | None:
         return _release(domain)
     if paused:
         return None  # its agent cannot answer
-    domain.agentSetResponseTimeout(AGENT_TIMEOUT_S)
-    domain.fsThaw()
+    with answers_within(domain, AGENT_TIMEOUT_S):
+        domain.fsThaw()
     return True
 
 

@@ -11,7 +11,7 @@ import libvirt
 import pytest
 
 from lab.guest import Guest
-from shared.hypervisor import agent, undo, watchdog_helper
+from shared.hypervisor import agent, undo, waking, watchdog_helper
 from shared.hypervisor.agent import agent_ready, frozen
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.errors import LibvirtBusy, LibvirtFailed, QuiesceFailed
@@ -66,17 +66,48 @@ def test_system_is_asked_for_once_a_boot(
 
     monkeypatch.setattr(libvirt.virDomain, "guestInfo", counted)
     boot = domain.call("", lambda handle: handle.ID())
-    monkeypatch.setattr(agent, "_told", {domain.uuid: ((boot - 1, agent.FREEZE_TIMEOUT_S), "")})
+    monkeypatch.setattr(agent, "_systems", {domain.uuid: (boot - 1, "")})
     for _ in range(2):
         with frozen(domain, watchdog, "require") as consistency:
             pass
     assert asked == [boot]
     assert consistency.level == "file-system"
-    known = ((boot, agent.FREEZE_TIMEOUT_S), "mswindows")
-    monkeypatch.setitem(agent._told, domain.uuid, known)
+    monkeypatch.setitem(agent._systems, domain.uuid, (boot, "mswindows"))
     with frozen(domain, watchdog, "require") as consistency:
         pass
     assert consistency.level == "application"
+
+
+@pytest.mark.parametrize("by", ["copy", "failed copy", "undo", "helper", "waking"])
+def test_libvirt_waits_for_the_agent_as_before(
+    guest: Guest, domain: Domain, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """For how long is a setting of the domain: an owner's own freeze may take longer than ours."""
+    told: list[int] = []
+    tell = libvirt.virDomain.agentSetResponseTimeout
+
+    def noted(handle: libvirt.virDomain, seconds: int, flags: int = 0) -> object:
+        told.append(seconds)
+        return tell(handle, seconds, flags)
+
+    monkeypatch.setattr(libvirt.virDomain, "agentSetResponseTimeout", noted)
+    match by:
+        case "copy":
+            with frozen(domain, watchdog, "require"):
+                pass
+        case "failed copy":
+            guest.agent("guest-fsfreeze-freeze")
+            with frozen(domain, watchdog):
+                pass
+            guest.agent("guest-fsfreeze-thaw")
+        case "undo":
+            undo.thaw_domain(domain.uri, domain.uuid)
+        case "helper":
+            watchdog_helper.give_back(domain.uri, domain.uuid, "thaw")
+        case "waking":
+            assert waking.set_clock(domain) is None
+    assert told[0] > 0
+    assert told[1:] == [libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK]
 
 
 def test_an_error_inside_thaws(guest: Guest, domain: Domain, watchdog: Watchdog) -> None:
@@ -219,6 +250,18 @@ def test_a_guest_that_went_off_is_not_thawed(
 
     assert took < 5
     assert consistency.level == "file-system"  # what was copied before it went off was frozen
+
+
+def test_a_guest_that_was_saved_while_it_was_frozen_is_thawed_once_it_wakes(
+    guest: Guest, domain: Domain, watchdog: Watchdog
+) -> None:
+    """As when its host goes down meanwhile, which saves its guests: it wakes as it was."""
+    with frozen(domain, watchdog, "require") as consistency:
+        guest.domain.managedSave()
+    assert consistency.level == "crash"
+    guest.domain.create()
+    wait_until(lambda: is_thawed(guest), 60)
+    guest.write("/data/after", "written")
 
 
 def test_a_killed_workers_guest_is_thawed_within_two_seconds(guest: Guest) -> None:

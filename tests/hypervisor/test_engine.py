@@ -29,7 +29,7 @@ from shared.hypervisor import domains, memory, undo
 from shared.hypervisor.connection import connect
 from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.domains import Domain, find_by_name
-from shared.hypervisor.errors import DiskNotCopyable, LibvirtBusy, QuiesceFailed
+from shared.hypervisor.errors import DiskLost, DiskNotCopyable, LibvirtBusy, QuiesceFailed
 from shared.hypervisor.memory import memory_saved
 from shared.hypervisor.watchdog import Watchdog
 from shared.hypervisor.watchdog_helper import saving
@@ -369,6 +369,39 @@ def test_a_guest_that_is_on_its_way_elsewhere_is_not_paused(
     finally:
         undo.abort_backup(domain.uri, domain.uuid, str(scratch))
         shutil.rmtree(scratch)
+
+
+def test_a_guest_that_left_while_it_froze_is_not_paused(
+    guest: Guest, domain: Domain, watchdog: Watchdog, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A freeze takes a while, in which somebody may begin to move the guest: it is thawed again,
+    and that is not waited for."""
+    found = iter([False, True])
+    monkeypatch.setattr(Domain, "_has_job", lambda _self, _backups: next(found))
+    monkeypatch.setattr(Domain, "suspend", lambda _self: pytest.fail("it was paused"))
+    steps: list[str] = []
+    with pytest.raises(LibvirtBusy):
+        capture(domain, folder, watchdog=watchdog, quiesce="require", before=steps.append)
+    assert (steps, list(folder.iterdir())) == (["pause", "resumed"], [])
+    assert guest.agent("guest-fsfreeze-status") == "thawed"
+
+
+def test_a_running_guests_disk_is_the_file_that_qemu_has_open(
+    guest: Guest, domain: Domain, watchdog: Watchdog, folder: Path
+) -> None:
+    """Where another file got its name, that would be copied in its place."""
+    disk = guest.disks[1]
+    own = disk.with_name("own")
+    disk.rename(own)
+    shutil.copyfile(own, disk)
+    steps: list[str] = []
+    try:
+        with pytest.raises(DiskLost, match=str(disk)):
+            capture(domain, folder, watchdog=watchdog, before=steps.append)
+    finally:
+        own.replace(disk)
+    assert (steps, list(folder.iterdir())) == ([], [])
+    assert capture(domain, folder, watchdog=watchdog, quiesce="never").way == "reflink"
 
 
 def test_cancelled_before_the_pause(domain: Domain, watchdog: Watchdog, folder: Path) -> None:
