@@ -123,5 +123,5 @@ def _digest(context: Context, folder: Path, disk: ManifestDisk, before: int, tot
     path = folder / disk.file
     if wrong := disk_images.wrong_size(path, disk.format, disk.virtual_bytes):
         raise ImageDamaged(f"it {wrong}")
-    disk_images.check_by_qemu(path, disk.format)
+    disk_images.check_by_qemu(path, disk.format, context.check)
     return digest(path, lambda at: context.progress(before + at, total), context.stopping)

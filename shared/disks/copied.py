@@ -3,7 +3,7 @@ still, and each file is its whole disk."""
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,11 +113,12 @@ def refuse_other_disks(chosen: Plan, definition: str) -> None:
         )
 
 
-def copied(source: SourceDisk, path: Path) -> CopiedDisk:
-    """The finished copy of a disk. Raises ImageDamaged, or CopyFailed where it is not whole."""
+def copied(source: SourceDisk, path: Path, meanwhile: Callable[[], None]) -> CopiedDisk:
+    """The finished copy of a disk. Raises ImageDamaged, CopyFailed where it is not whole, and what
+    `meanwhile` raises."""
     image_format = path.suffix.removeprefix(".")
-    images.count_anew(path, image_format)
-    images.check(path, image_format)
+    images.count_anew(path, image_format, meanwhile)
+    images.check(path, image_format, meanwhile)
     about = images.info(path, image_format)
     if about.depends_on is not None or about.virtual_bytes != source.virtual_bytes:
         raise CopyFailed(

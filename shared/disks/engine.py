@@ -241,8 +241,9 @@ class _Job:
         return self.order.destination / MEMORY
 
     def copied(self) -> tuple[CopiedDisk, ...]:
-        """The finished copies. Raises ImageDamaged, or CopyFailed where one is not whole."""
-        return tuple(copied(s, self.targets[s.disk.target]) for s in self.plan.sources)
+        """The finished copies. Raises Cancelled, ImageDamaged, or CopyFailed for half of one."""
+        check = self.order.check
+        return tuple(copied(s, self.targets[s.disk.target], check) for s in self.plan.sources)
 
     @contextlib.contextmanager
     def saved(self, meanwhile: Callable[[], None]) -> Iterator[Pause]:

@@ -8,14 +8,14 @@ into a raw disk, and a probe would then follow a backing file of its choosing.
 import json
 import struct
 import subprocess
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from shared.disks.errors import CopyFailed, ImageDamaged, InsufficientSpace
 from shared.disks.qcow2 import below, plainly_sound
-from shared.disks.qemu_img import writing
+from shared.disks.qemu_img import run
 from shared.disks.space import says_full
 
 # Formats that qemu-img can check; raw and others have no structure to check.
@@ -150,7 +150,7 @@ def _header(path: Path) -> _Header | None:
     return _Header(version, backing, size, encryption, snapshots, known)
 
 
-def count_anew(path: Path, image_format: str) -> None:
+def count_anew(path: Path, image_format: str, meanwhile: Callable[[], None] = lambda: None) -> None:
     """Count the references to the clusters of a qcow2 that is not counted while it is in use.
 
     So it is with `lazy_refcounts`: QEMU marks the image as dirty, and counts when it closes it,
@@ -161,38 +161,36 @@ def count_anew(path: Path, image_format: str) -> None:
     header = _header(path) if image_format == "qcow2" else None
     if header is None or header.encryption or not header.features & _DIRTY:
         return
-    command = writing("check", "-q", "-r", "all", "-f", image_format, str(path))
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
-    ) as process:
-        assert process.stderr  # noqa: S101 - it is a pipe
-        complaint = "".join(deque(process.stderr, maxlen=20))  # there is a line for each cluster
-    if process.returncode and says_full(complaint):
+    status, complaint = run(["check", "-q", "-r", "all", "-f", image_format, str(path)], meanwhile)
+    if status and says_full(complaint):
         raise InsufficientSpace(
             f"The file system of {path.parent} became full. The copy was not kept; make room and "
             "try again."
         )
 
 
-def check(path: Path, image_format: str) -> None:
-    """Check an image that nobody writes, the quick way where it is plain. Raises ImageDamaged."""
+def check(path: Path, image_format: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Check an image that nobody writes, the quick way where it is plain. Raises ImageDamaged, and
+    what `meanwhile` does."""
     if image_format == "qcow2" and plainly_sound(path):
         return
-    check_by_qemu(path, image_format)
+    check_by_qemu(path, image_format, meanwhile)
 
 
-def check_by_qemu(path: Path, image_format: str) -> None:
-    """Have qemu-img check an image that nobody writes. Raises ImageDamaged.
+def check_by_qemu(
+    path: Path, image_format: str, meanwhile: Callable[[], None] = lambda: None
+) -> None:
+    """Have qemu-img check an image that nobody writes, which takes minutes for terabytes. What
+    `meanwhile` raises ends it. Raises ImageDamaged.
 
     Leaked clusters waste space and harm nothing: qemu-img's exit status 3 passes. So does what is
     encrypted, which qemu-img cannot judge.
     """
     if image_format not in CHECKABLE or is_encrypted(path, image_format):
         return
-    command = ["qemu-img", "check", "-f", image_format, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
-    if done.returncode not in (0, 3):
-        told = (done.stderr or done.stdout).strip().splitlines()
+    status, complaint = run(["check", "-f", image_format, str(path)], meanwhile)
+    if status not in (0, 3):
+        told = complaint.splitlines()
         raise ImageDamaged(
             f"{path.name} did not pass qemu-img check: {told[-1] if told else 'no reason given'}. "
             "It is not used."

@@ -76,7 +76,7 @@ def materialise(
                         cancelled,
                         free_floor=free_floor,
                     )
-            _verify(file, path, wanted[file.target])
+            _verify(file, path, wanted[file.target], check)
             faults.point("materialise:written")
             done += needs[file.target]
             progress(done, total)
@@ -124,8 +124,8 @@ def _streamed(file: CopiedDisk, wanted: str) -> tuple[str, str]:
     return "raw", "raw"
 
 
-def _verify(file: CopiedDisk, path: Path, image_format: str) -> None:
-    images.check(path, image_format)
+def _verify(file: CopiedDisk, path: Path, image_format: str, meanwhile: Callable[[], None]) -> None:
+    images.check(path, image_format, meanwhile)
     about = images.info(path, image_format)
     if about.virtual_bytes != file.virtual_bytes or about.depends_on is not None:
         raise CopyFailed(

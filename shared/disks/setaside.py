@@ -14,7 +14,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from shared import faults
@@ -74,10 +74,12 @@ def no_plain_file(target: str, path: Path) -> DiskError:
 def swap(live: Mapping[str, Path], operation_id: str) -> None:
     """Put every new file in place of its live one, which is set aside.
 
-    The new file gets the live one's owner and mode. A live file that is gone (a
-    restore of a lost disk) has nothing to set aside. Raises SetAsideConflict
-    when a new file is missing; nothing is changed then. Raises InsufficientSpace where
-    not even a name can be written; `swap_back` undoes what was done by then.
+    The names change one right after the other: a host that loses its power between two, and
+    starts the server by itself, would start it on disks of two instants. The new file gets the
+    live one's owner and mode. A live file that is gone (a restore of a lost disk) has nothing to
+    set aside. Raises SetAsideConflict when a new file is missing; nothing is changed then. Raises
+    InsufficientSpace where not even a name can be written; `swap_back` undoes what was done by
+    then.
     """
     for target, path in live.items():
         new, old = new_path(path, operation_id), old_path(path, operation_id)
@@ -85,20 +87,20 @@ def swap(live: Mapping[str, Path], operation_id: str) -> None:
             raise SetAsideConflict(
                 f"The new file for {target} is missing at {new}; nothing was changed."
             )
-    for path in live.values():
+    to_do = [path for path in live.values() if new_path(path, operation_id).exists()]
+    for path in to_do:  # the others an earlier attempt has done
         new, old = new_path(path, operation_id), old_path(path, operation_id)
-        if not new.exists():
-            continue  # done by an earlier attempt
         with full_is_said(path.parent):
             if path.exists() and not old.exists():
                 _take_over_owner(path, new)
                 _link(path, old)
                 sync_folder(old.parent)
-            faults.point("swap:linked")
-            new.replace(path)
-            faults.point("swap:replaced")
-            sync_folder(path.parent)
-            sync_folder(new.parent)
+        faults.point("swap:linked")
+    for path in to_do:
+        with full_is_said(path.parent):
+            new_path(path, operation_id).replace(path)
+        faults.point("swap:replaced")
+    _sync_all(live.values(), operation_id)
 
 
 def is_brought(path: Path, operation_id: str) -> bool:
@@ -130,22 +132,23 @@ def swap_back(live: Mapping[str, Path], operation_id: str) -> None:
     Whatever point `swap`, or an earlier `swap_back`, died at, the old files are
     live afterwards. Nothing happens to a disk that was not swapped.
     """
-    for path in live.values():
+    to_do = [path for path in live.values() if old_path(path, operation_id).exists()]
+    swapped_now = []
+    for path in to_do:
         new, old = new_path(path, operation_id), old_path(path, operation_id)
-        if not old.exists():
-            continue
         if path.exists() and path.samefile(old):
             old.unlink()  # rename does nothing between two names of one file
-        else:
-            if path.exists() and not new.exists():
-                _take_over_owner(old, path)
-                _link(path, new)
-                sync_folder(new.parent)
-            faults.point("swap_back:linked")
-            old.replace(path)
-            faults.point("swap_back:replaced")
-        sync_folder(path.parent)
-        sync_folder(old.parent)
+            continue
+        if path.exists() and not new.exists():
+            _take_over_owner(old, path)
+            _link(path, new)
+            sync_folder(new.parent)
+        swapped_now.append(path)
+        faults.point("swap_back:linked")
+    for path in swapped_now:
+        old_path(path, operation_id).replace(path)
+        faults.point("swap_back:replaced")
+    _sync_all(live.values(), operation_id)
 
 
 def take_away(live: Mapping[str, Path], operation_id: str) -> None:
@@ -212,6 +215,11 @@ def _take_over_owner(of: Path, to: Path) -> None:
     status = of.stat()
     os.chown(to, status.st_uid, status.st_gid)
     to.chmod(stat.S_IMODE(status.st_mode))
+
+
+def _sync_all(paths: Iterable[Path], operation_id: str) -> None:
+    for folder in {each for path in paths for each in (path.parent, folder_of(path, operation_id))}:
+        sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

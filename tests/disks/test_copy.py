@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -200,6 +200,32 @@ def test_check_finds_damage(tmp_path: Path) -> None:
         file.write(b"\0" * 65536)
     with pytest.raises(ImageDamaged):
         images.check(tmp_path / "b", "qcow2")
+
+
+@pytest.mark.parametrize("look", [images.check_by_qemu, images.count_anew])
+def test_a_cancel_ends_a_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[..., None]
+) -> None:
+    """Of terabytes it takes minutes. It is not waited for, and goes."""
+    image, script = tmp_path / "image.qcow2", tmp_path / "qemu-img"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", image, "32M")
+    with image.open("r+b") as file:
+        file.seek(79)  # the last byte of the features that a reader must know: it is dirty
+        file.write(b"\1")
+    script.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 60\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def cancel() -> None:
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            raise Cancelled("that will do")
+
+    began = time.monotonic()
+    with pytest.raises(Cancelled, match="that will do"):
+        look(image, "qcow2", cancel)
+    assert time.monotonic() - began < 5
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_a_dirty_image_is_counted_anew(tmp_path: Path) -> None:

@@ -127,6 +127,28 @@ def test_a_crash_in_swap_back_is_finished_by_swap_back(
     assert contents(live) == ["old vda", "old vdb"]
 
 
+@pytest.mark.parametrize("change", [setaside.swap, setaside.swap_back])
+def test_names_change_one_right_after_the_other(
+    live: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[dict[str, Path], str], None],
+) -> None:
+    """A power cut between two would have a server started on disks of two instants."""
+    if change is setaside.swap_back:
+        setaside.swap(live, OPERATION)
+    done: list[str] = []
+    for module, name in ((os, "link"), (Path, "replace"), (setaside, "sync_folder")):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *given, _name=name, _real=real: done.append(_name) or _real(*given)
+        )
+    change(live, OPERATION)
+    first = done.index("replace")
+    assert done[first : first + 2] == ["replace", "replace"]
+    assert done.count("replace") == 2
+    assert set(done[first + 2 :]) == {"sync_folder"}
+
+
 def test_swap_back_of_nothing_changes_nothing(live: dict[str, Path]) -> None:
     """Undoing a swap that never began leaves the live files alone."""
     setaside.swap_back(live, OPERATION)
