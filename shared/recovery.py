@@ -112,9 +112,10 @@ def start_domain(uuid: str, paused: bool = False) -> None:
 
 
 @action
-def stop_domain(uuid: str, resumed: bool = False) -> None:
-    """Entries of an earlier version do not tell whether it was `resumed` from its memory."""
-    hypervisor.stop_domain(settings().libvirt_uri, uuid, resumed=resumed)
+def stop_domain(uuid: str, resumed: bool = False, boot: int | None = None) -> None:
+    """Entries of an earlier version do not tell whether it was `resumed` from its memory, nor in
+    which boot it was before."""
+    hypervisor.stop_domain(settings().libvirt_uri, uuid, resumed=resumed, boot=boot)
 
 
 @action

@@ -5,7 +5,7 @@ prepare new files ── stop ── swap names ── define ── start as it
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -142,22 +142,21 @@ def put_back(
     way = write_out(context, folder, manifest, destinations, formats_of(wanted))
 
     context.phase("swapping")
-    state = _stop(context, server, domain, previous, started_by, live)
-    context.undo(
-        "swap_back",
-        live=journalled,
-        operation_id=context.id,
-        uuid=server.domain_uuid,
-        missing=missing,
-    )
-    _refuse_started(domain)
+    swapped = {"live": journalled, "operation_id": context.id, "uuid": server.domain_uuid}
+    steps: list[Step] = [("swap_back", {**swapped, "missing": missing})]
+    if previous and wanted != previous:
+        steps.append(("define_domain", {"xml": previous}))
+    if domain and saved:
+        ours = {"uuid": domain.uuid, "resumed": True, "boot": domain.boot}
+        steps.append(("stop_domain", ours))
+    state = _stop(context, server, domain, previous, started_by, live, steps)
     _prepare_late(context, folder, manifest, late)
     setaside.swap(late | live, context.id)  # what is late comes first
     domain = _define(context, connection, server, previous, wanted, autostart=manifest.autostart)
     if saved:
         state = _resume(context, domain, saved)
     else:
-        _start(context, domain, state)
+        _start(domain, state)
     moved = bool(previous and previous != wanted and _some_exist(previous, manifest))
     set_aside = moved or bool(setaside.swapped(live, context.id))
     links = linked.links_of(clone, wanted)
@@ -253,10 +252,13 @@ def _stop(
     previous: str | None,
     started_by: str,
     live: dict[str, Path],
+    steps: Sequence[Step],
 ) -> State:
     """Stop the server and make sure that nobody uses its disks; returns its state before.
 
-    The copying took its time, so all that was checked before it is checked again.
+    The copying took its time, so all that was checked before it is checked again. Before that
+    `steps`, which undo what follows, are written down, and what starts the server again: while it
+    is off, no database is waited for.
     """
     now_there = _find(connect(settings().libvirt_uri), server)
     seen = now_there.definition() if now_there else None
@@ -266,16 +268,21 @@ def _stop(
             "meanwhile. Its disks and its state are as that left them; ask again."
         )
     refuse_taken(connect(settings().libvirt_uri), server, previous, live)
-    if domain is None:
-        refuse_if_open(live.values(), "replaced")
-        return "stopped"
-    refuse_unsafe(domain, started_by, live)
-    state = domain.wanted_state
-    if state != "stopped":
-        context.undo("start_domain", uuid=domain.uuid, paused=state == "paused")
+    state: State = "stopped"
+    steps = list(steps)
+    if domain:
+        refuse_unsafe(domain, started_by, live)
+        state = domain.wanted_state
+        if state != "stopped":
+            steps.insert(0, ("start_domain", {"uuid": domain.uuid, "paused": state == "paused"}))
+    context.undo_all(*steps)
+    if domain and state != "stopped":
         domain.destroy()
         faults.point("stopped")
-    refuse_if_open(live.values(), "replaced")
+    try:
+        refuse_if_open(live.values(), "replaced")
+    finally:
+        _refuse_started(domain)  # who has them open then
     return state
 
 
@@ -292,8 +299,6 @@ def _define(
         context.undo("undefine_domain", uuid=server.domain_uuid, keep_nvram=True, keep_tpm=True)
     elif wanted == previous:
         return domains.find(connection, server.domain_uuid)
-    else:
-        context.undo("define_domain", xml=previous)
     domain = domains.define(connection, wanted)
     if previous is None and autostart:
         domain.start_with_host()
@@ -302,7 +307,8 @@ def _define(
 
 
 def _refuse_started(domain: Domain | None) -> None:
-    """Raise ServerChanged where somebody started the domain after `_stop`, on whichever disks."""
+    """Raise ServerChanged where somebody started the domain after `_stop`, on whichever disks. Of
+    those that go it is taken off by what undoes the swap."""
     if domain and domain.is_active:
         raise ServerChanged(
             f"{domain.name} was started by somebody while its disks were about to be replaced. It "
@@ -310,9 +316,7 @@ def _refuse_started(domain: Domain | None) -> None:
         )
 
 
-def _start(context: Context, domain: Domain, state: State) -> None:
-    if state != "stopped":
-        context.undo("stop_domain", uuid=domain.uuid)
+def _start(domain: Domain, state: State) -> None:
     _refuse_started(domain)
     if state != "stopped":
         domain.start(paused=state == "paused", discard_saved_state=True)
@@ -320,7 +324,6 @@ def _start(context: Context, domain: Domain, state: State) -> None:
 
 
 def _resume(context: Context, domain: Domain, saved: Path) -> State:
-    context.undo("stop_domain", uuid=domain.uuid, resumed=True)
     if domain.is_active:  # it is not ours
         context.strike("stop_domain")
     _refuse_started(domain)
@@ -346,17 +349,17 @@ def undo(context: Context, operation_id: str) -> Outcome:
 
     context.phase("swapping")
     before = renamed(record["previous"] or current, domain.name)
-    state = _stop(context, server, domain, current, before, live)
-    context.undo(
-        "swap_again", live=record["live"], operation_id=operation_id, uuid=server.domain_uuid
-    )
-    _refuse_started(domain)
+    swapped = {"live": record["live"], "operation_id": operation_id, "uuid": server.domain_uuid}
+    steps: list[Step] = [("swap_again", swapped)]
+    if before != current:
+        steps.append(("define_domain", {"xml": current}))
+    state = _stop(context, server, domain, current, before, live, steps)
     setaside.swap_back(live, operation_id)
     # A TPM that had no state would begin anew without what its maker gives it (decision 0034).
     had_none = [target for target in record["missing"] if target != TPM]
     setaside.take_away({target: live[target] for target in had_none}, operation_id)
     domain = _define(context, connection, server, current, before)
-    _start(context, domain, state)
+    _start(domain, state)
     links = linked.links_of(clone, before, record.get(linked.STOOD_ON, ()))
 
     def apply(session: Session) -> list[Step]:

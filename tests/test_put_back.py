@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import subprocess
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import libvirt
 import pytest
 from live_server import SIZE, Live, live  # noqa: F401
 from operations.spine import database_url, environment, world  # noqa: F401
-from sqlalchemy import select, update
+from sqlalchemy import event, select, update
 
 from lab.guest import Guest, make_disk
 from shared import faults
@@ -30,7 +31,7 @@ from shared.commands import (
     UndoRevert,
 )
 from shared.copying import vault
-from shared.database import now, reading, transaction
+from shared.database import engine, now, reading, transaction
 from shared.disks import images, planning
 from shared.disks.digest import digest
 from shared.disks.overlays import create_overlay
@@ -434,6 +435,41 @@ def test_a_guest_that_would_not_start_again_is_not_stopped(
         assert str(medium) in (reverted.error or {})["message"]
         assert live.guest.domain.ID() == boot
     assert live.guest.state() == "running"
+    live.guest.domain.destroy()
+
+
+@pytest.mark.parametrize("what", ["revert", "undo"])
+def test_no_database_is_waited_for_while_the_server_is_off(
+    live: Live,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    """It may be away for an hour, and the server would be too."""
+    live.succeeds(TakeSnapshot(server=live.server.id))
+    command: Command = RevertSnapshot(server=live.server.id)
+    if what == "undo":
+        command = UndoRevert(operation=live.done(command).id)
+    live.guest.domain.create()
+    done: list[str] = []
+
+    def noted(name: str) -> Any:
+        real = getattr(domains.Domain, name)
+        return lambda *given, **more: (done.append(name), real(*given, **more))[1]
+
+    for name in ("destroy", "start"):
+        monkeypatch.setattr(domains.Domain, name, noted(name))
+
+    def begun(_connection: object) -> None:
+        if threading.current_thread() is threading.main_thread():  # the heartbeat's own may wait
+            done.append("database")
+
+    event.listen(engine(), "begin", begun)
+    try:
+        live.succeeds(command)
+    finally:
+        event.remove(engine(), "begin", begun)
+    off = done.index("destroy")
+    assert done[off - 1 : off + 3] == ["database", "destroy", "start", "database"]
     live.guest.domain.destroy()
 
 

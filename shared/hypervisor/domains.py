@@ -52,6 +52,7 @@ _HALTED = (
     libvirt.VIR_DOMAIN_PAUSED_IOERROR,
     libvirt.VIR_DOMAIN_PAUSED_WATCHDOG,
     libvirt.VIR_DOMAIN_PAUSED_CRASHED,
+    libvirt.VIR_DOMAIN_PAUSED_STARTING_UP,
 )
 _ARRIVING = (
     libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
@@ -107,6 +108,15 @@ class Domain:
     @property
     def is_active(self) -> bool:
         return bool(self.call("Reading the state of", lambda handle: handle.isActive()))
+
+    @property
+    def boot(self) -> int:
+        """libvirt's number of this run of it, another one for each; -1 while it is off."""
+
+        def fresh(handle: Any) -> int:  # a handle keeps the number that it was found with
+            return int(handle.connect().lookupByUUID(handle.UUID()).ID())
+
+        return self.call("Reading the number of", fresh)
 
     @property
     def is_persistent(self) -> bool:
@@ -171,7 +181,8 @@ class Domain:
     @property
     def wanted_state(self) -> State:
         """The state that a fresh start is to bring it to. A guest that halted by itself (an I/O
-        error, a crash, its watchdog, asleep) is to run; one that was paused is to be paused."""
+        error, a crash, its watchdog, asleep), or that is being started, is to run; one that was
+        paused is to be paused."""
         number, reason = self.call("Reading the state of", lambda handle: handle.state())
         if number == libvirt.VIR_DOMAIN_CRASHED and not self.is_active:
             return "stopped"

@@ -15,6 +15,7 @@ from typing import Any
 
 import libvirt
 
+from shared.file_systems import keeps_locks
 from shared.hypervisor.agent import FREEZE_TIMEOUT_S, agent_ready, unanswered
 from shared.hypervisor.agent_timeout import answers_within
 from shared.hypervisor.backup import job_files
@@ -186,20 +187,26 @@ def start_domain(uri: str, uuid: str, *, paused: bool = False) -> bool:
     return True
 
 
-def stop_domain(uri: str, uuid: str, *, resumed: bool = False) -> bool:
-    """Force a domain off; if it was `resumed` from its memory, not one that was booted since."""
+def stop_domain(uri: str, uuid: str, *, resumed: bool = False, boot: int | None = None) -> bool:
+    """Force a domain off, but one that is still in the `boot` that it was in before; if it was
+    `resumed` from its memory, not one that was booted since."""
     domain = _find(uri, uuid)
-    if domain is None or not domain.is_active or (resumed and domain.was_booted):
+    if domain is None or not domain.is_active or domain.boot == boot:
+        return False
+    if resumed and domain.was_booted:
         return False
     domain.destroy()
     return True
 
 
 def state_on(uri: str, uuid: str, files: Iterable[Path]) -> State:
-    """The state to bring a domain back to that has one of `files` open; "stopped" if none has."""
+    """The state to bring a domain back to that has one of `files` open; "stopped" if none has.
+    Where the file system may not tell, one that is on has."""
     domain = _find(uri, uuid)
     state = domain.wanted_state if domain else "stopped"
-    return state if state != "stopped" and any(map(is_open, files)) else "stopped"
+    if state == "stopped" or not any(is_open(each) or not keeps_locks(each) for each in files):
+        return "stopped"
+    return state
 
 
 def is_on(uri: str, uuid: str) -> bool:

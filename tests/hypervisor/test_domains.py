@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import libvirt
 import pytest
 
 from lab.guest import Guest
@@ -153,13 +154,49 @@ def test_a_tpm_s_directory_is_not_taken_from_under_its_owner_s_start(
     assert not state.parent.exists()
 
 
+def test_a_disk_counts_as_in_use_where_locks_may_not_tell(
+    box: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS: rather started anew than left on what goes from under it."""
+    other = tmp_path / "other.raw"
+    other.touch()
+    assert undo.state_on(box.uri, box.uuid, [other]) == "stopped"
+    undo.start_domain(box.uri, box.uuid)
+    monkeypatch.setattr(undo, "keeps_locks", lambda _path: True)
+    assert undo.state_on(box.uri, box.uuid, [other]) == "stopped"
+    monkeypatch.setattr(undo, "keeps_locks", lambda _path: False)
+    assert undo.state_on(box.uri, box.uuid, [other]) == "running"
+    undo.stop_domain(box.uri, box.uuid)
+
+
+@pytest.mark.parametrize(
+    ("reason", "wanted"),
+    [
+        (libvirt.VIR_DOMAIN_PAUSED_STARTING_UP, "running"),
+        (libvirt.VIR_DOMAIN_PAUSED_IOERROR, "running"),
+        (libvirt.VIR_DOMAIN_PAUSED_USER, "paused"),
+    ],
+)
+def test_what_a_guest_is_to_be_again(
+    box: Domain, monkeypatch: pytest.MonkeyPatch, reason: int, wanted: str
+) -> None:
+    """One that is being started counts as paused to libvirt, and is to run."""
+    told = (libvirt.VIR_DOMAIN_PAUSED, reason)
+    monkeypatch.setattr(Domain, "call", lambda _self, _doing, _function: told)
+    assert box.wanted_state == wanted
+
+
 def test_undo_of_power(box: Domain) -> None:
     """Crash recovery starts and stops, and says when there was nothing to do."""
     assert undo.start_domain(box.uri, box.uuid)
     assert not undo.start_domain(box.uri, box.uuid)
     assert undo.is_on(box.uri, box.uuid)
     assert not undo.stop_domain(box.uri, box.uuid, resumed=True)
+    first = box.boot
+    assert not undo.stop_domain(box.uri, box.uuid, boot=first)
     assert undo.stop_domain(box.uri, box.uuid)
+    assert (box.boot, undo.start_domain(box.uri, box.uuid)) == (-1, True)
+    assert undo.stop_domain(box.uri, box.uuid, boot=first)
     assert not undo.is_on(box.uri, box.uuid)
     assert not undo.is_on(box.uri, NOBODY)
     assert not undo.stop_domain(box.uri, box.uuid)

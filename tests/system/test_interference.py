@@ -52,9 +52,9 @@ def test_a_server_started_while_it_is_reverted_runs_on_the_snapshots_disks(
 def test_disks_are_not_swapped_under_a_server_that_was_started_again(
     site: Site, reverted: Machine
 ) -> None:
-    """Started while the database is waited for, once ours had stopped it: it runs on."""
+    """Once ours had stopped it: it runs on."""
     with site.points.held(
-        lambda: site.client.snapshots.revert(reverted.id), "journalled:swap_back"
+        lambda: site.client.snapshots.revert(reverted.id), "stopped"
     ) as operation:
         reverted.guest.start(wait=False)
         since = reverted.guest.domain.ID()
@@ -146,7 +146,7 @@ def test_a_state_saved_before_an_undo_is_not_woken_on_other_disks(
     operation = held_before_undo(
         site,
         lambda: site.client.snapshots.revert(reverted.id),
-        "journalled:stop_domain",
+        "swap:replaced",
         "swap_back",
     )
     reverted.guest.start()
@@ -200,7 +200,7 @@ def test_a_server_started_before_its_memory_is_resumed_is_not_forced_off(
     """It was off, and is its owner's, started anew on its own disks."""
     with site.points.held(
         lambda: site.client.snapshots.revert(remembered.id, with_memory=True),
-        "journalled:stop_domain",
+        "swap:replaced",
     ) as operation:
         remembered.guest.start(wait=False)
 
