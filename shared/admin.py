@@ -16,7 +16,7 @@ from shared.rescan import rescan, survey
 from shared.settings import settings
 from shared.vault import Vault
 
-BAD = ("conflict", "registered_anew", "foreign", "unreadable", "missing", "deleted")
+BAD = ("incomplete", "conflict", "registered_anew", "foreign", "unreadable", "missing", "deleted")
 """Verdicts that somebody has to look at."""
 
 

@@ -181,7 +181,8 @@ def _journal(
         return
     held: JournalStep = ("resume_domain", uuid)
     if step == "backup":
-        held = ("abort_backup", {**uuid, "folder": str(folder)})
+        ran = domain.state == "running"
+        held = ("abort_backup", {**uuid, "folder": str(folder), "ran": ran})
     thaw: list[JournalStep] = [("thaw_domain", uuid)] if freezes else []
     context.undo_all(*thaw, held, durable=False)
 

@@ -4,6 +4,7 @@ All three services of a host run a reporter; the one that holds the lock reports
 thus shows domains and their states without talking to libvirt.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -27,6 +28,8 @@ log = structlog.get_logger()
 
 AGAIN_S = 5.0
 """Until a vault that is not there is looked for again."""
+PULSE_S = 20.0
+"""How often the host is told to be there at least: a report may have to wait for libvirt."""
 
 
 class HostReporter(threading.Thread):
@@ -40,18 +43,42 @@ class HostReporter(threading.Thread):
         self._stopped.set()
 
     def run(self) -> None:
-        while not self._has_vault():  # where the lock is
+        while (lock := self._opened()) is None:
             if self._stopped.wait(AGAIN_S):
                 return
-        path = settings().vault / ".reporter.lock"
-        lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            threading.Thread(target=self._pulse, name="host-pulse", daemon=True).start()
             inventory.watch(
                 settings().libvirt_uri, self._changed, self._stopped, on_lost=self._unreachable
             )
         finally:
             os.close(lock)
+
+    def _opened(self) -> int | None:
+        """The lock's file; None while the vault that it is in is not there."""
+        if not self._has_vault():
+            return None
+        path = settings().vault / ".reporter.lock"
+        try:
+            try:
+                return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                if error.errno != errno.EROFS:
+                    raise
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # which is enough for a lock
+        except OSError as error:
+            self._tell(f"{path} cannot be opened: {error.strerror}")
+        return None
+
+    def _pulse(self) -> None:
+        while not self._stopped.wait(PULSE_S):
+            try:
+                with transaction() as session:
+                    host = lookups.reporting_host(session, settings().host)
+                    host.last_seen_at = database_now(session)
+            except Exception as error:
+                log.warning("host.report_failed", reason=str(error))
 
     def _has_vault(self) -> bool:
         try:
@@ -87,6 +114,7 @@ def report() -> None:
     """Write what this host can do and the domains it has."""
     connection = connect(settings().libvirt_uri)
     seen = {facts.uuid: facts for facts in inventory.scan(connection)}
+    there = inventory.uuids(connection)
     problem, facts = None, None
     try:
         facts = _facts(connection)
@@ -100,7 +128,7 @@ def report() -> None:
             row.uuid: row
             for row in session.scalars(select(Domain).where(Domain.host == host.name))  # type: ignore[arg-type]
         }
-        for gone in known.keys() - seen.keys():
+        for gone in known.keys() - seen.keys() - there:
             session.execute(
                 delete(Domain).where(Domain.host == host.name, Domain.uuid == gone)  # type: ignore[arg-type]
             )

@@ -90,9 +90,10 @@ def thaw_domain(uuid: str) -> None:
 
 
 @action
-def abort_backup(uuid: str, folder: str | None = None) -> None:
-    """The job that copies into the folder. Entries of an earlier version name none."""
-    hypervisor.abort_backup(settings().libvirt_uri, uuid, folder)
+def abort_backup(uuid: str, folder: str | None = None, ran: bool = False) -> None:
+    """The job that copies into the folder. Entries of an earlier version name none, nor whether
+    the guest `ran`."""
+    hypervisor.abort_backup(settings().libvirt_uri, uuid, folder, ran=ran)
 
 
 @action

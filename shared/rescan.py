@@ -20,13 +20,13 @@ from shared.database import now
 from shared.manifest import Manifest, VaultError, read_manifest
 from shared.models import Image, JournalEntry, Server, Snapshot
 from shared.settings import settings
-from shared.vault import Vault
+from shared.vault import Vault, wrong_files
 
 
 @dataclass(frozen=True)
 class Finding:
     """What was found about one copy. `verdict`: adopted · known · deleted · under_way · missing ·
-    found_again · conflict · registered_anew · foreign · unreadable."""
+    found_again · incomplete · conflict · registered_anew · foreign · unreadable."""
 
     path: str
     verdict: str
@@ -38,11 +38,12 @@ UNDER_WAY = "an operation is making or removing it"
 
 @dataclass(frozen=True)
 class Seen:
-    """A copy's folder, and its manifest or why there is none."""
+    """A copy's folder, and its manifest or why there is none; what its files lack."""
 
     folder: Path
     manifest: Manifest | None
     obstacle: str = ""
+    faults: tuple[str, ...] = ()
 
 
 def survey(vault: Vault) -> list[Seen]:
@@ -58,8 +59,15 @@ def survey(vault: Vault) -> list[Seen]:
         except VaultError as error:
             seen.append(Seen(folder, None, error.detail))
         else:
-            seen.append(Seen(folder, manifest))
+            seen.append(Seen(folder, manifest, faults=_faults(folder, manifest)))
     return seen
+
+
+def _faults(folder: Path, manifest: Manifest) -> tuple[str, ...]:
+    try:
+        return tuple(wrong_files(folder, manifest))
+    except OSError as error:
+        return (str(error),)
 
 
 def rescan(session: Session, vault: Vault, seen: Sequence[Seen]) -> list[Finding]:
@@ -77,7 +85,7 @@ def rescan(session: Session, vault: Vault, seen: Sequence[Seen]) -> list[Finding
         elif each.manifest is None:
             found.append(Finding(name, "unreadable", each.obstacle))
         else:
-            verdict, detail = _judged(session, each.manifest)
+            verdict, detail = _judged(session, each.manifest, "; ".join(each.faults))
             if verdict == "deleted" and each.folder in _under_way(session, vault):  # since then
                 verdict, detail = "under_way", UNDER_WAY
             found.append(Finding(name, verdict, detail))
@@ -90,7 +98,7 @@ def _under_way(session: Session, vault: Vault) -> set[Path]:
     return {vault.here(entry.arguments["folder"]) for entry in session.scalars(query)}
 
 
-def _judged(session: Session, manifest: Manifest) -> tuple[str, str]:
+def _judged(session: Session, manifest: Manifest, faults: str) -> tuple[str, str]:
     server = session.get(Server, manifest.server.id)
     if server and server.host != settings().host:
         return "foreign", (
@@ -99,10 +107,12 @@ def _judged(session: Session, manifest: Manifest) -> tuple[str, str]:
         )
     row: Any = session.get(Snapshot if manifest.kind == "snapshot" else Image, manifest.id)
     if row is None:
-        return _adopted(session, Stored(manifest))
+        return ("incomplete", faults) if faults else _adopted(session, Stored(manifest))
     if row.deleted_at:
         return "deleted", f"it was deleted at {row.deleted_at:%Y-%m-%d %H:%M} UTC; remove it"
     if getattr(row, "state", "") == "missing":
+        if faults:  # rotation would count it as a good one
+            return "incomplete", faults
         row.state = "damaged" if row.verified_result == "damaged" else "complete"
         return "found_again", "verify it before you rely on it"
     return "known", ""

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from shared import faults
+from shared.disks import images
 from shared.disks.digest import digest
 from shared.disks.durable import sync
 from shared.disks.space import full_is_said
@@ -264,6 +265,20 @@ class Vault:
     def _folders(self, kind: Kind | None) -> Iterator[Path]:
         for name in [_FOLDERS[kind]] if kind else _FOLDERS.values():
             yield from sorted(p for p in self.root.glob(f"{name}/*/*") if p.is_dir())
+
+
+def wrong_files(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """What is missing of a copy, or has another size than it had; nothing is read through. Raises
+    OSError."""
+    for name in filter(None, (manifest.definition, *manifest.beside.values(), manifest.memory)):
+        if not (folder / name).is_file():
+            yield f"{name} is missing"
+    for disk in manifest.disks:
+        path = folder / disk.file
+        if not path.is_file():
+            yield f"{disk.file} is missing"
+        elif wrong := images.wrong_size(path, disk.format, disk.virtual_bytes):
+            yield f"{disk.file} {wrong}"
 
 
 def total_bytes(paths: Sequence[Path]) -> int:

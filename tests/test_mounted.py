@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ from shared.commands import (
     UndoRestore,
     VerifyImage,
 )
-from shared.database import reading, transaction
+from shared.database import now, reading, transaction
 from shared.models import Host, Image, Snapshot
+from shared.models.hosts import SILENCE
 from shared.operations import bystander, claim, journal, presence, runner
 from shared.operations.bystander import Bystander, _left_behind
 from shared.settings import settings
@@ -187,6 +189,67 @@ def test_worker_that_starts_before_the_mount_waits_for_it(
         for each in (reporter, bystander):
             each.stop()
             each.join(10)
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize("lock", ["there", "missing"])
+def test_worker_that_starts_on_a_read_only_vault_reports(
+    live: Live,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    lock: str,
+) -> None:
+    """Restores go on there. Where it cannot be one of those that take turns, it says why, and goes
+    on by itself once it can."""
+    monkeypatch.setattr(hosts, "AGAIN_S", 0.1)
+    path, real, rescued = live.root / ".reporter.lock", os.open, threading.Event()
+    if lock == "there":
+        path.touch()
+
+    def refusing(opened: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if opened == path and flags & os.O_CREAT and not rescued.is_set():
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(opened, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    reporter = hosts.HostReporter()
+    reporter.start()
+    try:
+        if lock == "missing":
+            wait_for(lambda: f"{path} cannot be opened" in (host().problem or ""))
+            rescued.set()
+        wait_for(lambda: host().facts and host().answering)
+    finally:
+        reporter.stop()
+        reporter.join(10)
+
+
+@pytest.mark.vm
+def test_host_is_not_silent_while_a_report_waits_for_libvirt(
+    live: Live,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One domain that hangs would have all others' work wait for workers that are there."""
+    began, over = threading.Event(), threading.Event()
+
+    def hanging(_connection: object) -> list[Any]:
+        began.set()
+        assert over.wait(60)
+        return []
+
+    monkeypatch.setattr(hosts, "PULSE_S", 0.1)
+    monkeypatch.setattr(hosts.inventory, "scan", hanging)
+    reporter = hosts.HostReporter()
+    reporter.start()
+    try:
+        assert began.wait(60)
+        with transaction() as session:
+            past = now() - 2 * SILENCE
+            session.execute(update(Host).where(Host.name == "kvm-1").values(last_seen_at=past))  # type: ignore[arg-type]
+        wait_for(lambda: not host().silent)
+    finally:
+        over.set()
+        reporter.stop()
+        reporter.join(10)
 
 
 @pytest.mark.vm

@@ -103,6 +103,36 @@ def test_rows_are_as_they_were(world: World, vault: Vault) -> None:  # noqa: F81
     assert verdicts(vault) == {"img_1": "known", "snp_1": "known"}
 
 
+@pytest.mark.parametrize("fault", ["gone", "short"])
+@pytest.mark.parametrize("known", [False, True])
+def test_copy_that_is_only_half_back_does_not_count(
+    world: World,  # noqa: F811
+    vault: Vault,
+    fault: str,
+    known: bool,
+) -> None:
+    """As while it is being copied back, its manifest first. Rotation would remove a whole image
+    in its stead."""
+    server = world.server("web")
+    copy(vault, "image", "img_1", server)
+    disk = vault.folder("image", server.id, "img_1") / "vda.raw"
+    if known:
+        assert verdicts(vault) == {"img_1": "adopted"}
+        with transaction() as session:
+            session.execute(update(Image).values(state="missing"))
+    whole = disk.read_bytes()
+    disk.unlink()
+    if fault == "short":
+        disk.write_bytes(b"")
+
+    assert verdicts(vault) == {"img_1": "incomplete"}
+    assert [each.state for each in rows(Image)] == (["missing"] if known else [])
+
+    disk.write_bytes(whole)
+    assert verdicts(vault) == {"img_1": "found_again" if known else "adopted"}
+    assert [each.state for each in rows(Image)] == ["complete"]
+
+
 def test_domain_that_was_registered_anew_keeps_its_server(
     world: World,  # noqa: F811
     vault: Vault,

@@ -128,6 +128,7 @@ def _change(session: Session, reference: str, hours: float | None) -> shapes.Far
         farms.let_end(farm, hours, now())
     else:
         farm.expires_in_h = hours
+        farm.expires_at = farm.due_at = farm.warned_at = None  # of clones that were deleted
     session.add(farm)
     ends = farm.expires_at.isoformat() if farm.expires_at else None
     told = {"farm": farm.id, "name": farm.name, "expires_at": ends}

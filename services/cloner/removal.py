@@ -110,11 +110,12 @@ def _delete(
     for each in leaving:
         if not each.failed:
             _trying(each, partial(_look, each, users))
-    _stop(context, leaving)
+    if _stop(context, leaving):  # which takes its time
+        users = using.users(connection)
     for number, each in enumerate(leaving, start=1):
         if not each.failed:
             context.phase(f"clone {number} of {len(leaving)}: {each.clone.name}")
-            _trying(each, partial(_set_aside, context, each))
+            _trying(each, partial(_set_aside, context, each, users))
 
     outcome = Outcome({"farm": farm_id, "clones": []})
 
@@ -164,23 +165,28 @@ def _look(each: Leaving, users: Users) -> None:
             stranger, "the domain got it later, or it was not recorded that it is the clone's"
         )
     for path in made:
-        others = users.get(path.resolve(), {})
-        names = [name for uuid, name in others.items() if uuid != each.server.domain_uuid]
         if path.resolve() in each.kept:
             each.leave(path, "a disk that the domain got later depends on it")
-        elif names:
-            each.leave(path, f"domain {', '.join(sorted(names))} needs it")
+        elif others := _others(each, path, users):
+            each.leave(path, f"domain {others} needs it")
         elif removal.is_plain(path):
             each.files.append(path)
         elif path.exists() or path.is_symlink():
             each.leave(path, "it is no plain file any more")
 
 
-def _stop(context: Context, leaving: list[Leaving]) -> None:
-    """Force the domains off, all at once; should it come to that, they are started again."""
+def _others(each: Leaving, path: Path, users: Users) -> str:
+    """The names of the domains, but the clone's own, that need a file."""
+    needing = users.get(path.resolve(), {}).items()
+    return ", ".join(sorted(name for uuid, name in needing if uuid != each.server.domain_uuid))
+
+
+def _stop(context: Context, leaving: list[Leaving]) -> bool:
+    """Force the domains off, all at once; should it come to that, they are started again. Whether
+    any was on."""
     on = [each for each in leaving if not each.failed and each.state != "stopped"]
     if not on:
-        return
+        return False
     context.phase(f"stopping {len(on)} clones")
     for each in on:  # in a unit of its own: one that cannot start again keeps no other off
         with context.unit(each.clone.id):
@@ -188,9 +194,10 @@ def _stop(context: Context, leaving: list[Leaving]) -> None:
     at_once(on, lambda each: each.domain().destroy())
     context.leftovers += [each.clone.id for each in on if each.failed]
     faults.point("clones:stopped")
+    return True
 
 
-def _set_aside(context: Context, each: Leaving) -> None:
+def _set_aside(context: Context, each: Leaving, users: Users) -> None:
     """Take the clone's files from under their names, if nothing has come between."""
     with context.unit(each.clone.id):
         if each.found and (each.found.is_active or not set(files_of(each.found)) <= each.has):
@@ -198,6 +205,12 @@ def _set_aside(context: Context, each: Leaving) -> None:
                 f"{each.clone.name} was started, given other disks or defined anew by somebody "
                 "meanwhile, so it was not deleted. Look at what was done, then ask again."
             )
+        for path in each.files:
+            if others := _others(each, path, users):
+                raise ServerChanged(
+                    f"{path} is needed by domain {others}, which was defined meanwhile, so "
+                    f"{each.clone.name} was not deleted. Look at what was done, then ask again."
+                )
         refuse_if_open(each.files, "removed")
         arguments = {"files": [*map(str, each.files)], "operation_id": context.id}
         context.undo("give_back", **arguments)

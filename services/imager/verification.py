@@ -12,7 +12,7 @@ from shared.copying import vault
 from shared.database import now, reading
 from shared.disks import images as disk_images
 from shared.disks.digest import digest
-from shared.disks.errors import DiskError, ImageDamaged
+from shared.disks.errors import ImageDamaged
 from shared.manifest import MANIFEST, Manifest, ManifestDisk, VaultError, read_manifest
 from shared.models import Image
 from shared.operations.context import Context, Outcome
@@ -91,7 +91,7 @@ def _faults(context: Context, folder: Path) -> list[dict[str, Any]]:
     for disk in manifest.disks:
         try:
             found[disk.file] = _digest(context, folder, disk, before, total)
-        except (DiskError, OSError) as error:
+        except (ImageDamaged, OSError) as error:
             faults.append({"file": disk.file, "fault": str(error)})
         before += disk.virtual_bytes
     for name in manifest.small_files:

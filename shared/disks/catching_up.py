@@ -39,14 +39,15 @@ class CatchingUp:
         self._written_ns: int | None = None
         self._cost_ms = 0.0
 
-    def begin(self) -> None:
+    def begin(self, check: Callable[[], None]) -> None:
         """Share the whole file bit by bit, whatever is written meanwhile. Raises what reflinks
-        raise."""
+        and `check` raise."""
         os.fdatasync(self.source)
         cuts = extents(self.source).logical[AT_A_TIME::AT_A_TIME]
         starts = np.concatenate([np.zeros(1, np.uint64), cuts])
         ends = np.append(cuts, np.uint64(_TO_THE_END))
         for each in np.stack([starts, ends], axis=1):
+            check()
             clone_ranges(self.source, self.target, each[np.newaxis])
         self._held = extents(self.target)
 
@@ -106,8 +107,7 @@ def catch_up(copies: Sequence[CatchingUp], budget_ms: float, check: Callable[[],
     """Bring the copies as near to their sources as they come. `check` raises when the work must
     stop. Raises PauseTooLong where what is left would still hold the guest for too long."""
     for copy in copies:
-        check()
-        copy.begin()
+        copy.begin(check)
     follow(copies, budget_ms, check)
 
 

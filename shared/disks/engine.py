@@ -390,6 +390,8 @@ def _stream_active(job: _Job) -> _Shot:
         with order.frozen(job.plan.state) as consistency:
             faults.point("stream:frozen")
             shots.append(_Shot(datetime.now(UTC), consistency))
+            if consistency.level != "crash":  # libvirt would wait for it, with the guest frozen
+                order.domain.refuse_other_job(patience_s=0)
             yield
             faults.point("stream:begun")
             definition = order.domain.live_definition()

@@ -21,6 +21,9 @@ from shared.disks.space import says_full
 # Formats that qemu-img can check; raw and others have no structure to check.
 CHECKABLE = {"qcow2", "qed", "vdi", "vhdx", "vmdk", "parallels"}
 _TIMEOUT_S = 600
+_LAST_VERDICT = 63
+"""Exit statuses of `qemu-img check`: 0 sound, 1 not done, 2 damaged, 3 leaks, 63 cannot be checked;
+what is higher is its starter's (setpriv(1))."""
 _SECTOR = 512
 # docs/interop/qcow2.txt of QEMU: magic, version, offset and length of the backing file's name,
 # cluster bits, virtual size, kind of encryption, and, past four places of tables, the number of
@@ -181,7 +184,7 @@ def check_by_qemu(
     path: Path, image_format: str, meanwhile: Callable[[], None] = lambda: None
 ) -> None:
     """Have qemu-img check an image that nobody writes, which takes minutes for terabytes. What
-    `meanwhile` raises ends it. Raises ImageDamaged.
+    `meanwhile` raises ends it. Raises ImageDamaged, and CopyFailed where qemu-img came to no end.
 
     Leaked clusters waste space and harm nothing: qemu-img's exit status 3 passes. So does what is
     encrypted, which qemu-img cannot judge.
@@ -189,6 +192,8 @@ def check_by_qemu(
     if image_format not in CHECKABLE or is_encrypted(path, image_format):
         return
     status, complaint = run(["check", "-f", image_format, str(path)], meanwhile)
+    if status < 0 or status > _LAST_VERDICT:
+        raise CopyFailed(f"qemu-img check of {path.name} was killed before it came to an end.")
     if status not in (0, 3):
         told = complaint.splitlines()
         raise ImageDamaged(

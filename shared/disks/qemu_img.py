@@ -28,17 +28,21 @@ def run(
     """Run qemu-img to its end: its exit status, and the end of what it complained about.
 
     It is killed with the thread that starts it (prctl(2), PR_SET_PDEATHSIG). What `check` raises
-    ends it, within a second. Raises CopyFailed where there is no qemu-img.
+    ends it, within a second. Raises CopyFailed where it cannot be started.
     """
     if shutil.which("qemu-img") is None:
         raise CopyFailed("qemu-img is not installed; install qemu-utils.")
-    with subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", "--", "qemu-img", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        process_group=0,
-        umask=0o077,
-    ) as process:
+    try:
+        started = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", "--", "qemu-img", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            process_group=0,
+            umask=0o077,
+        )
+    except OSError as error:
+        raise CopyFailed(f"qemu-img could not be started: {error}.") from error
+    with started as process:
         try:
             complaint = _follow(process, check, progress)
         except BaseException:

@@ -12,14 +12,13 @@ from typing import Any
 from sqlalchemy import select
 
 from shared.database import reading, transaction
-from shared.disks import images
 from shared.doctor.findings import Finding
 from shared.doctor.site import Site
-from shared.manifest import Manifest, VaultError, read_manifest
+from shared.manifest import VaultError, read_manifest
 from shared.models import Image, Snapshot
 from shared.rescan import Finding as Judged
 from shared.rescan import rescan, survey
-from shared.vault import Vault
+from shared.vault import Vault, wrong_files
 
 CHECK = "copy"
 _FILE, _FOLDER = 0o400, 0o700
@@ -162,24 +161,12 @@ def _faults(vault: Vault, path: str) -> list[str]:
     folder = vault.root / path
     try:
         manifest = read_manifest(folder)
-        faults = list(_wrong_files(folder, manifest))
+        faults = list(wrong_files(folder, manifest))
         if not vault.is_in_place(folder, manifest):
             faults.append(f"its manifest is that of {manifest.kind} {manifest.id}")
     except VaultError as error:
         faults = [" ".join(str(error.__cause__ or error).split())]
     return faults if folder.is_dir() else []  # else it was deleted in between
-
-
-def _wrong_files(folder: Path, manifest: Manifest) -> Iterator[str]:
-    for name in filter(None, (manifest.definition, *manifest.beside.values(), manifest.memory)):
-        if not (folder / name).is_file():
-            yield f"{name} is missing"
-    for disk in manifest.disks:
-        path = folder / disk.file
-        if not path.is_file():
-            yield f"{disk.file} is missing"
-        elif wrong := images.wrong_size(path, disk.format, disk.virtual_bytes):
-            yield f"{disk.file} {wrong}"
 
 
 def _loose(site: Site, path: str) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,9 @@ POLL_S = 1.0
 _CANCEL_POLL_S = 0.1
 _ABORT_PATIENCE_S = 60.0
 _OUTAGE_PATIENCE_S = 60.0
-_RELEASE_PATIENCE_S = 60.0
+_RELEASE_PATIENCE_S = 600.0
+"""QEMU flushes what it has written before it closes a copy."""
+_FLUSH_EVERY_S = 5.0
 _EMPTY_PATIENCE_S = 4.0
 """Seen on libvirt 9.0: where QEMU ends a copy while libvirtd is away, libvirt has the job run on
 for ever, with no disk in its statistics. It can be aborted then."""
@@ -61,7 +63,7 @@ def push_backup(
     `progress(done, total)` is in bytes; `check` is called several times a second and
     raises when the copy must not go on. The files are synced, mode 0600. Raises
     BackupFailed, LibvirtBusy (another job runs), Cancelled or what `check` raises;
-    then the job is ended and the files are removed.
+    then the job is ended, the files are removed, and a guest goes on that stopped by it.
     """
 
     def check_all() -> None:
@@ -70,21 +72,59 @@ def push_backup(
         check()
 
     domain.refuse_other_job(check_all)  # libvirt would wait for it, with the guest frozen
-    job = _Job(domain)
+    job, ran = _Job(domain), domain.state == "running"
+    paths = [path for path, _ in targets.values()]
     try:
         with instant or nullcontext():
             job.begin(_job_xml(domain, targets))
-        job.wait(progress, check_all)
-        job.wait_released(targets)
-        for path, _ in targets.values():
+        with _flushed(paths):
+            job.wait(progress, check_all)
+            job.wait_released(targets, check_all)
+        for path in paths:
             settle(path)
     except BaseException:
         job.abort()
-        for path, _ in targets.values():
+        for path in paths:
             path.unlink(missing_ok=True)
+        if ran:
+            with contextlib.suppress(HypervisorError):  # who undoes the operation tries again
+                go_on(domain)
         raise
     finally:
         job.close()
+
+
+def go_on(domain: Domain) -> bool:
+    """Have a guest go on that stopped at a write of its own while QEMU copied; whether it had.
+
+    What a guest is about to overwrite is first written to the copy. Where that finds no room, the
+    guest's write fails, and QEMU stops the guest (block/copy-before-write.c, `werror=enospc`).
+    Once the copy has ended it is made again, and has nothing to do with it.
+    """
+    if not domain.halted_by_io:
+        return False
+    log.warning("%s had stopped while it was copied, and goes on", domain.name)
+    domain.resume()
+    return True
+
+
+@contextlib.contextmanager
+def _flushed(paths: Sequence[Path]) -> Iterator[None]:
+    """What QEMU writes to these files meanwhile goes to the disk soon. At the end it would take
+    minutes, in which QEMU does nothing else."""
+    over = threading.Event()
+
+    def flush() -> None:
+        while not over.wait(_FLUSH_EVERY_S):
+            for path in paths:
+                with contextlib.suppress(OSError), path.open("rb") as file:
+                    os.fdatasync(file.fileno())
+
+    threading.Thread(target=flush, name="flushing", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()  # a flush that is under way is not waited for
 
 
 def job_files(domain: Domain) -> list[Path]:
@@ -179,7 +219,9 @@ class _Job:
             "and nothing of the copy was kept; try again."
         )
 
-    def wait_released(self, targets: Mapping[str, tuple[Path, str]]) -> None:
+    def wait_released(
+        self, targets: Mapping[str, tuple[Path, str]], check: Callable[[], None]
+    ) -> None:
         """Wait until QEMU has closed the copies: its last metadata is written only then.
 
         The job's success is announced 10 to 300 ms earlier (seen on libvirt 9.0). Any
@@ -195,6 +237,7 @@ class _Job:
             self.domain.call("Settling the copy of", measure)
         deadline = time.monotonic() + _RELEASE_PATIENCE_S
         while any(is_open(path) for path, _ in targets.values()):
+            check()
             if time.monotonic() > deadline:
                 raise BackupFailed(
                     f"QEMU does not let go of the copy of {self.domain.name}, so it is not kept. "

@@ -191,6 +191,12 @@ class Domain:
         return _STATES.get(number, "running")
 
     @property
+    def halted_by_io(self) -> bool:
+        """Whether QEMU has stopped it at a write or read that failed, and that it repeats."""
+        state, reason = self.state_and_reason()
+        return state == "paused" and reason == libvirt.VIR_DOMAIN_PAUSED_IOERROR
+
+    @property
     def held_by_save(self) -> bool:
         """Whether it is paused as saving its memory leaves it.
 

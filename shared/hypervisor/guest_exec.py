@@ -79,6 +79,16 @@ def refusal(domain: Domain) -> str | None:
     return None
 
 
+def is_frozen(domain: Domain) -> bool:
+    """Whether the guest's file systems are frozen, as far as its agent tells."""
+    if not agent_ready(domain):
+        return False
+    try:
+        return bool(_order(domain, "guest-fsfreeze-status", timeout_s=2) == "frozen")
+    except HypervisorError:
+        return False
+
+
 def system_of(domain: Domain) -> str:
     """The id of the operating system, such as `debian` or `mswindows`; empty if not told."""
     try:

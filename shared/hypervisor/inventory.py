@@ -14,6 +14,7 @@ from typing import Any
 
 import libvirt
 
+from shared.disks.images import virtual_bytes
 from shared.errors import TriptychError
 from shared.hypervisor.connection import connect, translated
 from shared.hypervisor.definition import DiskDefinition, DomainDefinition, macs_of, volume_of
@@ -21,6 +22,7 @@ from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import (
     DefinitionInvalid,
     DomainMissing,
+    LibvirtBusy,
     LibvirtFailed,
     LibvirtUnavailable,
 )
@@ -71,8 +73,14 @@ def scan(connection: Any) -> list[DomainFacts]:
     return sorted(facts, key=lambda domain: domain.name)
 
 
+def uuids(connection: Any) -> set[str]:
+    """Of all domains, also of those that `scan` leaves out. Raises what libvirt raises."""
+    return {each.uuid for each in all_domains(connection)}
+
+
 def facts_of(domain: Domain) -> DomainFacts:
-    """What a host reports about one domain: its disks as they are now."""
+    """What a host reports about one domain: its disks as they are now. QEMU is not asked where a
+    disk's file tells: one that is busy, as with a migration, does not answer for as long."""
     definition = DomainDefinition.parse(domain.live_definition())
     return DomainFacts(
         uuid=domain.uuid,
@@ -117,7 +125,7 @@ def addresses(connection: Any) -> set[str]:
         try:
             texts = [domain.definition(), *([domain.live_definition()] if domain.is_active else [])]
             found |= {mac.lower() for xml in texts for mac in macs_of(xml)}
-        except (DomainMissing, DefinitionInvalid, LibvirtFailed) as error:
+        except (DomainMissing, DefinitionInvalid, LibvirtBusy, LibvirtFailed) as error:
             log.warning("a domain's addresses are not known: %s", error)
     return found
 
@@ -203,15 +211,25 @@ def _tell(callback: Callable[..., None], *arguments: str) -> None:
 
 
 def _disk_facts(domain: Domain, disk: DiskDefinition) -> DiskFacts:
-    capacity: int | None = None
-    if disk.path is not None and (domain.is_active or Path(disk.path).exists()):
-        with contextlib.suppress(TriptychError):
-            # An inactive domain's disk is looked up by path, an active one's by either.
-            capacity = domain.call(
-                "Measuring a disk of", lambda handle: int(handle.blockInfo(disk.target)[0])
-            )
+    capacity = _capacity(domain, disk)
     try:
         writable = disk.left_out_because is None
     except DefinitionInvalid:
         writable = False
     return DiskFacts(disk.target, disk.format, disk.path, capacity, writable)
+
+
+def _capacity(domain: Domain, disk: DiskDefinition) -> int | None:
+    if disk.path is None:
+        return None
+    path = Path(disk.path)
+    with contextlib.suppress(OSError):
+        if path.is_file() and (told := virtual_bytes(path, disk.format)) is not None:
+            return told
+    if domain.is_active or path.exists():
+        with contextlib.suppress(TriptychError):
+            # An inactive domain's disk is looked up by path, an active one's by either.
+            return domain.call(
+                "Measuring a disk of", lambda handle: int(handle.blockInfo(disk.target)[0])
+            )
+    return None

@@ -30,6 +30,7 @@ from shared.hypervisor.errors import (
     PauseFailed,
     ServerNotRunning,
 )
+from shared.hypervisor.guest_exec import is_frozen
 from shared.hypervisor.pause import Pause, give_back
 from shared.hypervisor.watchdog import DEADLINE_S, GIVE_UP_S, Watchdog
 
@@ -88,6 +89,12 @@ def memory_saved(
             f"{domain.name} was paused or resumed by somebody else while it was being copied, so "
             "memory and disks may not be of one instant and are not kept. It is as they left it; "
             "try again."
+        )
+    if is_frozen(domain):
+        raise MemoryNotSaved(
+            f"The file systems of {domain.name} were frozen by somebody, and who wakes from such a "
+            "memory is frozen. The guest runs as it was and nothing was kept; thaw it (`virsh "
+            f"domfsthaw {domain.name}`), or wait for who froze it, and try again."
         )
     settle(target)
 

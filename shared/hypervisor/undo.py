@@ -18,7 +18,7 @@ import libvirt
 from shared.file_systems import keeps_locks
 from shared.hypervisor.agent import FREEZE_TIMEOUT_S, agent_ready, unanswered
 from shared.hypervisor.agent_timeout import answers_within
-from shared.hypervisor.backup import job_files
+from shared.hypervisor.backup import go_on, job_files
 from shared.hypervisor.connection import connect
 from shared.hypervisor.definition import DomainDefinition, renamed
 from shared.hypervisor.domains import Domain, State, define, find
@@ -110,8 +110,9 @@ def thaw_domain(uri: str, uuid: str) -> bool:
     return thawed
 
 
-def abort_backup(uri: str, uuid: str, folder: str | None = None) -> bool:
-    """End a backup job that still runs, and wait until QEMU has let go of its files.
+def abort_backup(uri: str, uuid: str, folder: str | None = None, *, ran: bool = False) -> bool:
+    """End a backup job that still runs, and wait until QEMU has let go of its files. A guest that
+    `ran` when it began, and has stopped by it, goes on.
 
     One that writes elsewhere than into `folder`, if that is given, is somebody else's; that and
     jobs of other kinds are left alone. Raises LibvirtBusy if it does not end.
@@ -125,7 +126,8 @@ def abort_backup(uri: str, uuid: str, folder: str | None = None) -> bool:
             return False
         return folder is None or Path(folder) in {path.parent for path in job_files(domain)}
 
-    return _end_job(domain, ours)
+    ended = _end_job(domain, ours)
+    return (go_on(domain) if ran else False) or ended
 
 
 def _end_job(domain: Domain, ours: Callable[[dict[str, Any]], bool]) -> bool:

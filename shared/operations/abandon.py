@@ -1,22 +1,28 @@
-"""Ends what a restored backup of the database holds as queued or running, and touches nothing.
+"""Ends what a restored backup of the database holds as queued or running, gives its farms their
+time anew, and touches nothing.
 
     python -m shared.operations.abandon      # after the restore, before any worker starts
 
 Such an operation has mostly ended since the backup was made. To do a revert again days later,
 or to undo one from an old journal, would put old disks in the place of those in use. What is
-past its commit is left to the workers: it only has something to remove.
+past its commit is left to the workers: it only has something to remove. The end of a farm may
+have been put off since, and beat would delete it at once, which nothing undoes.
 """
 
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import delete, select
 from sqlmodel import Session
 
-from shared import errors
+from shared import errors, farms
 from shared.database import database_now, transaction
-from shared.models import Operation, OutboxMessage
+from shared.models import Farm, Operation, OutboxMessage
 from shared.operations import journal
 from shared.operations.finish import finish
+
+LEAST = timedelta(days=1)
+"""What a farm has at least from now on."""
 
 
 def abandon(session: Session) -> list[Operation]:
@@ -43,15 +49,30 @@ def abandon(session: Session) -> list[Operation]:
     return found
 
 
+def postpone(session: Session) -> list[Farm]:
+    """Have each farm that is to end live for as long as it was made for, and a day at least, from
+    now on."""
+    row: Any = Farm
+    ending = select(Farm).where(row.deleted_at.is_(None), row.expires_at.is_not(None))
+    found = list(session.scalars(ending.order_by(row.created_at)))
+    for each in found:
+        hours = max(each.expires_in_h or 0.0, LEAST / timedelta(hours=1))
+        farms.let_end(each, hours, database_now(session))
+    return found
+
+
 def main() -> None:
     try:
         with transaction() as session:
             abandoned = abandon(session)
+            postponed = postpone(session)
     except errors.ServerBusy as error:
         raise SystemExit(error.detail) from error
     for each in abandoned:
         print(f"failed: {each.id} {each.kind}")
     print(f"{len(abandoned)} unfinished operations.")
+    for each in postponed:
+        print(f"farm {each.name} ends on {each.expires_at:%Y-%m-%d %H:%M} UTC")
 
 
 if __name__ == "__main__":

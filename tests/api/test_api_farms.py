@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from api_world import Refused, World
 from fastapi.testclient import TestClient
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from shared.database import now, reading, transaction
 from shared.models import Clone, Event, Farm, Operation, Server
@@ -222,6 +222,21 @@ def test_end_is_set_extended_and_taken_away(api: TestClient, farm: Farm, any_dat
     with reading() as session:
         types = [each.type for each in session.scalars(select(Event))]
     assert types.count("triptych.farm.changed") == 3
+
+
+def test_end_of_a_farm_whose_clones_are_all_gone(
+    api: TestClient, farm: Farm, any_database: str
+) -> None:
+    """The old end was theirs: of what `retry` makes yet it counts anew."""
+    api.patch(FARM, json={"expires_in_h": 1})
+    with transaction() as session:
+        session.execute(update(Clone).values(state="failed"))
+
+    changed = api.patch(FARM, json={"expires_in_h": 24}).json()
+
+    assert (changed["expires_in_h"], changed["expires_at"]) == (24, None)
+    with reading() as session:
+        assert session.get_one(Farm, farm.id).due_at is None
 
 
 def test_end_must_be_said(api: TestClient, farm: Farm, refused: Refused) -> None:

@@ -13,6 +13,7 @@ from operations.waiting import wait_for
 from lab.guest import Guest, make_disk
 from lab.libvirtd import Hypervisor, scratch
 from services.cloner import identity
+from services.cloner.identity import by_agent
 from services.cloner.identity import guest as inside
 from services.cloner.identity.by_agent import ByAgent
 from services.cloner.identity.report import Renewal, report
@@ -22,7 +23,8 @@ from shared.hypervisor import guest_exec
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, find_by_name
 from shared.hypervisor.duplicate import CloneDefinition
-from shared.hypervisor.errors import HypervisorError
+from shared.hypervisor.errors import GuestNotAnswering, HypervisorError
+from shared.hypervisor.guest_exec import Ran
 from shared.hypervisor.links import link_up, linked, without_links
 from shared.settings import Settings
 
@@ -98,6 +100,28 @@ def test_what_a_guest_has_of_its_source_is_renewed_and_read_back(
     assert running.run("ls -A /etc/ssh") == (0, keys)
     assert running.run("ls -A /var/lib/dhcp") == (0, "")
     assert running.read("/etc/netplan/50-cloud-init.yaml") == f'macaddress: "{NEW_MAC}"\n'
+
+
+def test_a_static_address_is_known_though_the_renewal_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A guest that is too slow for the rest has told it by then: its links stay down."""
+    told = "kernel\tLinux\nhostname\tgolden\nstatic-address\t10.0.0.7 in /etc/network/interfaces\n"
+
+    def run(_domain: object, _program: str, arguments: list[str], **_more: object) -> Ran:
+        if arguments[2] == "look":
+            return Ran(0, told)
+        raise GuestNotAnswering("/bin/sh did not end within 60 s.")
+
+    monkeypatch.setattr(by_agent.guest_exec, "run", run)
+    for name in ("wait_for_agent", "system_of", "refusal"):
+        monkeypatch.setattr(by_agent.guest_exec, name, lambda *_given: "")
+
+    renewal = identity.renew_in_guest(object(), "web2", {})  # type: ignore[arg-type]
+
+    assert renewal.renewed == []
+    assert renewal.addresses == ["10.0.0.7 in /etc/network/interfaces"]
+    assert {part for part, _ in renewal.kept} == {"hostname", "machine-id", "ssh-host-keys"}
 
 
 @pytest.mark.vm

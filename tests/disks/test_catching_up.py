@@ -90,7 +90,7 @@ def test_whatever_is_done_in_between_the_copy_is_equal(place: Path, seed: int) -
     dice = random.Random(seed)
     source = scattered(place / "disk", 200)
     with both(source) as copy, source.open("r+b", buffering=0) as guest:
-        copy.begin()
+        copy.begin(lambda: None)
         for _ in range(dice.randint(0, 4)):
             for _ in range(dice.randint(0, 12)):
                 touch_at_random(guest.fileno(), dice)

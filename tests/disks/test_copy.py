@@ -202,6 +202,20 @@ def test_check_finds_damage(tmp_path: Path) -> None:
         images.check(tmp_path / "b", "qcow2")
 
 
+@pytest.mark.parametrize("end", ["kill -9 $$", "exit 127"])
+def test_a_check_that_came_to_no_end_is_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Killed for its memory, say: of the image that tells nothing."""
+    image, script = tmp_path / "image.qcow2", tmp_path / "qemu-img"
+    qemu_img("create", "-q", "-f", "qcow2", image, "32M")
+    script.write_text(f"#!/bin/sh\n{end}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(CopyFailed, match="killed"):
+        images.check_by_qemu(image, "qcow2")
+
+
 @pytest.mark.parametrize("look", [images.check_by_qemu, images.count_anew])
 def test_a_cancel_ends_a_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[..., None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from farms.farmed import (
@@ -253,6 +254,30 @@ def test_started_by_somebody_meanwhile(farmed: Farmed, monkeypatch: pytest.Monke
     monkeypatch.setattr(removal, "_stop", stop_and_start)
     ended = farmed.done(DeleteFarm(farm=farm.id))
     assert outcomes(ended)[made[0].clone.name]["error"]["code"] == "server_changed"
+    assert made[0].is_whole
+    assert made[0].guest.state() == "running"
+    assert made[1].is_gone
+
+
+def test_disk_that_a_domain_was_defined_on_meanwhile_stays(
+    farmed: Farmed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To stop a hundred guests takes a minute: the clone is left as it was, and the others go."""
+    farm, made = farmed.farm(2)
+    for each in made:
+        each.guest.start(wait=False)
+    other = farmed.guest()
+    real = removal._stop
+
+    def stop_and_plug(*arguments: Any) -> bool:
+        stopped = real(*arguments)
+        plug(other, made[0].disk)
+        return stopped
+
+    monkeypatch.setattr(removal, "_stop", stop_and_plug)
+    ended = farmed.done(DeleteFarm(farm=farm.id))
+    error = outcomes(ended)[made[0].clone.name]["error"]
+    assert (error["code"], other.name in error["message"]) == ("server_changed", True)
     assert made[0].is_whole
     assert made[0].guest.state() == "running"
     assert made[1].is_gone

@@ -13,6 +13,7 @@ import libvirt
 import pytest
 from operations.waiting import wait_for
 
+from lab import filesystems
 from lab.guest import Guest
 from lab.libvirtd import Hypervisor
 from shared.disks import images
@@ -113,6 +114,51 @@ def test_undo_ends_what_a_dead_worker_left(big: Domain, folder: Path) -> None:
     big.call("Copying", lambda handle: handle.backupBegin(xml, None, 0))
     assert undo.abort_backup(big.uri, big.uuid)
     assert not undo.abort_backup(big.uri, big.uuid)
+
+
+def test_a_guest_that_stopped_at_a_write_goes_on_when_its_copy_has_failed(
+    hypervisor: Hypervisor, folder: Path
+) -> None:
+    """Where what it is about to overwrite finds no room beside the copy, its write fails too, and
+    QEMU stops it. One that had stopped before is let be. Here it is its own disk that has no room,
+    for as long as the copy goes on."""
+    with (
+        filesystems.ext4(512 * filesystems.MIB) as small,
+        Guest.create(hypervisor, small / "guest", disks=["qcow2"]) as made,
+    ):
+        made.start()
+        domain = find_by_name(connect(hypervisor.uri), made.name)
+        ballast: list[Path] = []
+
+        def stop_it() -> None:
+            ballast.append(filesystems.fill(small))
+            write = "dd if=/dev/urandom of=/root/more bs=1M count=32 conv=fsync"
+            made.agent("guest-exec", path="/bin/sh", arg=["-c", write])
+            wait_for(lambda: domain.halted_by_io)
+
+        @contextlib.contextmanager
+        def instant() -> Iterator[None]:
+            yield
+            stop_it()
+
+        def check() -> None:
+            if ballast:
+                ballast.pop().unlink()
+                raise Cancelled("there is no room")
+
+        targets = {"vda": (folder / "vda.qcow2", "qcow2")}
+        with pytest.raises(Cancelled):
+            push_backup(domain, targets, quiet, lambda: False, instant=instant(), check=check)
+        assert made.state() == "running"
+        made.wait_ready()
+
+        stop_it()
+        ballast.pop().unlink()
+        assert not undo.abort_backup(domain.uri, domain.uuid)
+        assert domain.halted_by_io
+        assert undo.abort_backup(domain.uri, domain.uuid, ran=True)
+        assert made.state() == "running"
+        assert not undo.abort_backup(domain.uri, domain.uuid, ran=True)
 
 
 def begin_another(domain: Domain, place: Path) -> None:

@@ -16,7 +16,12 @@ from shared.hypervisor.connection import connect, forget
 from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.domains import Domain, define, find, find_by_name
 from shared.hypervisor.duplicate import clone_definition
-from shared.hypervisor.errors import DomainMissing, LibvirtFailed, LibvirtUnavailable
+from shared.hypervisor.errors import (
+    DomainMissing,
+    LibvirtBusy,
+    LibvirtFailed,
+    LibvirtUnavailable,
+)
 from shared.hypervisor.inventory import scan, watch
 from shared.hypervisor.memory import memory_saved, resume_from
 from shared.hypervisor.pause import paused
@@ -216,6 +221,32 @@ def test_the_inventory_shows_every_domain(box: Domain, hypervisor: Hypervisor) -
     assert (disk.target, disk.format, disk.writable) == ("vda", "qcow2", True)
     assert disk.capacity_bytes
     assert disk.capacity_bytes > Path(disk.path or "").stat().st_size
+
+
+def test_a_busy_guest_is_listed_all_the_same(
+    box: Domain, hypervisor: Hypervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU may answer nothing for minutes, as while it migrates: it is not asked for what its
+    disks' files tell, nor is a domain that is left out gone."""
+    box.start()
+    monkeypatch.setattr(libvirt.virDomain, "blockInfo", lambda *_given: pytest.fail("asked"))
+    found = {facts.uuid: facts for facts in scan(connect(hypervisor.uri))}[box.uuid]
+    assert found.disks[0].capacity_bytes
+    box.destroy()
+
+    real = Domain.live_definition
+
+    def busy(domain: Domain) -> str:
+        if domain.uuid == box.uuid:
+            raise LibvirtBusy("it is busy")
+        return real(domain)
+
+    monkeypatch.setattr(Domain, "live_definition", busy)
+    monkeypatch.setattr(Domain, "definition", busy)
+    connection = connect(hypervisor.uri)
+    assert box.uuid not in {facts.uuid for facts in scan(connection)}
+    assert box.uuid in inventory.uuids(connection)
+    assert isinstance(inventory.addresses(connection), set)
 
 
 def test_a_sick_domain_does_not_hide_the_others(box: Domain, hypervisor: Hypervisor) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from operations.waiting import wait_for
@@ -371,8 +371,17 @@ def test_a_guest_that_is_on_its_way_elsewhere_is_not_paused(
         shutil.rmtree(scratch)
 
 
+@pytest.mark.parametrize(
+    ("way", "told"), [("reflink", ["pause", "resumed"]), ("stream", ["backup"])]
+)
 def test_a_guest_that_left_while_it_froze_is_not_paused(
-    guest: Guest, domain: Domain, watchdog: Watchdog, folder: Path, monkeypatch: pytest.MonkeyPatch
+    guest: Guest,
+    domain: Domain,
+    watchdog: Watchdog,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: Literal["reflink", "stream"],
+    told: list[str],
 ) -> None:
     """A freeze takes a while, in which somebody may begin to move the guest: it is thawed again,
     and that is not waited for."""
@@ -381,8 +390,8 @@ def test_a_guest_that_left_while_it_froze_is_not_paused(
     monkeypatch.setattr(Domain, "suspend", lambda _self: pytest.fail("it was paused"))
     steps: list[str] = []
     with pytest.raises(LibvirtBusy):
-        capture(domain, folder, watchdog=watchdog, quiesce="require", before=steps.append)
-    assert (steps, list(folder.iterdir())) == (["pause", "resumed"], [])
+        capture(domain, folder, watchdog=watchdog, way=way, quiesce="require", before=steps.append)
+    assert (steps, list(folder.iterdir())) == (told, [])
     assert guest.agent("guest-fsfreeze-status") == "thawed"
 
 

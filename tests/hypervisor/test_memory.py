@@ -88,6 +88,23 @@ def _cancel() -> None:
     raise Cancelled("The copy was cancelled.")
 
 
+def test_memory_that_somebody_has_frozen_is_refused(
+    guest: Guest, domain: Domain, watchdog: Watchdog, folder: Path
+) -> None:
+    """Whoever wakes from it would be frozen, and nobody would thaw that one."""
+    guest.agent("guest-fsfreeze-freeze")
+    try:
+        with (
+            pytest.raises(MemoryNotSaved, match="domfsthaw"),
+            memory_saved(domain, watchdog, folder / "memory.save", ["vda"]),
+        ):
+            pass
+        assert guest.state() == "running"
+        assert guest.agent("guest-fsfreeze-status") == "frozen"
+    finally:
+        guest.agent("guest-fsfreeze-thaw")
+
+
 def test_a_cancelled_save_leaves_the_guest_running(
     guest: Guest, domain: Domain, watchdog: Watchdog, saved: Path
 ) -> None:

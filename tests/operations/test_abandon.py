@@ -1,5 +1,7 @@
 """After a restored backup, nothing of the past is done or undone."""
 
+from datetime import timedelta
+
 import pytest
 from operations.spine import World
 from sqlalchemy import select
@@ -7,14 +9,42 @@ from sqlalchemy import select
 from shared import errors
 from shared.commands import CreateImage
 from shared.database import now, transaction
-from shared.models import Schedule, ScheduleRun
+from shared.models import Farm, Schedule, ScheduleRun
 from shared.operations import journal
-from shared.operations.abandon import abandon
+from shared.operations.abandon import abandon, postpone
 
 
 def abandoned() -> list[str]:
     with transaction() as session:
         return [each.id for each in abandon(session)]
+
+
+@pytest.mark.parametrize(("hours", "left"), [(1.0, 24), (48.0, 48), (None, None)])
+def test_farms_have_their_time_anew(
+    world: World, any_database: str, hours: float | None, left: int | None
+) -> None:
+    """Their ends may have been put off since the backup, and beat deletes at once."""
+    past = now() - timedelta(hours=3)
+    ends = {"expires_in_h": hours, "expires_at": past, "due_at": past, "warned_at": past}
+    with transaction() as session:
+        server = world.server()
+        session.add(Farm(id="frm_1", name="qa", server_id=server.id, **(ends if hours else {})))
+        session.add(
+            Farm(id="frm_2", name="old", server_id=server.id, deleted_at=past, expires_at=past)
+        )
+
+    with transaction() as session:
+        assert [each.id for each in postpone(session)] == (["frm_1"] if hours else [])
+
+    with transaction() as session:
+        farm = session.get_one(Farm, "frm_1")
+        if left is None:
+            assert farm.expires_at is None
+        else:
+            assert farm.expires_at
+            assert abs(farm.expires_at - now() - timedelta(hours=left)) < timedelta(minutes=2)
+            assert (farm.expires_in_h, farm.warned_at) == (left, None)
+        assert session.get_one(Farm, "frm_2").expires_at == past
 
 
 def test_what_was_queued_fails(world: World, any_database: str) -> None:

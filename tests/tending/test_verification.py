@@ -18,6 +18,7 @@ from services.imager import images, verification
 from shared import recovery  # noqa: F401  registers the journal's actions
 from shared.commands import PromoteSnapshot, VerifyImage
 from shared.database import reading
+from shared.disks.errors import CopyFailed
 from shared.manifest import Manifest, ManifestUnreadable, read_manifest
 from shared.models import Image
 from shared.operations.runner import run
@@ -149,6 +150,22 @@ def test_a_copy_is_used_if_what_is_beside_its_disks_is_what_it_was(
             copies.vault.manifest(folder)
     else:  # which is for people
         assert copies.vault.manifest(folder).id == "img_1"
+
+
+def test_a_check_that_came_to_no_end_condemns_nothing(
+    world: World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verification fails, as such; who is told that his image is damaged might delete it."""
+
+    def killed(*_given: object) -> None:
+        raise CopyFailed("qemu-img check of vda.qcow2 was killed before it came to an end.")
+
+    monkeypatch.setattr(verification.disk_images, "check_by_qemu", killed)
+    operation = world.submit(VerifyImage(image="img_1"))
+    run(operation)
+    row = world.row(operation)
+    assert (row.state, (row.error or {})["code"]) == ("failed", "copy_failed")
+    assert state() == ("complete", None)
 
 
 def test_both_at_once(world: World, copies: Copies, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,7 @@ def renew_in_guest(
     that goes wrong with the guest is raised. What DHCP has part in is down afterwards: see
     `connect`.
     """
+    before: guest.Facts = {}
     try:
         guest_exec.wait_for_agent(domain, settings().identity_timeout.total_seconds(), check)
         if guest_exec.system_of(domain) == "mswindows":
@@ -88,9 +89,9 @@ def renew_in_guest(
                 check=check,
             ).output
 
-        renewal = guest.renew(run, name, macs)
+        renewal = guest.renew(run, name, macs, before)
     except HypervisorError as error:
-        renewal = guest.nothing(error.detail)
+        renewal = guest.nothing(error.detail, before)
     renewal.way = "agent"
     return renewal
 

@@ -27,8 +27,9 @@ def hostname_for(name: str) -> str:
     return ".".join(filter(None, labels))
 
 
-def renew(run: Run, name: str, macs: Mapping[str, str]) -> Renewal:
-    """Give the guest its own identity; `macs` has the clone's MACs by the source's.
+def renew(run: Run, name: str, macs: Mapping[str, str], before: Facts) -> Renewal:
+    """Give the guest its own identity; `macs` has the clone's MACs by the source's. What the guest
+    told of itself is in `before` then, also where it ends in an error.
 
     Raises what `run` raises.
     """
@@ -36,7 +37,7 @@ def renew(run: Run, name: str, macs: Mapping[str, str]) -> Renewal:
     pairs = [pair for pair in pairs if all(map(_MAC.fullmatch, pair.split("=")))]
     hostname, machine_id = hostname_for(name), secrets.token_hex(16)
     script = SCRIPT.read_text()
-    before = _facts(run(script, ["look", *pairs]))
+    before.update(_facts(run(script, ["look", *pairs])))
     if before.get("kernel") != ["Linux"]:
         return nothing("the guest is not Linux")
     seed = f"SEED={secrets.token_hex(32)}\n"
@@ -44,9 +45,11 @@ def renew(run: Run, name: str, macs: Mapping[str, str]) -> Renewal:
     return judge(before, _facts(run(script, ["look", *pairs])), hostname, machine_id)
 
 
-def nothing(reason: str) -> Renewal:
-    """Nothing in the guest was renewed, for that reason."""
-    return Renewal(kept=[(part, reason) for part in SYSTEM_PARTS])
+def nothing(reason: str, before: Facts | None = None) -> Renewal:
+    """Nothing in the guest is known to be renewed, for that reason; `before` is what it told of
+    itself."""
+    kept = [(part, reason) for part in SYSTEM_PARTS]
+    return Renewal(kept=kept, addresses=(before or {}).get("static-address", []))
 
 
 def judge(before: Facts, after: Facts, hostname: str, machine_id: str) -> Renewal:

@@ -67,11 +67,12 @@ class Offline(Way):
     def before_start(self, domain: Domain) -> None:
         disks = DomainDefinition.parse(domain.definition()).disks
         own = [disk for disk in disks if disk.device == "disk" and not disk.readonly]
+        before: guest.Facts = {}
         try:
             with _system(own, self.check) as run:
-                self.renewal = guest.renew(run, self.name, self.macs)
+                self.renewal = guest.renew(run, self.name, self.macs, before)
         except (OfflineFailed, OSError) as error:
-            self.renewal = guest.nothing(f"libguestfs could not change its disks: {error}")
+            self.renewal = guest.nothing(f"libguestfs could not change its disks: {error}", before)
         self.renewal.way = "offline"
         if self.renewal.addresses:
             link_down(domain)
