@@ -9,6 +9,7 @@ import fcntl
 import os
 import shutil
 import threading
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +23,7 @@ from shared.disks.reflink import can_reflink
 from shared.hypervisor import inventory
 from shared.hypervisor.connection import connect
 from shared.models import Domain
+from shared.models.hosts import SILENCE
 from shared.settings import settings
 
 log = structlog.get_logger()
@@ -38,6 +40,7 @@ class HostReporter(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="host-reporter", daemon=True)
         self._stopped = threading.Event()
+        self._reporting_since: float | None = None
 
     def stop(self) -> None:
         self._stopped.set()
@@ -73,6 +76,10 @@ class HostReporter(threading.Thread):
 
     def _pulse(self) -> None:
         while not self._stopped.wait(PULSE_S):
+            since = self._reporting_since
+            if since and (waited := time.monotonic() - since) > SILENCE.total_seconds():
+                self._tell(f"libvirt has not answered for {waited:.0f} s")
+                continue
             try:
                 with transaction() as session:
                     host = lookups.reporting_host(session, settings().host)
@@ -92,10 +99,13 @@ class HostReporter(threading.Thread):
         return False
 
     def _changed(self) -> None:
+        self._reporting_since = time.monotonic()
         try:
             report()
         except Exception as error:
             log.warning("host.report_failed", reason=str(error))
+        finally:
+            self._reporting_since = None
 
     def _unreachable(self, reason: str) -> None:
         self._tell(f"libvirt does not answer: {reason}")

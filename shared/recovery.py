@@ -4,6 +4,7 @@ Each tolerates that its step never happened, or that it was carried out already.
 """
 
 import errno
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +94,10 @@ def thaw_domain(uuid: str) -> None:
 def abort_backup(uuid: str, folder: str | None = None, ran: bool = False) -> None:
     """The job that copies into the folder. Entries of an earlier version name none, nor whether
     the guest `ran`."""
-    hypervisor.abort_backup(settings().libvirt_uri, uuid, folder, ran=ran)
+    uri = settings().libvirt_uri
+    hypervisor.abort_backup(uri, uuid, folder)
+    if ran:  # it may be the half-made copy that there was no room beside
+        hypervisor.go_on(uri, uuid, lambda: shutil.rmtree(folder or "", ignore_errors=True))
 
 
 @action
@@ -149,10 +153,16 @@ def swap_back(
 
 
 @action
-def swap_again(live: dict[str, str], operation_id: str, uuid: str | None = None) -> None:
+def swap_again(
+    live: dict[str, str],
+    operation_id: str,
+    uuid: str | None = None,
+    elsewhere: Collection[str] = (),
+) -> None:
     """The files that a revert or restore brought become live again.
 
-    Only those that an undo had moved aside: the others, perhaps all, are live still.
+    Only those that an undo had moved aside: the others, perhaps all, are live still. Its owner had
+    disks `elsewhere` before, which the undo may have started the server on.
     """
     files = _paths(live)
     moved = {
@@ -160,7 +170,8 @@ def swap_again(live: dict[str, str], operation_id: str, uuid: str | None = None)
         for target, path in files.items()
         if setaside.new_path(path, operation_id).exists()
     }
-    with _without(uuid, files, moved.values(), operation_id):
+    going = [*moved.values(), *(map(Path, elsewhere) if moved else ())]
+    with _without(uuid, files, going, operation_id):
         setaside.swap(moved, operation_id)
 
 

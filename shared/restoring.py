@@ -144,15 +144,15 @@ def put_back(
     context.phase("swapping")
     swapped = {"live": journalled, "operation_id": context.id, "uuid": server.domain_uuid}
     steps: list[Step] = [("swap_back", {**swapped, "missing": missing})]
-    if previous and wanted != previous:
-        steps.append(("define_domain", {"xml": previous}))
     if domain and saved:
         ours = {"uuid": domain.uuid, "resumed": True, "boot": domain.boot}
         steps.append(("stop_domain", ours))
-    state = _stop(context, server, domain, previous, started_by, live, steps)
+    state = _stop(
+        context, server, domain, previous, started_by, live, steps, defines=wanted != previous
+    )
     _prepare_late(context, folder, manifest, late)
     setaside.swap(late | live, context.id)  # what is late comes first
-    domain = _define(context, connection, server, previous, wanted, autostart=manifest.autostart)
+    domain = _define(context, server, previous, wanted, autostart=manifest.autostart)
     if saved:
         state = _resume(context, domain, saved)
     else:
@@ -253,12 +253,15 @@ def _stop(
     started_by: str,
     live: dict[str, Path],
     steps: Sequence[Step],
+    *,
+    defines: bool,
 ) -> State:
     """Stop the server and make sure that nobody uses its disks; returns its state before.
 
     The copying took its time, so all that was checked before it is checked again. Before that
-    `steps`, which undo what follows, are written down, and what starts the server again: while it
-    is off, no database is waited for.
+    `steps`, which undo what follows, are written down, with what starts the server again and, if
+    it `defines` it anew, what puts its definition back: while it is off, no database is waited
+    for.
     """
     now_there = _find(connect(settings().libvirt_uri), server)
     seen = now_there.definition() if now_there else None
@@ -270,6 +273,8 @@ def _stop(
     refuse_taken(connect(settings().libvirt_uri), server, previous, live)
     state: State = "stopped"
     steps = list(steps)
+    if seen and defines:
+        steps.insert(1, ("define_domain", {"xml": seen}))
     if domain:
         refuse_unsafe(domain, started_by, live)
         state = domain.wanted_state
@@ -288,13 +293,13 @@ def _stop(
 
 def _define(
     context: Context,
-    connection: Any,
     server: Server,
     previous: str | None,
     wanted: str,
     *,
     autostart: bool = False,
 ) -> Domain:
+    connection = connect(settings().libvirt_uri)
     if previous is None:
         context.undo("undefine_domain", uuid=server.domain_uuid, keep_nvram=True, keep_tpm=True)
     elif wanted == previous:
@@ -350,15 +355,15 @@ def undo(context: Context, operation_id: str) -> Outcome:
     context.phase("swapping")
     before = renamed(record["previous"] or current, domain.name)
     swapped = {"live": record["live"], "operation_id": operation_id, "uuid": server.domain_uuid}
-    steps: list[Step] = [("swap_again", swapped)]
-    if before != current:
-        steps.append(("define_domain", {"xml": current}))
-    state = _stop(context, server, domain, current, before, live, steps)
+    there = [Path(path) for target, path in paths_of(before).items() if path and target in live]
+    elsewhere = [str(path) for path in there if path not in live.values()]
+    steps: list[Step] = [("swap_again", {**swapped, "elsewhere": elsewhere})]
+    state = _stop(context, server, domain, current, before, live, steps, defines=before != current)
     setaside.swap_back(live, operation_id)
     # A TPM that had no state would begin anew without what its maker gives it (decision 0034).
     had_none = [target for target in record["missing"] if target != TPM]
     setaside.take_away({target: live[target] for target in had_none}, operation_id)
-    domain = _define(context, connection, server, current, before)
+    domain = _define(context, server, current, before)
     _start(domain, state)
     links = linked.links_of(clone, before, record.get(linked.STOOD_ON, ()))
 

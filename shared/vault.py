@@ -46,6 +46,8 @@ DELETING = ".deleting"
 _FOLDERS: dict[Kind, str] = {"snapshot": "snapshots", "image": "images", "farm": "farms"}
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 _WALK = 0o711
+_ROUNDING = 1 << 20
+"""What a file may take up beyond its length."""
 
 
 class CopyExists(VaultError):
@@ -279,6 +281,8 @@ def wrong_files(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{disk.file} is missing"
         elif wrong := images.wrong_size(path, disk.format, disk.virtual_bytes):
             yield f"{disk.file} {wrong}"
+        elif (length := path.stat().st_size) + _ROUNDING < disk.bytes:
+            yield f"{disk.file} is {length} bytes long, and took up {disk.bytes}"
 
 
 def total_bytes(paths: Sequence[Path]) -> int:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,10 @@ def test_host_is_not_silent_while_a_report_waits_for_libvirt(
             past = now() - 2 * SILENCE
             session.execute(update(Host).where(Host.name == "kvm-1").values(last_seen_at=past))  # type: ignore[arg-type]
         wait_for(lambda: not host().silent)
+        assert host().answering
+        monkeypatch.setattr(hosts, "SILENCE", timedelta(0))
+        wait_for(lambda: "libvirt has not answered" in (host().problem or ""))
+        assert not host().silent
     finally:
         over.set()
         reporter.stop()

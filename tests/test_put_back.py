@@ -37,6 +37,7 @@ from shared.disks.digest import digest
 from shared.disks.overlays import create_overlay
 from shared.hypervisor import domains, undo
 from shared.hypervisor.connection import connect
+from shared.hypervisor.locks import is_open
 from shared.manifest import read_manifest, write_manifest
 from shared.models import Image, Operation, Server
 from shared.operations import runner
@@ -523,6 +524,39 @@ def test_a_restore_of_a_server_whose_disk_was_moved_can_be_undone(
     assert not live.disk.exists()
     moved.rename(live.disk)
     live.guest.connection.defineXML(was)
+
+
+def test_an_undo_that_fails_leaves_no_guest_on_disks_that_are_not_its_own(
+    live: Live,  # noqa: F811
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It had started the guest where its disk had been before the restore, and is itself undone:
+    the guest runs on what was restored, as its definition says."""
+    image = live.succeeds(CreateImage(server=live.server.id))["image"]
+    moved = workspace / "moved.raw"
+    live.disk.rename(moved)
+    was = live.guest.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    live.guest.connection.defineXML(was.replace(str(live.disk), str(moved)))
+    restored = live.done(RestoreImage(image=image))
+    live.guest.domain.create()
+    seen: list[bool] = []
+
+    def fail(name: str) -> None:
+        if name == "committing":
+            seen.append(is_open(moved))
+            raise OSError("a mishap")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(faults, "point", fail)
+        assert live.done(UndoRestore(operation=restored.id)).state == "failed"
+
+    assert seen == [True]
+    assert live.guest.state() == "running"
+    assert (is_open(live.disk), is_open(moved)) == (True, False)
+    assert str(live.disk) in live.guest.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    live.guest.domain.destroy()
+    moved.unlink()
 
 
 def test_a_server_that_started_with_its_host_does_so_again(live: Live) -> None:  # noqa: F811

@@ -111,7 +111,7 @@ def _delete(
         if not each.failed:
             _trying(each, partial(_look, each, users))
     if _stop(context, leaving):  # which takes its time
-        users = using.users(connection)
+        users = using.users(connect(settings().libvirt_uri))
     for number, each in enumerate(leaving, start=1):
         if not each.failed:
             context.phase(f"clone {number} of {len(leaving)}: {each.clone.name}")

@@ -51,7 +51,7 @@ def differences(site: Site) -> Iterator[Finding]:
                 yield from _missing(each, kind, states.get(copy_id), add_rows)
                 continue
             yield from _misjudged(each, add_rows)
-            if each.verdict not in ("deleted", "foreign"):
+            if each.verdict not in ("deleted", "foreign", "incomplete"):
                 state = "complete" if each.verdict == "adopted" else states.get(copy_id)
                 yield from _damaged(site.vault, each, kind, state)
                 yield from _loose(site, each.path)
@@ -114,6 +114,9 @@ def _misjudged(found: Judged, add_rows: Callable[[], bool]) -> Iterator[Finding]
             detail = "its row says that it is missing, and it is there"
             remedy = "--fix makes it usable again; verify it before you rely on it"
             yield Finding(CHECK, found.path, detail, remedy, repair=add_rows)
+        case "incomplete":
+            remedy = "it may be being copied back: `triptych-admin vault rescan` once it is whole"
+            yield Finding(CHECK, found.path, found.detail, remedy)
         case "deleted":
             remedy = "if it is not needed any more, remove the folder"
             yield Finding(CHECK, found.path, found.detail.partition(";")[0], remedy)

@@ -62,6 +62,8 @@ _ARRIVING = (
 _MOUNTS = Path("/proc/self/mounts")
 _CONTAINERS_OWN = ("/", "/tmp", "/run", "/dev", "/proc", "/sys")  # noqa: S108 - not to write there
 DESTROY_TIMEOUT_S = 60.0
+GOES_DOWN_S = 3.0
+"""From a QEMU that lets go of its disks to libvirt that calls its domain off."""
 OTHERS_JOB_S = 30.0
 """What libvirt itself waits for a domain's job; hard-coded there."""
 _TPM_FLAGS_SINCE = 8_009_000  # libvirt 8.9.0; before, the TPM's state always went
@@ -158,18 +160,26 @@ class Domain:
         by their name now: QEMU has the disk open, and nobody else.
 
         Only where their directory is the host's, and its file system keeps QEMU's locks. A guest
-        that is paused may hold none.
+        that is paused may hold none, and one that goes down gives them up first: it is waited for.
         """
         lost = []
         for path in paths:
-            if path.exists():
-                another = path.is_file() and keeps_locks(path) and not is_open(path)
-                gone = another and self.state == "running"
-            else:
-                gone = _is_the_hosts(path.parent)
+            gone = self._is_another(path) if path.exists() else _is_the_hosts(path.parent)
             if gone:
                 lost.append(str(path))
         return lost
+
+    def _is_another(self, path: Path) -> bool:
+        if not path.is_file() or not keeps_locks(path):
+            return False
+        deadline = time.monotonic() + GOES_DOWN_S
+        while not is_open(path):
+            if self.state != "running":
+                return False
+            if time.monotonic() > deadline:
+                return True
+            time.sleep(0.05)
+        return False
 
     def _cannot_read(self, target: str) -> bool:
         try:
@@ -189,6 +199,13 @@ class Domain:
         if number in _ASLEEP or (number == libvirt.VIR_DOMAIN_PAUSED and reason in _HALTED):
             return "running"
         return _STATES.get(number, "running")
+
+    @property
+    def is_being_started(self) -> bool:
+        """Whether libvirt is at starting it: its QEMU may not have opened its disks yet."""
+        state, reason = self.call("Reading the state of", lambda handle: handle.state())
+        starting = libvirt.VIR_DOMAIN_PAUSED_STARTING_UP
+        return bool(state == libvirt.VIR_DOMAIN_PAUSED and reason == starting)
 
     @property
     def halted_by_io(self) -> bool:

@@ -16,9 +16,10 @@ from typing import Any
 import libvirt
 
 from shared.file_systems import keeps_locks
+from shared.hypervisor import backup
 from shared.hypervisor.agent import FREEZE_TIMEOUT_S, agent_ready, unanswered
 from shared.hypervisor.agent_timeout import answers_within
-from shared.hypervisor.backup import go_on, job_files
+from shared.hypervisor.backup import job_files
 from shared.hypervisor.connection import connect
 from shared.hypervisor.definition import DomainDefinition, renamed
 from shared.hypervisor.domains import Domain, State, define, find
@@ -110,9 +111,8 @@ def thaw_domain(uri: str, uuid: str) -> bool:
     return thawed
 
 
-def abort_backup(uri: str, uuid: str, folder: str | None = None, *, ran: bool = False) -> bool:
-    """End a backup job that still runs, and wait until QEMU has let go of its files. A guest that
-    `ran` when it began, and has stopped by it, goes on.
+def abort_backup(uri: str, uuid: str, folder: str | None = None) -> bool:
+    """End a backup job that still runs, and wait until QEMU has let go of its files.
 
     One that writes elsewhere than into `folder`, if that is given, is somebody else's; that and
     jobs of other kinds are left alone. Raises LibvirtBusy if it does not end.
@@ -126,8 +126,16 @@ def abort_backup(uri: str, uuid: str, folder: str | None = None, *, ran: bool = 
             return False
         return folder is None or Path(folder) in {path.parent for path in job_files(domain)}
 
-    ended = _end_job(domain, ours)
-    return (go_on(domain) if ran else False) or ended
+    return _end_job(domain, ours)
+
+
+def go_on(uri: str, uuid: str, make_room: Callable[[], None] = lambda: None) -> bool:
+    """Have a domain go on that ran, and stopped at a write while it was copied."""
+    domain = _find(uri, uuid)
+    if domain is None or not domain.halted_by_io:
+        return False
+    make_room()
+    return backup.go_on(domain)
 
 
 def _end_job(domain: Domain, ours: Callable[[dict[str, Any]], bool]) -> bool:
@@ -203,12 +211,13 @@ def stop_domain(uri: str, uuid: str, *, resumed: bool = False, boot: int | None 
 
 def state_on(uri: str, uuid: str, files: Iterable[Path]) -> State:
     """The state to bring a domain back to that has one of `files` open; "stopped" if none has.
-    Where the file system may not tell, one that is on has."""
+    Where the file system may not tell, one that is on has, and one that is being started may."""
     domain = _find(uri, uuid)
-    state = domain.wanted_state if domain else "stopped"
-    if state == "stopped" or not any(is_open(each) or not keeps_locks(each) for each in files):
+    if domain is None or (state := domain.wanted_state) == "stopped":
         return "stopped"
-    return state
+    if domain.is_being_started or any(is_open(each) or not keeps_locks(each) for each in files):
+        return state
+    return "stopped"
 
 
 def is_on(uri: str, uuid: str) -> bool:

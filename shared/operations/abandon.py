@@ -71,8 +71,8 @@ def main() -> None:
     for each in abandoned:
         print(f"failed: {each.id} {each.kind}")
     print(f"{len(abandoned)} unfinished operations.")
-    for each in postponed:
-        print(f"farm {each.name} ends on {each.expires_at:%Y-%m-%d %H:%M} UTC")
+    for farm in postponed:
+        print(f"farm {farm.name} ends on {farm.expires_at:%Y-%m-%d %H:%M} UTC")
 
 
 if __name__ == "__main__":

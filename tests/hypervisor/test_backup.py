@@ -14,7 +14,7 @@ import pytest
 from operations.waiting import wait_for
 
 from lab import filesystems
-from lab.guest import Guest
+from lab.guest import Guest, make_disk
 from lab.libvirtd import Hypervisor
 from shared.disks import images
 from shared.errors import Cancelled
@@ -122,43 +122,42 @@ def test_a_guest_that_stopped_at_a_write_goes_on_when_its_copy_has_failed(
     """Where what it is about to overwrite finds no room beside the copy, its write fails too, and
     QEMU stops it. One that had stopped before is let be. Here it is its own disk that has no room,
     for as long as the copy goes on."""
-    with (
-        filesystems.ext4(512 * filesystems.MIB) as small,
-        Guest.create(hypervisor, small / "guest", disks=["qcow2"]) as made,
-    ):
-        made.start()
-        domain = find_by_name(connect(hypervisor.uri), made.name)
-        ballast: list[Path] = []
+    with filesystems.ext4(512 * filesystems.MIB) as small:
+        growing = make_disk(small, "raw", "blank", size=filesystems.GIB)
+        growing.chmod(0o666)
+        with Guest.create(hypervisor, small / "guest", disks=["qcow2", str(growing)]) as made:
+            made.start()
+            domain = find_by_name(connect(hypervisor.uri), made.name)
+            write = "dd if=/dev/zero of=/dev/vdb bs=1M count=1 seek=$i conv=fsync; i=$((i+1))"
+            loop = f"i=0; while :; do {write}; sleep 0.1; done"
+            made.agent("guest-exec", path="/bin/sh", arg=["-c", loop])
+            ballast: list[Path] = []
 
-        def stop_it() -> None:
-            ballast.append(filesystems.fill(small))
-            write = "dd if=/dev/urandom of=/root/more bs=1M count=32 conv=fsync"
-            made.agent("guest-exec", path="/bin/sh", arg=["-c", write])
-            wait_for(lambda: domain.halted_by_io)
+            def stop_it() -> None:
+                ballast.append(filesystems.fill(small))
+                wait_for(lambda: domain.halted_by_io)
 
-        @contextlib.contextmanager
-        def instant() -> Iterator[None]:
-            yield
+            @contextlib.contextmanager
+            def instant() -> Iterator[None]:
+                yield
+                stop_it()
+
+            def check() -> None:
+                if ballast:
+                    ballast.pop().unlink()
+                    raise Cancelled("there is no room")
+
+            targets = {"vda": (folder / "vda.qcow2", "qcow2")}
+            with pytest.raises(Cancelled):
+                push_backup(domain, targets, quiet, lambda: False, instant=instant(), check=check)
+            assert made.state() == "running"
+
             stop_it()
-
-        def check() -> None:
-            if ballast:
-                ballast.pop().unlink()
-                raise Cancelled("there is no room")
-
-        targets = {"vda": (folder / "vda.qcow2", "qcow2")}
-        with pytest.raises(Cancelled):
-            push_backup(domain, targets, quiet, lambda: False, instant=instant(), check=check)
-        assert made.state() == "running"
-        made.wait_ready()
-
-        stop_it()
-        ballast.pop().unlink()
-        assert not undo.abort_backup(domain.uri, domain.uuid)
-        assert domain.halted_by_io
-        assert undo.abort_backup(domain.uri, domain.uuid, ran=True)
-        assert made.state() == "running"
-        assert not undo.abort_backup(domain.uri, domain.uuid, ran=True)
+            assert not undo.abort_backup(domain.uri, domain.uuid)
+            assert domain.halted_by_io
+            assert undo.go_on(domain.uri, domain.uuid, ballast.pop().unlink)
+            assert made.state() == "running"
+            assert not undo.go_on(domain.uri, domain.uuid, lambda: pytest.fail("it runs"))
 
 
 def begin_another(domain: Domain, place: Path) -> None:

@@ -169,6 +169,9 @@ def test_a_disk_counts_as_in_use_where_locks_may_not_tell(
     undo.start_domain(box.uri, box.uuid)
     monkeypatch.setattr(undo, "keeps_locks", lambda _path: True)
     assert undo.state_on(box.uri, box.uuid, [other]) == "stopped"
+    with monkeypatch.context() as starting:  # its QEMU is yet to open its disks
+        starting.setattr(Domain, "is_being_started", True)
+        assert undo.state_on(box.uri, box.uuid, [other]) == "running"
     monkeypatch.setattr(undo, "keeps_locks", lambda _path: False)
     assert undo.state_on(box.uri, box.uuid, [other]) == "running"
     undo.stop_domain(box.uri, box.uuid)

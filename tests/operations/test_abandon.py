@@ -28,9 +28,26 @@ def test_farms_have_their_time_anew(
     ends = {"expires_in_h": hours, "expires_at": past, "due_at": past, "warned_at": past}
     with transaction() as session:
         server = world.server()
-        session.add(Farm(id="frm_1", name="qa", server_id=server.id, **(ends if hours else {})))
         session.add(
-            Farm(id="frm_2", name="old", server_id=server.id, deleted_at=past, expires_at=past)
+            Farm(
+                id="frm_1",
+                name="qa",
+                host="kvm-1",
+                operation_id="op_1",
+                server_id=server.id,
+                **(ends if hours else {}),
+            )
+        )
+        session.add(
+            Farm(
+                id="frm_2",
+                name="old",
+                host="kvm-1",
+                operation_id="op_1",
+                server_id=server.id,
+                deleted_at=past,
+                expires_at=past,
+            )
         )
 
     with transaction() as session:
