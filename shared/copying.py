@@ -17,7 +17,7 @@ from shared import mounted
 from shared.database import by_database_clock
 from shared.disks import engine
 from shared.disks.beside import copy_small
-from shared.disks.copied import CopiedDisk
+from shared.disks.copied import CopiedDisk, taken_up
 from shared.disks.engine import Capture
 from shared.disks.materialise import materialise, needed_bytes
 from shared.disks.space import ensure_space_for
@@ -262,6 +262,11 @@ def copy_stored(
         way = write_out(context, source, manifest, files)
         if way != "reflink":  # the same disk, in another file
             manifest = manifest.without_digests()
+            disks = [
+                disk.model_copy(update={"bytes": taken_up(files[disk.target])})
+                for disk in manifest.disks
+            ]
+            manifest = manifest.model_copy(update={"disks": disks})
         changed = {"kind": kind, "id": copy_id, "way": way, "about": about}
         changed |= {"memory": None, "memory_bytes": 0}  # disks alone are in images
         copied = manifest.model_copy(update=changed)

@@ -25,6 +25,8 @@ from shared.disks import images
 from shared.disks.digest import digest
 from shared.disks.durable import sync
 from shared.disks.space import full_is_said
+from shared.hypervisor.definition import DomainDefinition
+from shared.hypervisor.errors import DefinitionInvalid
 from shared.manifest import (
     DEFINITION,
     MANIFEST,
@@ -46,8 +48,6 @@ DELETING = ".deleting"
 _FOLDERS: dict[Kind, str] = {"snapshot": "snapshots", "image": "images", "farm": "farms"}
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 _WALK = 0o711
-_ROUNDING = 1 << 20
-"""What a file may take up beyond its length."""
 
 
 class CopyExists(VaultError):
@@ -113,7 +113,7 @@ class Partial:
 
     def _complete(self, manifest: Manifest, definition_xml: str) -> None:
         (self.path / DEFINITION).write_text(definition_xml)
-        (self.path / NOTES).write_text(_notes(manifest))
+        (self.path / NOTES).write_text(_notes(manifest, definition_xml))
         digests = {name: digest(self.path / name) for name in manifest.small_files}
         whole = manifest.model_copy(update={"digests": digests})
         (self.path / MANIFEST).write_bytes(sealed(whole))
@@ -270,8 +270,8 @@ class Vault:
 
 
 def wrong_files(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """What is missing of a copy, or has another size than it had; nothing is read through. Raises
-    OSError."""
+    """What is missing of a copy, or tells another size than it had; nothing is read through: of a
+    qcow2 only its head. Raises OSError."""
     for name in filter(None, (manifest.definition, *manifest.beside.values(), manifest.memory)):
         if not (folder / name).is_file():
             yield f"{name} is missing"
@@ -281,8 +281,6 @@ def wrong_files(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{disk.file} is missing"
         elif wrong := images.wrong_size(path, disk.format, disk.virtual_bytes):
             yield f"{disk.file} {wrong}"
-        elif (length := path.stat().st_size) + _ROUNDING < disk.bytes:
-            yield f"{disk.file} is {length} bytes long, and took up {disk.bytes}"
 
 
 def total_bytes(paths: Sequence[Path]) -> int:
@@ -290,9 +288,13 @@ def total_bytes(paths: Sequence[Path]) -> int:
     return sum(path.stat().st_blocks * 512 for path in paths)
 
 
-def _notes(manifest: Manifest) -> str:
+def _notes(manifest: Manifest, definition_xml: str) -> str:
     """How to bring this very copy back with plain tools, for a reader in need."""
     server = manifest.server
+    wanted: dict[str, str] = {}
+    with contextlib.suppress(DefinitionInvalid):
+        disks = DomainDefinition.parse(definition_xml).disks
+        wanted = {disk.target: disk.format for disk in disks}
     lines = [
         f"# {server.name}, as it was at {manifest.taken_at.isoformat(timespec='seconds')}",
         "",
@@ -308,7 +310,10 @@ def _notes(manifest: Manifest) -> str:
     ]
     for disk in manifest.disks:
         path = f"THE-PATH-OF-{disk.target.upper()}"
-        lines.append(f"    cp --sparse=always --reflink=auto {disk.file} {path}")
+        if (own := wanted.get(disk.target, disk.format)) != disk.format:
+            lines.append(f"    qemu-img convert -f {disk.format} -O {own} {disk.file} {path}")
+        else:
+            lines.append(f"    cp --sparse=always --reflink=auto {disk.file} {path}")
         lines.append(f"    chmod 600 {path}")
     if manifest.nvram:
         lines.append(f"    cp {manifest.nvram} THE-PATH-OF-NVRAM")
@@ -318,12 +323,12 @@ def _notes(manifest: Manifest) -> str:
     lines += [
         f"    virsh define {manifest.definition}",
         *([f"    virsh autostart {server.name}"] if manifest.autostart else []),
-        f"    virsh start {server.name}",
+        f"    virsh start --force-boot {server.name}",
         "",
         f"The paths are those in {manifest.definition}: the `<source file=…>` of each disk"
         + (" and the text of `<nvram>`." if manifest.nvram else "."),
         *_tpm_path(manifest),
-        "Where a disk had another format than its copy, set `<driver type=…>` there too:",
+        "The copies' formats:",
         "",
     ]
     lines += [f"- {disk.target}: {disk.file}, {disk.format}" for disk in manifest.disks]

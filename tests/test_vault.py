@@ -72,11 +72,32 @@ def test_a_published_copy_is_whole_sealed_and_explains_itself(vault: Vault) -> N
     for words in (
         "b3sum vda.qcow2",
         "virsh define domain.xml",
+        "virsh start --force-boot web1",
         "vda.qcow2",
         "web1",
         "a CD-ROM is not copied",
     ):
         assert words in notes
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ("qcow2", "cp --sparse=always --reflink=auto vda.qcow2 THE-PATH-OF-VDA"),
+        ("raw", "qemu-img convert -f qcow2 -O raw vda.qcow2 THE-PATH-OF-VDA"),
+    ],
+)
+def test_notes_say_how_a_disk_gets_its_own_format(vault: Vault, own: str, said: str) -> None:
+    """A raw disk that was streamed is a qcow2, and its guest would find the wrapping on it."""
+    definition = (
+        "<domain type='qemu'><name>web1</name><uuid>5fff5a09-9f9a-4651-859f-ca28d3775a66</uuid>"
+        f"<memory>1</memory><devices><disk type='file' device='disk'><driver type='{own}'/>"
+        "<source file='/srv/web1'/><target dev='vda'/></disk></devices></domain>"
+    )
+    with vault.begin("image", "srv1", "img1") as partial:
+        (partial.path / "vda.qcow2").write_text("disk")
+        folder = partial.publish(manifest("img1"), definition)
+    assert f"    {said}\n" in (folder / "RESTORE.md").read_text()
 
 
 def test_directories_above_can_be_walked_by_qemu(vault: Vault) -> None:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from shared.disks.errors import PauseTooLong
-from shared.disks.extents import Extents, difference, extents
-from shared.disks.reflink import clone_into_fd, clone_ranges
+from shared.disks.extents import Extents, count_extents, difference, extents
+from shared.disks.reflink import SHARE_COST_MS, clone_into_fd, clone_ranges
 
 AT_A_TIME = 1000
 """Extents shared by one call, for whose length the guest cannot write: some 20 ms."""
@@ -64,7 +64,9 @@ class CatchingUp:
 
     @property
     def expected_ms(self) -> float:
-        """What `finish` would take now, as the last round tells."""
+        """What `finish` would take now, as the last round tells, or the number of extents."""
+        if self._held is None:
+            return count_extents(self.source) * SHARE_COST_MS
         return 0.0 if self._untouched else self._cost_ms
 
     def finish(self) -> None:

@@ -113,6 +113,12 @@ def refuse_other_disks(chosen: Plan, definition: str) -> None:
         )
 
 
+def taken_up(path: Path) -> int:
+    """Bytes of a finished file on the disk; not what a file system has set aside past its end."""
+    status = path.stat()
+    return min(status.st_blocks * 512, status.st_size)
+
+
 def copied(source: SourceDisk, path: Path, meanwhile: Callable[[], None]) -> CopiedDisk:
     """The finished copy of a disk. Raises ImageDamaged, CopyFailed where it is not whole, and what
     `meanwhile` raises."""
@@ -130,5 +136,5 @@ def copied(source: SourceDisk, path: Path, meanwhile: Callable[[], None]) -> Cop
         path=path,
         format=image_format,
         virtual_bytes=source.virtual_bytes,
-        bytes=path.stat().st_blocks * 512,
+        bytes=taken_up(path),
     )

@@ -8,6 +8,7 @@ result is the vault's; copying it out again is `materialise.py`'s.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -357,7 +358,7 @@ def _shared(
             faults.point("reflink:paused")
             # Files that are the live ones here are so until the guest writes again.
             definition = order.domain.live_definition()
-            finish(copies, order.pause_budget_ms)
+            finish(copies, order.pause_budget_ms if pause.was_running else math.inf)
             job.beside.take()
             faults.point("reflink:shared")
         if consistency.level != "crash" and pause.was_running:  # for its thaw a guest takes a while

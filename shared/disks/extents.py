@@ -62,17 +62,26 @@ class Extents:
 def extent_count(path: Path) -> int:
     """How many extents `path` has; 0 where the file system does not tell.
 
+    What was written and not yet written out is in none of them: call `sync_source` first.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return count_extents(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def count_extents(descriptor: int) -> int:
+    """How many an open file has; 0 where the file system does not tell.
+
     FIEMAP with room for none answers with the number alone
-    (Documentation/filesystems/fiemap.rst). Not a sync: call `sync_source` first.
+    (Documentation/filesystems/fiemap.rst).
     """
     request = bytearray(_HEADER.pack(0, _TO_THE_END, 0, 0, 0, 0))
-    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.ioctl(descriptor, FS_IOC_FIEMAP, request)
     except OSError:
         return 0
-    finally:
-        os.close(descriptor)
     return int(_HEADER.unpack_from(request)[3])
 
 

@@ -205,10 +205,14 @@ def check_by_qemu(
 def measure(path: Path, image_format: str, target_format: str) -> int:
     """The bytes a full, flattened copy in `target_format` takes at most. Raises CopyFailed.
 
-    Without internal snapshots and bitmaps, which a copy does not hold either.
+    Without internal snapshots and bitmaps, which a copy does not hold either, and without holes:
+    for a raw copy qemu-img tells its whole length.
     """
-    answer = _ask(["measure", "-U", "-f", image_format, "-O", target_format, "--output=json"], path)
-    return int(answer["required"])
+    arguments = ["measure", "-U", "-f", image_format, "--output=json", "-O"]
+    required = int(_ask([*arguments, target_format], path)["required"])
+    if target_format == "raw":
+        required = min(required, int(_ask([*arguments, "qcow2"], path)["required"]))
+    return required
 
 
 def _ask(arguments: list[str], path: Path) -> Any:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from shared.disks import images
 from shared.disks.extents import extent_count
-from shared.disks.reflink import can_reflink
+from shared.disks.reflink import SHARE_COST_MS, can_reflink, sync_source
 from shared.file_systems import writes_elsewhere
 from shared.hypervisor.definition import (
     DiskDefinition,
@@ -28,8 +28,6 @@ from shared.hypervisor.memory import refuse_without_memory
 Way = Literal["reflink", "stream"]
 Choice = Literal["auto", "reflink", "stream"]
 
-SHARE_COST_MS = 0.02
-"""Measured: what FICLONE takes per extent, about."""
 CATCH_UP_FROM_MS = 5.0
 """Where sharing all at once would take longer, most of it is done before the pause."""
 # A reflinked file takes next to nothing at first; its tree of extents is not nothing.
@@ -87,7 +85,7 @@ def plan(
     disks, left_out = live.split_disks()
     sources = tuple(_source(disk) for disk in disks)
     state = domain.state
-    pieces = sum(extent_count(s.path) for s in sources) if state == "running" else 0
+    pieces = sum(map(_pieces, sources)) if state == "running" else 0
     obstacle = _obstacle_to_reflink(sources, destination)
     if way == "reflink" and obstacle:
         raise DiskNotCopyable(f"{domain.name} cannot be reflinked: {obstacle}.")
@@ -112,7 +110,7 @@ def plan(
                 f"reflink alone; that is not possible here: {obstacle or reason}.",
                 disk=source.disk.target,
             )
-    if compress:
+    if compress or state != "stopped":  # into a raw one QEMU would write the holes, as zeros
         sources = tuple(replace(s, copy_format="qcow2") for s in sources)
     sources = tuple(
         replace(s, needed_bytes=images.measure(s.path, s.disk.format, s.copy_format))
@@ -190,6 +188,12 @@ def _source(disk: DiskDefinition) -> SourceDisk:
     depends_on = about.depends_on or ("its backing file" if disk.has_backing else None)
     copy_format = disk.format if disk.format in ("raw", "qcow2") else "qcow2"
     return SourceDisk(disk, path, about.virtual_bytes, depends_on, copy_format, encrypted)
+
+
+def _pieces(source: SourceDisk) -> int:
+    if source.path.is_file():
+        sync_source(source.path)  # what is yet to be written out may fall into many
+    return extent_count(source.path)
 
 
 def _obstacle_to_reflink(sources: Sequence[SourceDisk], destination: Path) -> str | None:

@@ -23,6 +23,8 @@ FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
 FS_NOCOW_FL = 0x00800000
 
+SHARE_COST_MS = 0.02
+"""Measured: what FICLONE takes per extent, about."""
 _RANGE = struct.Struct("=qQQQ")  # struct file_clone_range
 
 # What file systems answer when they cannot share these two files' extents.

@@ -5,7 +5,7 @@ Making a second domain out of a definition is `duplicate.py`'s.
 """
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Literal, cast, get_args
@@ -122,6 +122,8 @@ class DomainDefinition:
     has_external_tpm: bool
     beside: tuple[commandline.Storage, ...] = ()
     """The disks that QEMU has past libvirt."""
+    elsewhere: tuple[LeftOut, ...] = ()
+    """What else keeps data of the guest's that no copy holds."""
 
     @classmethod
     def parse(cls, xml: str) -> "DomainDefinition":
@@ -138,6 +140,7 @@ class DomainDefinition:
             tpm_state=_tpm_state(root),
             has_external_tpm=root.find("devices/tpm/backend[@type='external']") is not None,
             beside=tuple(commandline.storage(root)),
+            elsewhere=tuple(dict.fromkeys(_elsewhere(root))),
         )
 
     def split_disks(self) -> tuple[tuple[DiskDefinition, ...], tuple[LeftOut, ...]]:
@@ -168,9 +171,9 @@ class DomainDefinition:
 
     @property
     def left_beside(self) -> tuple[LeftOut, ...]:
-        """The disks that no copy holds since they are not in what libvirt looks at."""
+        """What no copy holds since it is not in a `<disk>`."""
         reason = "it is on QEMU's command line; to have it copied make it a <disk>"
-        return tuple(LeftOut(each.told, reason) for each in self.beside)
+        return (*(LeftOut(each.told, reason) for each in self.beside), *self.elsewhere)
 
     def with_disk_paths(
         self, paths: Mapping[str, str], formats: Mapping[str, str] | None = None
@@ -368,6 +371,41 @@ def _disk(node: etree._Element) -> DiskDefinition:
         may_be_missing=optional,
         has_source=path is not None or (kind not in ("file", "block") and source is not None),
     )
+
+
+def label(node: etree._Element) -> str:
+    """What a device is called where it is told of."""
+    return " ".join(filter(None, [str(node.tag), node.get("type")]))
+
+
+def directory(node: etree._Element) -> str:
+    """A shared directory by the name that the guest mounts it by."""
+    target = node.find("target")
+    name = target.get("dir", "") if target is not None else ""
+    return f"{label(node)} {name}".strip()
+
+
+def writable_directories(root: etree._Element) -> list[etree._Element]:
+    """Directories of the host that the guest writes to."""
+    found = root.findall("devices/filesystem")
+    return [each for each in found if each.get("type") != "ram" and each.find("readonly") is None]
+
+
+def _elsewhere(root: etree._Element) -> Iterator[LeftOut]:
+    for node in root.iterfind("devices/hostdev"):
+        yield LeftOut(label(node), "what a device of the host stores is not copied")
+    for node in writable_directories(root):
+        yield LeftOut(directory(node), "a directory of the host is not copied")
+    for node in root.iterfind("devices/memory"):
+        if node.get("model") in ("nvdimm", "virtio-pmem"):
+            yield LeftOut(f"memory {node.get('model')}", "what a memory device keeps is not copied")
+    variables = "the UEFI variables are not copied: "
+    for node in root.iterfind("os/nvram/source"):
+        if node.get("file") is None:
+            yield LeftOut("nvram", f"{variables}they are in no file of this host")
+    for node in root.iterfind("os/loader[@type='pflash']"):
+        if node.text and node.get("readonly") != "yes":  # libvirt's default is to write
+            yield LeftOut("nvram", f"{variables}they are in the firmware itself")
 
 
 def nvram_of(root: etree._Element) -> str | None:

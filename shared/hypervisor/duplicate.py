@@ -17,10 +17,13 @@ from shared.hypervisor import commandline
 from shared.hypervisor.definition import (
     CHARACTER_DEVICES,
     LeftOut,
+    directory,
+    label,
     nvram_of,
     parse_domain,
     set_disk_paths,
     to_text,
+    writable_directories,
 )
 from shared.hypervisor.errors import DefinitionInvalid
 from shared.hypervisor.sizing import set_memory, set_vcpus
@@ -181,23 +184,15 @@ def _drop(root: etree._Element) -> list[LeftOut]:
     left_out = []
     for path, reason in _DROPPED:
         for node in root.findall(path):
-            left_out.append(LeftOut(_label(node), reason))
+            left_out.append(LeftOut(label(node), reason))
             _remove(node)
-    for node in root.findall("devices/filesystem"):
-        if node.get("type") != "ram" and node.find("readonly") is None:
-            left_out.append(LeftOut(_directory(node), "the directory is the source's or shared"))
-            _remove(node)
+    for node in writable_directories(root):
+        left_out.append(LeftOut(directory(node), "the directory is the source's or shared"))
+        _remove(node)
     for path in _DROPPED_SILENTLY:
         for node in root.findall(path):
             _remove(node)
     return left_out
-
-
-def _directory(node: etree._Element) -> str:
-    """A shared directory by the name that the guest mounts it by."""
-    target = node.find("target")
-    name = target.get("dir", "") if target is not None else ""
-    return f"{_label(node)} {name}".strip()
 
 
 def _keep_or_drop_disks(
@@ -314,7 +309,7 @@ def _own_character_devices(root: etree._Element, old_name: str, name: str) -> li
                 continue
             reason = _own_source(device, source, old_name, name)
             if reason:
-                left_out.append(LeftOut(_label(device), reason))
+                left_out.append(LeftOut(label(device), reason))
     return left_out
 
 
@@ -366,10 +361,6 @@ def _own_ports(root: etree._Element) -> None:
     for vsock_id in root.iterfind("devices/vsock/cid"):
         _unset(vsock_id, "address")
         vsock_id.set("auto", "yes")
-
-
-def _label(node: etree._Element) -> str:
-    return " ".join(filter(None, [str(node.tag), node.get("type")]))
 
 
 def _set_text(root: etree._Element, tag: str, text: str) -> None:

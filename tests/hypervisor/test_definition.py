@@ -96,7 +96,32 @@ class TestReading:
         assert {item.target: item.reason for item in left_out} == {
             "sda": "a CD-ROM is not copied",
             "vdc": "the disk is shared with other guests",
+            "hostdev pci": "what a device of the host stores is not copied",
         }
+
+    @pytest.mark.parametrize(
+        ("where", "told"),
+        [
+            ("<devices><hostdev mode='subsystem' type='scsi'/></devices>", ["hostdev scsi"]),
+            (
+                "<devices><filesystem type='mount'><target dir='data'/></filesystem></devices>",
+                ["filesystem mount data"],
+            ),
+            ("<devices><filesystem type='mount'><readonly/></filesystem></devices>", []),
+            (
+                "<devices><memory model='nvdimm'/><memory model='dimm'/></devices>",
+                ["memory nvdimm"],
+            ),
+            ("<os><nvram type='block'><source dev='/dev/v'/></nvram></os>", ["nvram"]),
+            ("<os><nvram type='file'><source file='/v'/></nvram></os>", []),
+            ("<os><loader type='pflash'>/f.fd</loader></os>", ["nvram"]),
+            ("<os><loader type='pflash' readonly='yes'>/f.fd</loader></os>", []),
+        ],
+    )
+    def test_what_keeps_data_beside_disks_is_named(self, where: str, told: list[str]) -> None:
+        """A copy without it would look whole."""
+        found = DomainDefinition.parse(f"<domain><name>web1</name>{where}</domain>")
+        assert [each.target for each in found.left_beside] == told
 
     @pytest.mark.parametrize(
         "disk",

@@ -14,9 +14,9 @@ from operations.waiting import wait_for
 from test_backup import begin_another
 
 from lab import offline
-from lab.guest import Guest
+from lab.guest import Guest, make_disk
 from lab.libvirtd import Hypervisor
-from shared.disks import catching_up, engine, images
+from shared.disks import catching_up, engine, images, planning
 from shared.disks.copied import CopiedDisk
 from shared.disks.copy import stream_copy
 from shared.disks.engine import capture
@@ -71,6 +71,14 @@ def busy(guest: Guest, command: str) -> Iterator[None]:
         guest.run("touch /tmp/stop")
         while not guest.agent("guest-exec-status", pid=started["pid"])["exited"]:
             time.sleep(0.05)
+
+
+def as_raw(disk: Path) -> Path:
+    """A streamed disk, which a raw one of a running guest is a qcow2 of."""
+    raw = disk.with_suffix(".raw")
+    command = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(disk), str(raw)]
+    subprocess.run(command, check=True)
+    return raw
 
 
 def complaints(raw_disk: Path) -> str:
@@ -145,8 +153,37 @@ def test_stream_copies_a_running_guest(
     taken = capture(domain, elsewhere, watchdog=watchdog, before=steps.append)
     assert (taken.way, taken.consistency, taken.pause_ms) == ("stream", "file-system", 0.0)
     assert steps == ["backup", "thawed", "released"]
-    assert b"streamed" in (elsewhere / "vdb.raw").read_bytes()
-    assert complaints(elsewhere / "vdb.raw") == ""
+    raw = as_raw(elsewhere / "vdb.qcow2")
+    assert b"streamed" in raw.read_bytes()
+    assert complaints(raw) == ""
+
+
+@pytest.mark.parametrize("state", ["running", "stopped"])
+def test_a_stream_of_a_thin_disk_is_as_thin(
+    hypervisor: Hypervisor, xfs: Path, watchdog: Watchdog, elsewhere: Path, state: str
+) -> None:
+    """A raw one of which next to nothing is written; nor is room asked for all of it, also to
+    write it out again."""
+    disk = make_disk(xfs, "raw", "blank", size=1 << 36, name=f"thin-{state}.raw")
+    with Guest.create(hypervisor, xfs / f"thin-{state}", disks=["qcow2", str(disk)]) as made:
+        if state == "running":
+            made.start()
+            made.run("printf thin | dd of=/dev/vdb bs=4 seek=1000000 conv=notrunc,fsync")
+        else:
+            with disk.open("r+b") as file:
+                file.seek(4_000_000)
+                file.write(b"thin")
+        domain = find_by_name(connect(hypervisor.uri), made.name)
+        taken = capture(domain, elsewhere, watchdog=watchdog, way="stream")
+    copy = taken.files[1]
+    assert (copy.format, copy.virtual_bytes) == ("qcow2" if state == "running" else "raw", 1 << 36)
+    assert copy.bytes < 1 << 25
+    written = elsewhere / "again"
+    materialise([copy], {"vdb": written}, formats={"vdb": "raw"})
+    with written.open("rb") as file:
+        file.seek(4_000_000)
+        assert file.read(4) == b"thin"
+    assert written.stat().st_blocks * 512 < 1 << 20
 
 
 @pytest.mark.parametrize("way", ["reflink", "stream"])
@@ -463,6 +500,26 @@ def test_fragmented_disks_are_shared_ahead_of_the_pause(
     assert complaints(folder / "vdb.raw") == ""
 
 
+def test_a_disk_that_fell_to_pieces_since_the_plan_is_streamed(
+    fragmented: Guest, watchdog: Watchdog, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was in one piece, so that nothing was shared ahead: all of it would be in the pause."""
+    domain = find_by_name(connect(fragmented.hypervisor.uri), fragmented.name)
+    monkeypatch.setattr(planning, "extent_count", lambda _path: 1)
+    taken = capture(domain, folder, watchdog=watchdog, quiesce="never", pause_budget_ms=5)
+    assert (taken.way, "fragmented" in taken.way_reason) == ("stream", True)
+    assert fragmented.state() == "running"
+
+    shutil.rmtree(folder)
+    folder.mkdir()
+    folder.chmod(0o711)
+    domain.suspend()  # its owner's pause has no budget
+    try:
+        assert capture(domain, folder, watchdog=watchdog, pause_budget_ms=5).way == "reflink"
+    finally:
+        domain.resume()
+
+
 def test_a_pause_over_the_budget_is_not_made(
     fragmented: Guest, watchdog: Watchdog, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -494,7 +551,7 @@ def test_a_pause_over_the_budget_is_not_made(
     assert (taken.way, taken.pause_ms) == ("stream", 0)
     assert "the guest would pause for" in taken.way_reason
     assert steps[-2:] == ["backup", "released"]
-    assert complaints(folder / "vdb.raw") == ""
+    assert complaints(as_raw(folder / "vdb.qcow2")) == ""
 
 
 def test_through_the_vault_and_out_again(

@@ -57,7 +57,7 @@ def test_a_stream_leaves_the_floor_free(
 
     def growing() -> bool:
         """Nobody cancels; but as soon as there is something of the copy, others write."""
-        copies = list(vault.root.glob("**/vda.raw"))
+        copies = list(vault.root.glob("**/vda.*"))
         if not ballast and copies:
             wait_for(lambda: copies[0].stat().st_blocks)
             size = filesystems.size(vault.root)
