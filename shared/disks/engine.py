@@ -122,6 +122,9 @@ def capture(
     try:
         return _captured(order, chosen)
     except PauseTooLong as error:
+        if not chosen.catching_up and writes_elsewhere(destination):  # it fell to pieces since
+            with contextlib.suppress(PauseTooLong):
+                return _captured(order, replace(chosen, catching_up=True))
         if way == "reflink":
             raise
         chosen = plan(domain, destination, way="stream", reason=error.detail, compress=compress)

@@ -4,6 +4,7 @@ Owns: the choice of the way for the server as a whole, what it leaves out and th
 room it takes. Going the way is `engine.py`'s.
 """
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ CATCH_UP_FROM_MS = 5.0
 """Where sharing all at once would take longer, most of it is done before the pause."""
 # A reflinked file takes next to nothing at first; its tree of extents is not nothing.
 _REFLINK_BYTES = 1 << 20
+_THICK = 0.9
 _TARGET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 
 
@@ -85,12 +87,12 @@ def plan(
     disks, left_out = live.split_disks()
     sources = tuple(_source(disk) for disk in disks)
     state = domain.state
-    pieces = sum(map(_pieces, sources)) if state == "running" else 0
     obstacle = _obstacle_to_reflink(sources, destination)
     if way == "reflink" and obstacle:
         raise DiskNotCopyable(f"{domain.name} cannot be reflinked: {obstacle}.")
     if way == "reflink" or (way == "auto" and not obstacle):
         needed = _REFLINK_BYTES * len(sources)
+        pieces = sum(map(_pieces, sources)) if state == "running" else 0
         # Extents are shared whatever is in them, so the copy is what its source is.
         sources = tuple(replace(s, copy_format=s.disk.format) for s in sources)
         return Plan(
@@ -110,8 +112,12 @@ def plan(
                 f"reflink alone; that is not possible here: {obstacle or reason}.",
                 disk=source.disk.target,
             )
-    if compress or state != "stopped":  # into a raw one QEMU would write the holes, as zeros
-        sources = tuple(replace(s, copy_format="qcow2") for s in sources)
+    sources = tuple(
+        replace(s, copy_format="qcow2")
+        if compress or (state != "stopped" and s.copy_format == "raw" and _is_thin(s.path))
+        else s
+        for s in sources
+    )
     sources = tuple(
         replace(s, needed_bytes=images.measure(s.path, s.disk.format, s.copy_format))
         for s in sources
@@ -191,9 +197,15 @@ def _source(disk: DiskDefinition) -> SourceDisk:
 
 
 def _pieces(source: SourceDisk) -> int:
-    if source.path.is_file():
+    with contextlib.suppress(OSError):  # of which who copies it is told
         sync_source(source.path)  # what is yet to be written out may fall into many
     return extent_count(source.path)
+
+
+def _is_thin(path: Path) -> bool:
+    """Whether a good part of a file is holes. QEMU would write them to a raw copy, as zeros."""
+    status = path.stat()
+    return status.st_blocks * 512 < status.st_size * _THICK
 
 
 def _obstacle_to_reflink(sources: Sequence[SourceDisk], destination: Path) -> str | None:

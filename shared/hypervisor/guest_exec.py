@@ -23,6 +23,7 @@ from shared.hypervisor.errors import GuestNotAnswering, HypervisorError
 # One answer of the agent: it is idle, so that only a hung guest takes longer.
 _ANSWER_S = 5
 _POLL_S = 0.1
+_TRIES = 3
 _ORDERS = ("guest-exec", "guest-exec-status")
 _NAME = "org.qemu.guest_agent.0"
 
@@ -81,12 +82,11 @@ def refusal(domain: Domain) -> str | None:
 
 def is_frozen(domain: Domain) -> bool:
     """Whether the guest's file systems are frozen, as far as its agent tells."""
-    if not agent_ready(domain):
-        return False
-    try:
-        return bool(_order(domain, "guest-fsfreeze-status", timeout_s=2) == "frozen")
-    except HypervisorError:
-        return False
+    if agent_ready(domain):
+        for _ in range(_TRIES):
+            with contextlib.suppress(HypervisorError):
+                return bool(_order(domain, "guest-fsfreeze-status", timeout_s=2) == "frozen")
+    return False
 
 
 def system_of(domain: Domain) -> str:

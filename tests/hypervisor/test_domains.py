@@ -233,8 +233,7 @@ def test_a_busy_guest_is_listed_all_the_same(
     disks' files tell, nor is a domain that is left out gone."""
     box.start()
     monkeypatch.setattr(libvirt.virDomain, "blockInfo", lambda *_given: pytest.fail("asked"))
-    found = {facts.uuid: facts for facts in scan(connect(hypervisor.uri))}[box.uuid]
-    assert found.disks[0].capacity_bytes
+    assert inventory.facts_of(box).disks[0].capacity_bytes
     box.destroy()
 
     real = Domain.live_definition

@@ -74,7 +74,7 @@ def busy(guest: Guest, command: str) -> Iterator[None]:
 
 
 def as_raw(disk: Path) -> Path:
-    """A streamed disk, which a raw one of a running guest is a qcow2 of."""
+    """A streamed disk: of a thin raw one of a running guest it is a qcow2."""
     raw = disk.with_suffix(".raw")
     command = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(disk), str(raw)]
     subprocess.run(command, check=True)
@@ -500,13 +500,27 @@ def test_fragmented_disks_are_shared_ahead_of_the_pause(
     assert complaints(folder / "vdb.raw") == ""
 
 
-def test_a_disk_that_fell_to_pieces_since_the_plan_is_streamed(
+def test_a_disk_that_fell_to_pieces_since_the_plan_holds_nobody(
     fragmented: Guest, watchdog: Watchdog, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was in one piece, so that nothing was shared ahead: all of it would be in the pause."""
+    """It was in one piece, so that nothing was shared ahead: all of it would be in the pause. It is
+    shared ahead then, or, where that cannot be, streamed."""
     domain = find_by_name(connect(fragmented.hypervisor.uri), fragmented.name)
     monkeypatch.setattr(planning, "extent_count", lambda _path: 1)
-    taken = capture(domain, folder, watchdog=watchdog, quiesce="never", pause_budget_ms=5)
+    shared_ahead: list[int] = []
+    real = engine.catch_up
+    monkeypatch.setattr(engine, "catch_up", lambda *given: (shared_ahead.append(1), real(*given)))
+    budget = MOMENT_MS / 50  # less than thousands of pieces take
+    taken = capture(domain, folder, watchdog=watchdog, quiesce="never", pause_budget_ms=budget)
+    assert (taken.way, shared_ahead) == ("reflink", [1])
+    assert fragmented.state() == "running"
+
+    shutil.rmtree(folder)
+    folder.mkdir()
+    folder.chmod(0o711)
+    with monkeypatch.context() as unknown:
+        unknown.setattr(engine, "writes_elsewhere", lambda _path: False)
+        taken = capture(domain, folder, watchdog=watchdog, quiesce="never", pause_budget_ms=budget)
     assert (taken.way, "fragmented" in taken.way_reason) == ("stream", True)
     assert fragmented.state() == "running"
 
