@@ -149,7 +149,7 @@ def test_a_server_that_is_started_while_disks_are_copied_has_a_whole_tpm(
     assert certificate(lost) == own
 
 
-@pytest.mark.parametrize("at", ["journalled:swap_back", "swap:linked", "committing"])
+@pytest.mark.parametrize("at", ["stopped", "swap:linked", "committing"])
 def test_a_server_that_is_started_again_has_a_whole_tpm(
     site: Site, locked: Machine, lost: Path, at: str
 ) -> None:
