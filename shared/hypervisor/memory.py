@@ -196,10 +196,24 @@ class _Save:
             self.domain.suspend()
 
     def _abort(self) -> None:
+        """End it, with the guest held by us.
+
+        Where the last part of a save is cancelled of a guest that runs, QEMU goes on with its
+        images inactive, and dies of the next write or save (7.2, block.c: the assertion in
+        bdrv_inactivate_recurse); a resume makes them active. What has paused the guest by itself
+        is at that part, and is waited for.
+        """
         deadline = time.monotonic() + _ABORT_PATIENCE_S
         while self._thread.is_alive() and time.monotonic() < deadline:
             with contextlib.suppress(HypervisorError):  # it has just ended, or not yet begun
-                self.domain.call("Ending the save of", lambda handle: handle.abortJob())
+                if self.domain.state == "running":
+                    if not self._held:
+                        arm = self.watchdog.arm(self.domain.uuid, "resume", GIVE_UP_S)
+                        self.arms.append(arm)
+                        self._held = True
+                    self.domain.suspend()
+                elif self.domain.paused_by_user:
+                    self.domain.call("Ending the save of", lambda handle: handle.abortJob())
             self._thread.join(_POLL_S)
 
     @contextlib.contextmanager
