@@ -12,6 +12,7 @@ from pathlib import Path
 import structlog
 
 from shared import faults, linked, mounted, using
+from shared.copying import HOLDS
 from shared.database import reading
 from shared.disks import beside, removal, setaside
 from shared.hypervisor import undo as hypervisor
@@ -82,7 +83,7 @@ def resume_domain(uuid: str) -> None:
 
 @action
 def release_memory(uuid: str) -> None:
-    hypervisor.release_memory(settings().libvirt_uri, uuid)
+    hypervisor.release_memory(settings().libvirt_uri, uuid, settings().vault / HOLDS)
 
 
 @action

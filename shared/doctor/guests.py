@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sqlalchemy import select
 
+from shared.copying import HOLDS
 from shared.database import reading
 from shared.disks.setaside import FOLDER
 from shared.doctor.findings import Finding
@@ -14,6 +15,7 @@ from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.errors import DomainMissing
 from shared.hypervisor.inventory import DomainFacts
+from shared.hypervisor.saving import is_stilled, note_of
 from shared.models import Clone, JournalEntry, Operation
 from shared.operations import bystander, runner
 
@@ -61,7 +63,7 @@ def _held(site: Site, operation: Operation, entry: JournalEntry) -> Iterator[Fin
     if entry.action not in bystander.AT_ONCE:
         return
     domain = find(site, entry.arguments["uuid"])
-    if domain is None or not _is_held(domain, entry.action):
+    if domain is None or not _is_held(site, domain, entry.action):
         return
     paused = entry.action != "thaw_domain"
     yield Finding(
@@ -74,12 +76,13 @@ def _held(site: Site, operation: Operation, entry: JournalEntry) -> Iterator[Fin
     )
 
 
-def _is_held(domain: Domain, action: str) -> bool:
+def _is_held(site: Site, domain: Domain, action: str) -> bool:
     match action:
         case "resume_domain":
             return domain.paused_by_user
         case "release_memory":
-            return domain.held_by_save
+            note = note_of(site.vault.root / HOLDS, domain.uuid)
+            return domain.held_by_save or (domain.paused_by_user and is_stilled(note))
     return domain.state == "running"
 
 

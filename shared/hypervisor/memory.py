@@ -32,6 +32,7 @@ from shared.hypervisor.errors import (
 )
 from shared.hypervisor.guest_exec import is_frozen
 from shared.hypervisor.pause import Pause, give_back
+from shared.hypervisor.saving import end_save, forget, is_stilled, note_of
 from shared.hypervisor.watchdog import DEADLINE_S, GIVE_UP_S, Watchdog
 
 Held = Literal["memory", "pause"]
@@ -81,6 +82,7 @@ def memory_saved(
     finally:
         try:
             give_back(domain, watchdog, save.arms, save.holds, look_first=True)
+            forget(save.note)
         finally:
             pause.ms = (time.perf_counter() - save.paused_at) * 1000
             fired = any([watchdog.disarm(arm) for arm in save.arms])
@@ -133,10 +135,12 @@ class _Save:
         self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
         self._failure: Exception | None = None
         self._told_paused = self._held = False
+        self.note = note_of(watchdog.holds, domain.uuid)
 
     def holds(self) -> bool:
         """Whether the guest is paused by this save, and not because its owner asked for it."""
-        return self.domain.held_by_save or (self._held and self.domain.paused_by_user)
+        held = self._held or is_stilled(self.note)
+        return self.domain.held_by_save or (held and self.domain.paused_by_user)
 
     def carry_out(
         self, meanwhile: Callable[[], None], check: Callable[[], None], most_bytes: int
@@ -196,24 +200,10 @@ class _Save:
             self.domain.suspend()
 
     def _abort(self) -> None:
-        """End it, with the guest held by us.
-
-        Where the last part of a save is cancelled of a guest that runs, QEMU goes on with its
-        images inactive, and dies of the next write or save (7.2, block.c: the assertion in
-        bdrv_inactivate_recurse); a resume makes them active. What has paused the guest by itself
-        is at that part, and is waited for.
-        """
         deadline = time.monotonic() + _ABORT_PATIENCE_S
         while self._thread.is_alive() and time.monotonic() < deadline:
-            with contextlib.suppress(HypervisorError):  # it has just ended, or not yet begun
-                if self.domain.state == "running":
-                    if not self._held:
-                        arm = self.watchdog.arm(self.domain.uuid, "resume", GIVE_UP_S)
-                        self.arms.append(arm)
-                        self._held = True
-                    self.domain.suspend()
-                elif self.domain.paused_by_user:
-                    self.domain.call("Ending the save of", lambda handle: handle.abortJob())
+            with contextlib.suppress(HypervisorError):
+                self.domain.call("Ending the save of", lambda handle: end_save(handle, self.note))
             self._thread.join(_POLL_S)
 
     @contextlib.contextmanager

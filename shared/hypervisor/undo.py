@@ -25,7 +25,7 @@ from shared.hypervisor.definition import DomainDefinition, renamed
 from shared.hypervisor.domains import Domain, State, define, find
 from shared.hypervisor.errors import DomainMissing, LibvirtBusy, LibvirtFailed
 from shared.hypervisor.locks import is_open
-from shared.hypervisor.watchdog_helper import saving
+from shared.hypervisor.saving import end_save, note_of
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ _THAW_PATIENCE_S = 60.0
 _AT_ONCE_S = 0.1
 _SUSPEND_S = 1.0
 _LOOK_S = 0.02
+_STEP_S = 0.05
 _silent_since: dict[str, float] = {}
 """Domains whose agent did not answer a thaw, and when that was first seen."""
 
@@ -67,20 +68,25 @@ def resume_domain(uri: str, uuid: str) -> bool:
     return True
 
 
-def release_memory(uri: str, uuid: str) -> bool:
+def release_memory(uri: str, uuid: str, holds: Path) -> bool:
     """End a save of the memory that still runs, and resume the domain from the pause it leaves.
 
-    Only for domains that ran when the journal entry was made. Raises LibvirtBusy if it does not
-    end.
+    Only for domains that ran when the journal entry was made; `holds` is the watchdogs' directory.
+    Raises LibvirtBusy if it does not end.
     """
     domain = _find(uri, uuid)
     if domain is None:
         return False
-    ended = _end_job(domain, saving)
-    if not domain.held_by_save:
-        return ended
-    domain.resume()
-    return True
+    note, deadline = note_of(holds, uuid), time.monotonic() + _ABORT_PATIENCE_S
+
+    while True:
+        with contextlib.suppress(LibvirtFailed):  # another came in between, or it went down
+            resumed = domain.call("Ending the save of", lambda handle: end_save(handle, note))
+            if resumed is not None:
+                return resumed
+        if time.monotonic() > deadline:
+            raise LibvirtBusy(f"The save of {domain.name} does not end; try again later.")
+        time.sleep(_STEP_S)
 
 
 def thaw_domain(uri: str, uuid: str) -> bool:

@@ -20,8 +20,9 @@ from typing import IO, Any
 import libvirt
 
 from shared.hypervisor.agent_timeout import answers_within
-from shared.hypervisor.domains import ASKED_FOR, HELD_BY_SAVE
+from shared.hypervisor.domains import ASKED_FOR
 from shared.hypervisor.errors import WatchdogUnavailable
+from shared.hypervisor.saving import end_save, note_of
 from shared.hypervisor.watchdog import GIVE_UP_S, Action, hold_of, locked
 
 # A suspend that the dead worker had sent, and not yet seen the end of, may still
@@ -102,7 +103,7 @@ class _Helper:
         uuid, action, _ = self.armed.pop(token)
         self.fired.add(token)
         linger_s = 0.0 if token in self.held else LINGER_S
-        work = partial(give_back, self.uri, uuid, action, linger_s, holds)
+        work = partial(give_back, self.uri, uuid, action, self.holds, linger_s, holds)
         if action == "thaw":
             work = partial(_noted, _note(self.holds, uuid), work)
         rescue = threading.Thread(target=work, daemon=True)
@@ -133,7 +134,7 @@ def thaw_owed(uri: str, holds: Path) -> None:
     operation's journal tells.
     """
     for note in holds.glob(f"*{OWED}"):
-        thaw = partial(give_back, uri, note.stem, "thaw", holds=holds)
+        thaw = partial(give_back, uri, note.stem, "thaw", holds, holds=holds)
         threading.Thread(target=_noted, args=(note, thaw), daemon=True).start()
 
 
@@ -151,15 +152,20 @@ def _noted(note: Path, thaw: Callable[[], bool]) -> bool:
 
 
 def give_back(
-    uri: str, uuid: str, action: Action, linger_s: float = LINGER_S, holds: Path | None = None
+    uri: str,
+    uuid: str,
+    action: Action,
+    notes: Path,
+    linger_s: float = LINGER_S,
+    holds: Path | None = None,
 ) -> bool:
     """Resume or thaw a domain, trying until it is done. True if something was done.
 
-    With `holds`, nothing is done while somebody alive holds the domain. Resumes only a domain
-    that is paused because somebody asked for it. Uses connections of its own, without an event
-    loop, so that nothing but libvirtd can be in its way. Gives up `linger_s` seconds after it
-    first saw nothing to do, or a day after it started; a paused guest is yet to be thawed, and so
-    is one whose memory was saved.
+    `notes` is where it is noted that a guest is held (`saving`). With `holds`, nothing is done
+    while somebody alive holds the domain. Resumes only a domain that is paused because somebody
+    asked for it. Uses connections of its own, without an event loop, so that nothing but libvirtd
+    can be in its way. Gives up `linger_s` seconds after it first saw nothing to do, or a day after
+    it started; a paused guest is yet to be thawed, and so is one whose memory was saved.
     """
     begun, reached, pause_s = time.monotonic(), 0.0, 0.05
     while time.monotonic() - begun < GIVE_UP_S:
@@ -167,7 +173,7 @@ def give_back(
             connection = libvirt.open(uri)
             try:
                 if ours:
-                    outcome = _attempt(connection, uuid, action)
+                    outcome = _attempt(connection, uuid, action, notes)
                 else:  # a suspend that is under way may still come, whoever holds it now
                     outcome = None if linger_s else _watched(connection, uuid)
             finally:
@@ -225,7 +231,7 @@ def _lock_of(holds: Path, name: str) -> Iterator[bool]:
         os.close(lock)
 
 
-def _attempt(connection: Any, uuid: str, action: Action) -> bool | None:
+def _attempt(connection: Any, uuid: str, action: Action, notes: Path) -> bool | None:
     """One try. True: done; False: nothing to do, ever; None: look again."""
     try:
         domain = connection.lookupByUUIDString(uuid)
@@ -243,7 +249,7 @@ def _attempt(connection: Any, uuid: str, action: Action) -> bool | None:
         domain.resume()
         return True
     if action == "release":
-        return _release(domain)
+        return _release(domain, note_of(notes, uuid))
     if paused:
         return None  # its agent cannot answer
     with answers_within(domain, AGENT_TIMEOUT_S):
@@ -251,24 +257,13 @@ def _attempt(connection: Any, uuid: str, action: Action) -> bool | None:
     return True
 
 
-def _release(domain: Any) -> bool | None:
+def _release(domain: Any, note: Path) -> bool | None:
     """End the save of the memory, if it goes on, and resume the domain, if that paused it."""
     ended = False
-    while saving(domain.jobStats()):
+    while (resumed := end_save(domain, note)) is None:
         ended = True
-        domain.abortJob()
         time.sleep(0.05)
-    state, reason = domain.state()
-    if state == libvirt.VIR_DOMAIN_PAUSED and reason in HELD_BY_SAVE:
-        domain.resume()
-        return True
-    return ended or None
-
-
-def saving(stats: dict[str, Any]) -> bool:
-    """Whether a domain's job, of these statistics, is the save of its memory in a snapshot."""
-    ours = stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT
-    return bool(ours and stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE))
+    return resumed or ended or None
 
 
 def _say(line: str) -> None:

@@ -103,7 +103,7 @@ def test_libvirt_waits_for_the_agent_as_before(
         case "undo":
             undo.thaw_domain(domain.uri, domain.uuid)
         case "helper":
-            watchdog_helper.give_back(domain.uri, domain.uuid, "thaw")
+            watchdog_helper.give_back(domain.uri, domain.uuid, "thaw", watchdog.holds)
         case "waking":
             assert waking.set_clock(domain) is None
     assert told[0] > 0

@@ -31,8 +31,8 @@ from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.domains import Domain, find_by_name
 from shared.hypervisor.errors import DiskLost, DiskNotCopyable, LibvirtBusy, QuiesceFailed
 from shared.hypervisor.memory import memory_saved
+from shared.hypervisor.saving import saving
 from shared.hypervisor.watchdog import Watchdog
-from shared.hypervisor.watchdog_helper import saving
 from shared.manifest import Manifest, ManifestDisk, ManifestServer, read_manifest
 from shared.vault import Vault
 

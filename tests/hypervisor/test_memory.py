@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import libvirt
 import pytest
 from test_engine import MOMENT_MS, busy
 from test_pause import wait_until, worker
@@ -16,10 +19,11 @@ from lab.guest import Guest
 from lab.libvirtd import Hypervisor
 from shared.disks.engine import capture
 from shared.errors import Cancelled
-from shared.hypervisor import memory, undo
+from shared.hypervisor import memory, undo, watchdog_helper
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, find_by_name
 from shared.hypervisor.errors import (
+    HypervisorError,
     MemoryNeedsReflink,
     MemoryNotSaved,
     MemoryNotUsable,
@@ -32,6 +36,7 @@ from shared.hypervisor.memory import (
     refuse_other_name,
     resume_from,
 )
+from shared.hypervisor.saving import is_stilled, note_of, saving
 from shared.hypervisor.watchdog import Watchdog
 
 pytestmark = pytest.mark.vm
@@ -122,6 +127,102 @@ def test_a_cancelled_save_leaves_the_guest_running(
     assert guest.state() == "running"
 
 
+def _is_saving(domain: Domain) -> bool:
+    return saving(domain.call("Looking at", lambda handle: handle.jobStats()))
+
+
+def _save(domain: Domain, saved: Path) -> None:
+    """As a worker that has died since had libvirt do it."""
+    xml = memory._description(domain, saved, ["vda", "vdb"])
+    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_LIVE
+    flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+    with contextlib.suppress(HypervisorError):
+        domain.call("Saving", lambda handle: handle.snapshotCreateXML(xml, flags))
+
+
+def _cancelled_by_worker(domain: Domain, watchdog: Watchdog, saved: Path) -> None:
+    def check() -> None:
+        if _is_saving(domain):
+            raise Cancelled("now")
+
+    save = memory_saved(domain, watchdog, saved, ["vda", "vdb"], check=check)
+    with contextlib.suppress(Cancelled), save:
+        pass
+
+
+def _cancelled_by_another(domain: Domain, saved: Path, release: Callable[[], object]) -> None:
+    thread = threading.Thread(target=_save, args=(domain, saved))
+    thread.start()
+    while thread.is_alive() and not _is_saving(domain):
+        time.sleep(0.005)
+    release()
+    thread.join()
+
+
+@pytest.mark.parametrize("by", ["worker", "journal", "helper"])
+@pytest.mark.parametrize("full", [False, True], ids=["noted", "no room for a note"])
+def test_a_save_is_cancelled_of_a_held_guest_alone(
+    guest: Guest,
+    domain: Domain,
+    watchdog: Watchdog,
+    saved: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    by: str,
+    full: bool,
+) -> None:
+    """QEMU may go on with inactive images else, and die of the next write."""
+    states: list[int] = []
+    abort = libvirt.virDomain.abortJob
+
+    def noted(handle: libvirt.virDomain, *given: int) -> object:
+        states.append(handle.state()[0])
+        return abort(handle, *given)
+
+    monkeypatch.setattr(libvirt.virDomain, "abortJob", noted)
+    monkeypatch.setattr(memory, "_POLL_S", 0.005)
+    if full:
+        monkeypatch.setattr(Path, "touch", lambda *_given: os.mkdir("/dev/null/none"))
+    guest.run("dd if=/dev/urandom of=/dev/shm/noise bs=1M count=64 2>/dev/null")
+    given = domain.uri, domain.uuid
+    releases: dict[str, Callable[[], object]] = {
+        "journal": lambda: undo.release_memory(*given, watchdog.holds),
+        "helper": lambda: watchdog_helper.give_back(*given, "release", watchdog.holds, 0.0),
+    }
+    deadline = time.monotonic() + 90
+    while not states and time.monotonic() < deadline:  # a save may end before it is cancelled
+        saved.unlink(missing_ok=True)
+        if by == "worker":
+            _cancelled_by_worker(domain, watchdog, saved)
+        else:
+            _cancelled_by_another(domain, saved, releases[by])
+            releases["journal"]()
+
+    assert set(states) == {libvirt.VIR_DOMAIN_PAUSED}
+    assert guest.state() == "running"
+    assert not is_stilled(note_of(watchdog.holds, domain.uuid))
+    guest.write("/data/after", "written")
+    with memory_saved(domain, watchdog, saved, ["vda", "vdb"]):
+        pass
+    guest.run("rm /dev/shm/noise")
+
+
+@pytest.mark.parametrize("stilled", [True, False], ids=["ours", "its owner's"])
+def test_whoever_comes_next_knows_whose_pause_it_is(
+    domain: Domain, watchdog: Watchdog, stilled: bool
+) -> None:
+    """Of one that died between the pause and the end of the save a note is left."""
+    note = note_of(watchdog.holds, domain.uuid)
+    if stilled:
+        note.touch()
+    domain.suspend()
+    resumed = undo.release_memory(domain.uri, domain.uuid, watchdog.holds)
+    state = domain.state
+    if state == "paused":
+        domain.resume()
+    assert (resumed, state) == ((True, "running") if stilled else (False, "paused"))
+    assert not note.exists()
+
+
 def test_a_guest_that_writes_too_fast_is_paused_for_it(
     guest: Guest, domain: Domain, watchdog: Watchdog, saved: Path
 ) -> None:
@@ -181,7 +282,7 @@ def test_a_pause_that_its_owner_asks_for_during_the_save_stays(
         if not domain.paused_by_user:
             return  # too late: it was paused by the save already, and the suspend did nothing
         if then == "the worker dies":
-            undo.release_memory(domain.uri, domain.uuid)
+            undo.release_memory(domain.uri, domain.uuid, watchdog.holds)
         if then != "it ends":
             raise Cancelled("now")
 
@@ -271,9 +372,9 @@ def test_the_journal_gives_the_guest_back_too(
         pytest.raises(PauseFailed, match="paused or resumed by somebody else"),
         memory_saved(domain, watchdog, saved, ["vda", "vdb"]),
     ):
-        assert undo.release_memory(domain.uri, domain.uuid)
+        assert undo.release_memory(domain.uri, domain.uuid, watchdog.holds)
         assert guest.state() == "running"
-    assert not undo.release_memory(domain.uri, domain.uuid)
+    assert not undo.release_memory(domain.uri, domain.uuid, watchdog.holds)
 
 
 def test_a_stopped_server_has_no_memory(

@@ -1,0 +1,79 @@
+"""Ending the save of a guest's memory, so that the guest lives.
+
+Where the last part of a save is cancelled of a guest that runs, QEMU goes on with its images
+inactive, and dies of the next write or save (7.2, block.c: the assertion in
+bdrv_inactivate_recurse). A resume makes them active. So the guest is held first, by us, and a note
+beside the locks says so, for whoever has to go on: an owner's pause looks the same, and stays.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import libvirt
+
+from shared.hypervisor.domains import ASKED_FOR, HELD_BY_SAVE
+
+STILLED = ".stilled"
+"""What the names of files end with, beside the locks, that name domains that we have paused."""
+
+
+_stilled: set[Path] = set()
+"""Notes that this process could not write, as where the disk is full."""
+
+
+def note_of(holds: Path, uuid: str) -> Path:
+    return holds / f"{uuid}{STILLED}"
+
+
+def is_stilled(note: Path) -> bool:
+    """Whether the domain was paused in order to end a save."""
+    return note in _stilled or note.exists()
+
+
+def forget(note: Path) -> None:
+    """It runs, and whoever pauses it from now on is its owner."""
+    _stilled.discard(note)
+    with contextlib.suppress(OSError):
+        note.unlink(missing_ok=True)
+
+
+def _still(handle: Any, note: Path) -> None:
+    try:
+        note.touch()
+    except OSError:
+        _stilled.add(note)
+    handle.suspend()
+
+
+def saving(stats: dict[str, Any]) -> bool:
+    """Whether a domain's job, of these statistics, is the save of its memory in a snapshot."""
+    ours = stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT
+    return bool(ours and stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE))
+
+
+def end_save(handle: Any, note: Path) -> bool | None:
+    """One step towards a domain without a save, and that is not paused by one or by us. None: look
+    again in a moment; True: it was resumed; False: there is nothing to do.
+
+    Whoever calls may die, or another come in between: the next step is the same. Raises
+    libvirt.libvirtError.
+    """
+    if not handle.isActive():
+        forget(note)
+        return False
+    if saving(handle.jobStats()):
+        state, reason = handle.state()
+        with contextlib.suppress(libvirt.libvirtError):  # it has just ended, or gone down
+            if state == libvirt.VIR_DOMAIN_RUNNING:
+                _still(handle, note)
+            elif state == libvirt.VIR_DOMAIN_PAUSED and reason in ASKED_FOR:
+                handle.abortJob()
+        return None  # what is paused by the save itself is at its last part
+    state, reason = handle.state()
+    ours = reason in HELD_BY_SAVE or (reason in ASKED_FOR and is_stilled(note))
+    resumes = state == libvirt.VIR_DOMAIN_PAUSED and ours
+    if resumes:
+        handle.resume()
+    forget(note)
+    return resumes
