@@ -181,7 +181,7 @@ def test_a_save_is_cancelled_of_a_held_guest_alone(
     monkeypatch.setattr(libvirt.virDomain, "abortJob", noted)
     monkeypatch.setattr(memory, "_POLL_S", 0.005)
     if full:
-        monkeypatch.setattr(Path, "touch", lambda *_given: os.mkdir("/dev/null/none"))
+        monkeypatch.setattr(Path, "touch", lambda path: (path / "none").mkdir())
     guest.run("dd if=/dev/urandom of=/dev/shm/noise bs=1M count=64 2>/dev/null")
     given = domain.uri, domain.uuid
     releases: dict[str, Callable[[], object]] = {
