@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,18 +185,11 @@ class Site:
             handle.fsFreeze()
             handle.fsThaw()
 
-        return self._guests_own_ms(both)
-
-    def clock_ms(self) -> float:
-        """What the guest itself takes to set its clock, as `virsh domtime --now` has it do."""
-        return self._guests_own_ms(lambda handle: handle.setTime({"seconds": int(time.time())}))
-
-    def _guests_own_ms(self, ask: Callable[[Any], object]) -> float:
         took = []
         for _ in range(ASKED):
             time.sleep(APART_S)
             began = time.perf_counter()
-            self.domain.call("Asking", ask)
+            self.domain.call("Asking", both)
             took.append((time.perf_counter() - began) * 1000)
         return statistics.median(took)
 
