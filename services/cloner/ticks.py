@@ -62,7 +62,11 @@ def look_at_due() -> int:
 
 
 def _look(farm_id: str) -> bool:
-    """Warn of the farm's end, or ask for its deletion, if it is time; True for the latter."""
+    """Warn of the farm's end, or ask for its deletion, if it is time; True for the latter.
+
+    Where the warning comes late, as after an outage, so does the end: half of the time between
+    them is left at least.
+    """
     row: Any = Farm
     asked = False
     with transaction() as session:
@@ -72,10 +76,12 @@ def _look(farm_id: str) -> bool:
         if farm is None or farm.expires_at is None or farm.expires_in_h is None:
             return False
         moment, end = now(), farm.expires_at
-        warning = end - min(settings().farm_warning, timedelta(hours=farm.expires_in_h) / SHARE)
-        farm.due_at = warning
-        if moment >= warning:
-            _warn_once(session, farm, moment)
+        notice = min(settings().farm_warning, timedelta(hours=farm.expires_in_h) / SHARE)
+        farm.due_at = end - notice
+        if moment >= farm.due_at:
+            if farm.warned_at is None:
+                farm.expires_at = end = max(end, moment + notice / 2)
+                _warn(session, farm, moment)
             farm.due_at = end
         if moment >= end:
             farm.due_at = moment + TRY_AGAIN
@@ -83,17 +89,16 @@ def _look(farm_id: str) -> bool:
     return asked
 
 
-def _warn_once(session: Session, farm: Farm, moment: datetime) -> None:
-    if farm.warned_at is None and farm.expires_at:
-        farm.warned_at = moment
-        events.emit(
-            session,
-            "farm.expiring",
-            farm.server_id,
-            farm=farm.id,
-            name=farm.name,
-            expires_at=farm.expires_at.isoformat(),
-        )
+def _warn(session: Session, farm: Farm, moment: datetime) -> None:
+    farm.warned_at = moment
+    events.emit(
+        session,
+        "farm.expiring",
+        farm.server_id,
+        farm=farm.id,
+        name=farm.name,
+        expires_at=farm.expires_at and farm.expires_at.isoformat(),
+    )
 
 
 def _delete(session: Session, farm: Farm) -> bool:
