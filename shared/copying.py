@@ -177,7 +177,7 @@ def _journal(
         return
     uuid = {"uuid": domain.uuid}
     if step == "memory":
-        context.undo_all(("release_memory", uuid), durable=False)
+        context.undo_all(("release_memory", {**uuid, "folder": str(folder)}), durable=False)
         return
     held: JournalStep = ("resume_domain", uuid)
     if step == "backup":

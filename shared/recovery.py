@@ -82,8 +82,12 @@ def resume_domain(uuid: str) -> None:
 
 
 @action
-def release_memory(uuid: str) -> None:
-    hypervisor.release_memory(settings().libvirt_uri, uuid, settings().vault / HOLDS)
+def release_memory(uuid: str, folder: str | None = None) -> None:
+    """Of a guest whose memory is saved in the folder, which entries of an earlier version do not
+    name."""
+    uri = settings().libvirt_uri
+    hypervisor.release_memory(uri, uuid, settings().vault / HOLDS)
+    _go_on(uuid, folder)
 
 
 @action
@@ -95,10 +99,16 @@ def thaw_domain(uuid: str) -> None:
 def abort_backup(uuid: str, folder: str | None = None, ran: bool = False) -> None:
     """The job that copies into the folder. Entries of an earlier version name none, nor whether
     the guest `ran`."""
-    uri = settings().libvirt_uri
-    hypervisor.abort_backup(uri, uuid, folder)
-    if ran:  # it may be the half-made copy that there was no room beside
-        hypervisor.go_on(uri, uuid, lambda: shutil.rmtree(folder or "", ignore_errors=True))
+    hypervisor.abort_backup(settings().libvirt_uri, uuid, folder)
+    if ran:
+        _go_on(uuid, folder)
+
+
+def _go_on(uuid: str, folder: str | None) -> None:
+    """Of a guest that ran: it may be the half-made copy that there was no room beside."""
+    hypervisor.go_on(
+        settings().libvirt_uri, uuid, lambda: shutil.rmtree(folder or "", ignore_errors=True)
+    )
 
 
 @action

@@ -320,8 +320,12 @@ def _own_identity(context: Context, command: CreateClones, new: _Made) -> dict[s
     network = memory.Network()
     if command.with_memory:  # its links are down, and are its source's
         new.way.renew(new.domain)
-        # Until here nobody on the network has seen whose double it was.
-        linked = not new.way.renewal.addresses
+        # Until here nobody on the network has seen whose double it was (C5).
+        renewal = new.way.renewal
+        own = command.identity == "keep" or not renewal.kept
+        if not own:
+            renewal.kept.append(("links", "down, since it is its source's double in the guest"))
+        linked = own and not renewal.addresses
         network = memory.connect_to_network(context, new.domain, new.cards, linked=linked)
         if linked:
             new.way.connected(new.domain, network.cards)

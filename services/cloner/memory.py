@@ -14,6 +14,7 @@ from shared import faults
 from shared.commands import CreateClones
 from shared.copying import vault
 from shared.disks.reflink import can_reflink, reflink
+from shared.disks.space import full_is_said
 from shared.errors import SnapshotWithoutMemory
 from shared.hypervisor import domains, links, waking
 from shared.hypervisor.connection import connect
@@ -103,7 +104,8 @@ def wake(
         macs=macs,
     )
     reflink(saved, own)
-    stored.with_definition(running.xml).write_to(own)
+    with full_is_said(own.parent):
+        stored.with_definition(running.xml).write_to(own)
     faults.point("clone:memory-written")
     waking.restore_paused(domain, own, check=context.check)
     faults.point("clone:restored")

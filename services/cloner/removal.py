@@ -192,9 +192,9 @@ def _stop(context: Context, leaving: list[Leaving]) -> bool:
         with context.unit(each.clone.id):
             context.undo_all(each.starting(), durable=each is on[-1])  # the last takes all along
     at_once(on, lambda each: None if context.stopping() else each.domain().destroy())
-    context.check()
     context.leftovers += [each.clone.id for each in on if each.failed]
     faults.point("clones:stopped")
+    context.check()
     return True
 
 

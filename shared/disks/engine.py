@@ -29,12 +29,13 @@ from shared.disks.space import FLOOR, FloorWatch, ensure_space, full_is_said, sa
 from shared.errors import Cancelled
 from shared.file_systems import writes_elsewhere
 from shared.hypervisor.agent import Consistency, Level, Policy, frozen
-from shared.hypervisor.backup import push_backup
+from shared.hypervisor.backup import go_on, push_backup
 from shared.hypervisor.definition import LeftOut
 from shared.hypervisor.domains import Domain, State
 from shared.hypervisor.errors import (
     BackupFailed,
     DiskLost,
+    HypervisorError,
     MemoryNotSaved,
     PauseFailed,
 )
@@ -163,6 +164,9 @@ def _captured(order: "_Order", chosen: Plan) -> Capture:
     except BaseException:
         for path in [*targets.values(), *beside.copies, job.memory]:
             path.unlink(missing_ok=True)
+        if order.memory:  # on its own file system: its disk may have been full with it
+            with contextlib.suppress(HypervisorError):  # who undoes the operation tries again
+                go_on(domain)
         raise
     total = sum(file.bytes for file in files)
     order.progress(total, total)

@@ -112,16 +112,7 @@ def plan(
                 f"reflink alone; that is not possible here: {obstacle or reason}.",
                 disk=source.disk.target,
             )
-    sources = tuple(
-        replace(s, copy_format="qcow2")
-        if compress or (state != "stopped" and s.copy_format == "raw" and _is_thin(s.path))
-        else s
-        for s in sources
-    )
-    sources = tuple(
-        replace(s, needed_bytes=images.measure(s.path, s.disk.format, s.copy_format))
-        for s in sources
-    )
+    sources = tuple(_streamed(source, state != "stopped", compress) for source in sources)
     left_out += tuple(
         LeftOut(s.disk.target, images.INSIDE_NOT_COPIED)
         for s in sources
@@ -202,10 +193,18 @@ def _pieces(source: SourceDisk) -> int:
     return extent_count(source.path)
 
 
-def _is_thin(path: Path) -> bool:
-    """Whether a good part of a file is holes. QEMU would write them to a raw copy, as zeros."""
-    status = path.stat()
-    return status.st_blocks * 512 < status.st_size * _THICK
+def _streamed(source: SourceDisk, by_qemu: bool, compress: bool) -> SourceDisk:
+    """With the format of its copy, and the bytes that takes at most.
+
+    What QEMU copies of a running server is written to a raw copy with each hole as zeros.
+    """
+    path, own = source.path, source.disk.format
+    all_of_it = by_qemu and source.copy_format == "raw"
+    thin = all_of_it and images.measure(path, own, "qcow2") < source.virtual_bytes * _THICK
+    if compress or thin:
+        source, all_of_it = replace(source, copy_format="qcow2"), False
+    needed = images.measure(path, own, source.copy_format)
+    return replace(source, needed_bytes=source.virtual_bytes if all_of_it else needed)
 
 
 def _obstacle_to_reflink(sources: Sequence[SourceDisk], destination: Path) -> str | None:

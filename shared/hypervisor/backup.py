@@ -99,7 +99,8 @@ def go_on(domain: Domain) -> bool:
 
     What a guest is about to overwrite is first written to the copy. Where that finds no room, the
     guest's write fails, and QEMU stops the guest (block/copy-before-write.c, `werror=enospc`).
-    Once the copy has ended it is made again, and has nothing to do with it.
+    So does that of one whose saved memory has filled the file system of its disks. Once the copy
+    has ended the write is made again, and has nothing to do with it.
     """
     if not domain.halted_by_io:
         return False

@@ -67,7 +67,7 @@ def end_save(handle: Any, note: Path) -> bool | None:
         with contextlib.suppress(libvirt.libvirtError):  # it has just ended, or gone down
             if state == libvirt.VIR_DOMAIN_RUNNING:
                 _still(handle, note)
-            elif state == libvirt.VIR_DOMAIN_PAUSED and reason in ASKED_FOR:
+            elif state == libvirt.VIR_DOMAIN_PAUSED and reason not in HELD_BY_SAVE:
                 handle.abortJob()
         return None  # what is paused by the save itself is at its last part
     state, reason = handle.state()

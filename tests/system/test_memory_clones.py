@@ -266,6 +266,39 @@ def test_a_clone_with_its_sources_static_address_has_no_link(site: Site, countin
     site.remove(Machine(site, guest, "running", made["server"], 2))
 
 
+@contextlib.contextmanager
+def _machine_id_that_stays(guest: Guest) -> Iterator[None]:
+    file, source = "/etc/machine-id", "/run/machine-id"
+    script = f"echo {'a' * 32} >{source}; touch {file}; mount -o bind {source} {file}"
+    assert guest.run(f"{script} && mount -o remount,bind,ro {file}")[0] == 0
+    try:
+        yield
+    finally:
+        guest.run(f"umount {file}; rm {file}")
+
+
+@pytest.mark.parametrize(("identity", "carrier"), [("auto", "0"), ("keep", "1")])
+def test_a_clone_that_is_its_sources_double_has_no_link(
+    site: Site, counting: Machine, identity: str, carrier: str
+) -> None:
+    """Unless that was asked for."""
+    asked = {"name": f"{counting.name}-{identity}", "with_memory": True, "identity": identity}
+    with _machine_id_that_stays(counting.guest):
+        operation = site.done(site.client.clones.create(counting.id, **asked))
+    (made,) = operation["result"]["clones"]
+
+    guest = attach(site.hypervisor, made["name"]).wait_ready()
+    kept = {item["part"]: item["reason"] for item in made["identity"]["kept"]}
+    assert "machine-id" in kept
+    assert ("virsh domif-setlink" in kept.get("links", "")) == (identity == "auto")
+    (_, plugged) = [mac.get("address", "") for mac in guest.xml.findall("./devices/interface/mac")]
+    assert _card(guest, plugged)[0] == carrier
+    inactive = etree.fromstring(guest.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+    links = [link.get("state") for link in inactive.findall("./devices/interface/link")]
+    assert links == (["down", "down"] if identity == "auto" else [])
+    site.remove(Machine(site, guest, "running", made["server"], 2))
+
+
 def test_what_cannot_be_cloned_hot_is_refused(
     site: Site, counting: Machine, stopped: Machine
 ) -> None:

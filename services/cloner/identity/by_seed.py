@@ -20,6 +20,7 @@ from services.cloner.identity import guest
 from services.cloner.identity.report import Renewal
 from services.cloner.identity.way import Way, refuse_taken
 from shared import faults
+from shared.disks.space import full_is_said
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.duplicate import CloneDefinition
 from shared.hypervisor.errors import DefinitionInvalid
@@ -101,8 +102,9 @@ def write_seed(path: Path, instance: str, hostname: str, machine_id: str) -> Non
         image.add_fp(
             io.BytesIO(data), len(data), f"/{short}.;1", rr_name=name, joliet_path=f"/{name}"
         )
-    path.touch(mode=0o600, exist_ok=False)
-    with path.open("wb") as file:
-        image.write_fp(file)
-        os.fsync(file.fileno())
+    with full_is_said(path.parent):
+        path.touch(mode=0o600, exist_ok=False)
+        with path.open("wb") as file:
+            image.write_fp(file)
+            os.fsync(file.fileno())
     image.close()

@@ -9,6 +9,8 @@ _ADVICE = {
     "hostname": "set it in the guest",
     "machine-id": "write a new one to /etc/machine-id and reboot",
     "ssh-host-keys": "delete them in the guest and run `ssh-keygen -A`",
+    "links": "see to the rest of this list, then `virsh domif-setlink NAME MAC up`, and once more "
+    "with `--config`; `identity: keep` connects such clones as they are",
     "ip-address": "its links are down. Give it another on its console and shut it down, then "
     "`virsh domif-setlink NAME MAC up --config` and start it",
 }
