@@ -146,7 +146,7 @@ def copy_server(
             quiesce=quiesce,
             progress=context.progress,
             cancelled=context.stopping,
-            before=lambda step: _journal(context, domain, partial.path, step, freezes),
+            before=lambda step: _journal(context, domain, partial.path, step, freezes, memory),
             free_floor=settings().free_floor,
             pause_budget_ms=settings().pause_budget.total_seconds() * 1000,
             memory=memory,
@@ -162,7 +162,12 @@ def copy_server(
 
 
 def _journal(
-    context: Context, domain: Domain, folder: Path, step: engine.Step, freezes: bool
+    context: Context,
+    domain: Domain,
+    folder: Path,
+    step: engine.Step,
+    freezes: bool,
+    memory: bool,
 ) -> None:
     """What undoes a step upon the guest, should this worker and its watchdog both die."""
     if step in ("backup", "resumed"):  # no pause of ours; one that comes now is the owner's
@@ -176,15 +181,15 @@ def _journal(
         context.strike("resume_domain", "release_memory", "thaw_domain", "abort_backup")
         return
     uuid = {"uuid": domain.uuid}
-    if step == "memory":
-        context.undo_all(("release_memory", {**uuid, "folder": str(folder)}), durable=False)
-        return
-    held: JournalStep = ("resume_domain", uuid)
+    steps: list[JournalStep] = [("thaw_domain", uuid)] if freezes else []
     if step == "backup":
         ran = domain.state == "running"
-        held = ("abort_backup", {**uuid, "folder": str(folder), "ran": ran})
-    thaw: list[JournalStep] = [("thaw_domain", uuid)] if freezes else []
-    context.undo_all(*thaw, held, durable=False)
+        steps.append(("abort_backup", {**uuid, "folder": str(folder), "ran": ran}))
+    if step == "pause":
+        steps.append(("resume_domain", uuid))
+    if memory:  # undone first: libvirt resumes nobody whose memory it saves
+        steps.append(("release_memory", {**uuid, "folder": str(folder)}))
+    context.undo_all(*steps, durable=False)
 
 
 @cache

@@ -316,7 +316,7 @@ def _reflink(job: _Job) -> tuple[_Shot, tuple[CopiedDisk, ...]]:
         except PauseFailed:  # it may not have been given back
             raise
         except Exception:
-            if job.plan.state == "running" and not order.memory:
+            if job.plan.state == "running":
                 order.before("resumed")
             raise
         faults.point("reflink:resumed")

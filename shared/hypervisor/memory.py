@@ -29,10 +29,11 @@ from shared.hypervisor.errors import (
     MemoryNotUsable,
     PauseFailed,
     ServerNotRunning,
+    WatchdogUnavailable,
 )
 from shared.hypervisor.guest_exec import is_frozen
 from shared.hypervisor.pause import Pause, give_back
-from shared.hypervisor.saving import end_save, forget, is_stilled, note_of
+from shared.hypervisor.saving import STEP_S, end_save, forget, is_stilled, note_of
 from shared.hypervisor.watchdog import DEADLINE_S, GIVE_UP_S, Watchdog
 
 Held = Literal["memory", "pause"]
@@ -129,13 +130,14 @@ class _Save:
         deadline_s: float,
     ) -> None:
         self.domain, self.watchdog, self.target, self.xml = domain, watchdog, target, xml
+        self.note = note_of(watchdog.holds, domain.uuid)
         self.arms = [watchdog.arm(domain.uuid, "release", GIVE_UP_S)]
+        forget(self.note)  # it runs: what an earlier one left tells of a domain that went since
         self.paused_at = time.perf_counter()
         self._before, self._deadline_s = before, deadline_s
         self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
         self._failure: Exception | None = None
         self._told_paused = self._held = False
-        self.note = note_of(watchdog.holds, domain.uuid)
 
     def holds(self) -> bool:
         """Whether the guest is paused by this save, and not because its owner asked for it."""
@@ -200,11 +202,13 @@ class _Save:
             self.domain.suspend()
 
     def _abort(self) -> None:
+        with contextlib.suppress(WatchdogUnavailable):  # for where we hang, with the guest held
+            self.arms.append(self.watchdog.arm(self.domain.uuid, "release", self._deadline_s))
         deadline = time.monotonic() + _ABORT_PATIENCE_S
         while self._thread.is_alive() and time.monotonic() < deadline:
             with contextlib.suppress(HypervisorError):
                 self.domain.call("Ending the save of", lambda handle: end_save(handle, self.note))
-            self._thread.join(_POLL_S)
+            self._thread.join(STEP_S)
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:

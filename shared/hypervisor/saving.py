@@ -18,8 +18,10 @@ STILLED = ".stilled"
 """What the names of files end with, beside the locks, that name domains that we have paused."""
 
 
+STEP_S = 0.005
+"""From one step of an end to the next: the guest is held meanwhile."""
 _stilled: set[Path] = set()
-"""Notes that this process could not write, as where the disk is full."""
+"""Notes of this process: one may find no room for its file, and another may take that away."""
 
 
 def note_of(holds: Path, uuid: str) -> Path:
@@ -39,10 +41,9 @@ def forget(note: Path) -> None:
 
 
 def _still(handle: Any, note: Path) -> None:
-    try:
+    _stilled.add(note)
+    with contextlib.suppress(OSError):
         note.touch()
-    except OSError:
-        _stilled.add(note)
     handle.suspend()
 
 
@@ -67,7 +68,7 @@ def end_save(handle: Any, note: Path) -> bool | None:
         with contextlib.suppress(libvirt.libvirtError):  # it has just ended, or gone down
             if state == libvirt.VIR_DOMAIN_RUNNING:
                 _still(handle, note)
-            elif state == libvirt.VIR_DOMAIN_PAUSED and reason not in HELD_BY_SAVE:
+            elif not (state == libvirt.VIR_DOMAIN_PAUSED and reason in HELD_BY_SAVE):
                 handle.abortJob()
         return None  # what is paused by the save itself is at its last part
     state, reason = handle.state()

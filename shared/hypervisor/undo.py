@@ -25,7 +25,7 @@ from shared.hypervisor.definition import DomainDefinition, renamed
 from shared.hypervisor.domains import Domain, State, define, find
 from shared.hypervisor.errors import DomainMissing, LibvirtBusy, LibvirtFailed
 from shared.hypervisor.locks import is_open
-from shared.hypervisor.saving import end_save, note_of
+from shared.hypervisor.saving import STEP_S, end_save, forget, note_of
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ _THAW_PATIENCE_S = 60.0
 _AT_ONCE_S = 0.1
 _SUSPEND_S = 1.0
 _LOOK_S = 0.02
-_STEP_S = 0.05
 _silent_since: dict[str, float] = {}
 """Domains whose agent did not answer a thaw, and when that was first seen."""
 
@@ -74,10 +73,11 @@ def release_memory(uri: str, uuid: str, holds: Path) -> bool:
     Only for domains that ran when the journal entry was made; `holds` is the watchdogs' directory.
     Raises LibvirtBusy if it does not end.
     """
-    domain = _find(uri, uuid)
+    domain, note = _find(uri, uuid), note_of(holds, uuid)
     if domain is None:
+        forget(note)
         return False
-    note, deadline = note_of(holds, uuid), time.monotonic() + _ABORT_PATIENCE_S
+    deadline = time.monotonic() + _ABORT_PATIENCE_S
 
     while True:
         with contextlib.suppress(LibvirtFailed):  # another came in between, or it went down
@@ -86,7 +86,7 @@ def release_memory(uri: str, uuid: str, holds: Path) -> bool:
                 return resumed
         if time.monotonic() > deadline:
             raise LibvirtBusy(f"The save of {domain.name} does not end; try again later.")
-        time.sleep(_STEP_S)
+        time.sleep(STEP_S)
 
 
 def thaw_domain(uri: str, uuid: str) -> bool:

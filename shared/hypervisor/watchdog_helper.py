@@ -22,7 +22,7 @@ import libvirt
 from shared.hypervisor.agent_timeout import answers_within
 from shared.hypervisor.domains import ASKED_FOR
 from shared.hypervisor.errors import WatchdogUnavailable
-from shared.hypervisor.saving import end_save, note_of
+from shared.hypervisor.saving import STEP_S, end_save, forget, note_of
 from shared.hypervisor.watchdog import GIVE_UP_S, Action, hold_of, locked
 
 # A suspend that the dead worker had sent, and not yet seen the end of, may still
@@ -237,6 +237,7 @@ def _attempt(connection: Any, uuid: str, action: Action, notes: Path) -> bool | 
         domain = connection.lookupByUUIDString(uuid)
     except libvirt.libvirtError as error:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            forget(note_of(notes, uuid))
             return False
         raise
     state, reason = domain.state()
@@ -262,7 +263,7 @@ def _release(domain: Any, note: Path) -> bool | None:
     ended = False
     while (resumed := end_save(domain, note)) is None:
         ended = True
-        time.sleep(0.05)
+        time.sleep(STEP_S)
     return resumed or ended or None
 
 

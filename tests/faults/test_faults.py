@@ -10,7 +10,7 @@ import signal
 import time
 
 import pytest
-from faults.conftest import OF_FARMS, OF_THE_GUEST, WHOLE
+from faults.conftest import CANCELLED, OF_FARMS, OF_THE_GUEST, WHOLE
 from faults.walk import HELD, KINDS, Walk, before_commit
 from system.live_site import wait_for
 
@@ -60,6 +60,13 @@ def test_guest_or_libvirtd_gone_at_every_point(walk: Walk, kind: str, fault: str
     """What happens to the guest, or to libvirtd, in the middle is not made worse."""
     points = before_commit(walk.passed_by(KINDS[kind]))
     walk.disturb_at_each(KINDS[kind], points, fault)
+
+
+@pytest.mark.parametrize("kind", CANCELLED)
+def test_cancelled_at_every_point(walk: Walk, kind: str) -> None:
+    """Everything is as it was; of a farm nothing is left."""
+    points = before_commit(walk.passed_by(KINDS[kind]))
+    walk.disturb_at_each(KINDS[kind], points, "cancel")
 
 
 @pytest.mark.parametrize("kind", OF_THE_GUEST)

@@ -24,6 +24,7 @@ from system.live_site import Machine, Points, Site, wait_for
 from lab import offline
 from lab.filesystems import fill
 from lab.guest import Guest, attach
+from services.cloner import addresses
 from shared.disks.overlays import BASE_PREFIX
 
 RECOVERY_S = 60.0
@@ -120,15 +121,21 @@ def _clone(site: Site, machine: Machine, kind: str = "server", **wishes: Any) ->
 
 
 def _made(site: Site, machine: Machine, ended: dict[str, Any], power: str = "stopped") -> None:
-    """The clones that were made are there; they are removed."""
+    """The clones that were made are there, and nothing of others; they are removed."""
     for clone in (ended["result"] or {}).get("clones", []):
         if clone["state"] == "ready":
             made = attach(site.hypervisor, clone["name"])
             assert made.state() == power
             made.remove()
-    assert not list(site.disks.glob("*.save")), "a clone's memory is left over"
+    assert not _of_clones(site, machine), "a clone that was not made left files"
     names = {each.name() for each in site.hypervisor_connection().listAllDomains()}
     assert not [name for name in names if name.startswith(f"{machine.name}-c")]
+    reserved = site.vault / addresses.FOLDER
+    assert [each.name for each in reserved.glob("*") if each.name != ".lock"] == []
+
+
+def _of_clones(site: Site, machine: Machine) -> list[Path]:
+    return list(site.disks.glob(f"{machine.name}-c*"))
 
 
 @dataclass
@@ -418,7 +425,7 @@ class Walk:
         # The row says that it has ended a moment before the last points are passed.
         wait_for(lambda: self.points.reached, f"{point} is passed again", 10)
         self._judge(case, ended)
-        self.settle(kind, ended)
+        self.settle(kind, ended, fault)
         case.outcome = ended["state"]
         self.whole = True
 
@@ -427,25 +434,29 @@ class Walk:
 
     def _judge(self, case: Case, ended: dict[str, Any]) -> None:
         """A dead worker's work is done by the next one; an error undoes it, before the end."""
+        clones = (ended["result"] or {}).get("clones", [])
+        failed = [each for each in clones if each["state"] == "failed"]
         if case.fault == "kill":
-            assert ended["state"] == "succeeded", ended
+            assert (ended["state"], failed) == ("succeeded", []), ended
+        if case.fault == "cancel":
+            assert ended["state"] == "cancelled", ended
         if case.fault.startswith("raise"):
-            clones = (ended["result"] or {}).get("clones", [])
-            failed = [each for each in clones if each["state"] == "failed"]
             if clones:  # one of them failed, which leaves the other alone (C4)
                 assert len(failed) == 1 < len(clones)
             else:
                 assert ended["state"] == "failed", ended
             assert "Injected" in (failed or [ended])[0]["error"]["message"]
 
-    def settle(self, kind: Kind, ended: dict[str, Any]) -> None:
-        """The server is as the operation says it is, nothing is left over, and it can go on."""
+    def settle(self, kind: Kind, ended: dict[str, Any], fault: str = "") -> None:
+        """The server is as the operation says it is, nothing is left over, and it can go on. It is
+        off where the fault was to it, and nowhere else."""
         site, machine = self.site, self.machine
         with contextlib.suppress(AssertionError):  # a moment after the end it may not be yet
             wait_for(self._tidy, "nothing is left over")
         site.assert_tidy()
         succeeded = ended["state"] == "succeeded"
-        self._switch_on()  # a test had cut its power, or it came back without it
+        if fault in CUT_POWER:
+            self._switch_on()
         assert machine.state() == machine.power
         expected = {kind.succeeded if succeeded else kind.failed}
         assert machine.read() == expected, (machine.read(), ended)
@@ -464,6 +475,8 @@ class Walk:
             for name in names:
                 if name.startswith(f"{self.machine.name}-c"):
                     attach(self.site.hypervisor, name).remove()
+            for path in _of_clones(self.site, self.machine):
+                path.unlink()
             for base in self.site.disks.glob(f"{BASE_PREFIX}*"):
                 base.unlink()
         self.whole = False
@@ -522,6 +535,13 @@ def _full(walk: Walk, _operation: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _cancelled(walk: Walk, operation: Any) -> Iterator[None]:
+    walk.site.client.operations.cancel(operation["id"])
+    walk.points.go()
+    yield
+
+
+@contextmanager
 def _hanging(walk: Walk, _operation: Any) -> Iterator[None]:
     """The worker hangs there for longer than a guest may be held."""
     if walk.machine.power == "running":
@@ -536,7 +556,9 @@ EVENTS: dict[str, Callable[[Walk, Any], Any]] = {
     "power": _powered_off,
     "full": _full,
     "hang": _hanging,
+    "cancel": _cancelled,
 }
+CUT_POWER = ("qemu", "power")
 
 
 def _runs(machine: Machine) -> bool:

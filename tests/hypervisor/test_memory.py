@@ -15,11 +15,14 @@ import pytest
 from test_engine import MOMENT_MS, busy
 from test_pause import wait_until, worker
 
-from lab.guest import Guest
+from lab import filesystems
+from lab.guest import Guest, make_disk
 from lab.libvirtd import Hypervisor
+from shared.disks import engine
 from shared.disks.engine import capture
+from shared.disks.errors import InsufficientSpace
 from shared.errors import Cancelled
-from shared.hypervisor import memory, undo, watchdog_helper
+from shared.hypervisor import backup, memory, undo, watchdog_helper
 from shared.hypervisor.connection import connect
 from shared.hypervisor.domains import Domain, find_by_name
 from shared.hypervisor.errors import (
@@ -41,7 +44,7 @@ from shared.hypervisor.watchdog import Watchdog
 
 pytestmark = pytest.mark.vm
 COUNT = (
-    "i=$((i+1)); echo $i > /dev/shm/count; printf %08d $i | "
+    "i=$((i+1)); echo $i > /dev/shm/next; mv /dev/shm/next /dev/shm/count; printf %08d $i | "
     "dd of=/dev/vdb bs=8 seek=1 conv=notrunc,fsync 2>/dev/null"
 )
 """Counts in memory first, then on the disk."""
@@ -223,6 +226,49 @@ def test_whoever_comes_next_knows_whose_pause_it_is(
     assert not note.exists()
 
 
+def test_a_guest_that_stopped_at_a_write_goes_on_when_its_copy_has_failed(
+    hypervisor: Hypervisor, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disks are where its memory is saved: where that is full QEMU stops it. The save is ended
+    all the same. Here the room comes back with the copy's end, and not before."""
+    with filesystems.xfs(filesystems.GIB) as small:
+        vault = small / "vault"
+        vault.mkdir(mode=0o711)
+        growing = make_disk(small, "raw", "blank", size=filesystems.GIB)
+        growing.chmod(0o666)
+        with Guest.create(hypervisor, small / "guest", disks=["qcow2", str(growing)]) as made:
+            made.start().wait_ready()
+            made.run("mkdir -p /dev/shm; mount -t tmpfs none /dev/shm")
+            made.run("dd if=/dev/urandom of=/dev/shm/noise bs=1M count=64 2>/dev/null")
+            write = "dd if=/dev/zero of=/dev/vdb bs=1M count=1 seek=$i conv=fsync; i=$((i+1))"
+            loop = f"i=0; while :; do {write}; sleep 0.1; done"
+            made.agent("guest-exec", path="/bin/sh", arg=["-c", loop])
+            domain = find_by_name(connect(hypervisor.uri), made.name)
+            ballast: list[Path] = []
+
+            def full() -> bool:
+                if not ballast and not _is_saving(domain):
+                    return False
+                deadline = time.monotonic() + 60
+                while not domain.halted_by_io and time.monotonic() < deadline:
+                    ballast[:] = [filesystems.fill(small)]  # also what libvirt gives back
+                    time.sleep(0.3)
+                return True
+
+            def go_on(domain: Domain) -> bool:
+                assert domain.halted_by_io
+                ballast[0].unlink()
+                return backup.go_on(domain)
+
+            monkeypatch.setattr(engine, "go_on", go_on)
+            with pytest.raises((Cancelled, InsufficientSpace)):
+                capture(
+                    domain, vault, watchdog=watchdog, memory=True, cancelled=full, free_floor=0.0
+                )
+            assert made.state() == "running"
+            assert list(vault.iterdir()) == []
+
+
 def test_a_guest_that_writes_too_fast_is_paused_for_it(
     guest: Guest, domain: Domain, watchdog: Watchdog, saved: Path
 ) -> None:
@@ -354,7 +400,7 @@ def test_a_dead_workers_guest_runs_within_two_seconds(
 
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    took = wait_until(lambda: domain.state == "running" and not _saving(domain), 2)
+    took = wait_until(lambda: not _saving(domain) and domain.state == "running", 2)
 
     print(f"running again after {took:.2f} s")
     process.stdout.close()
