@@ -22,7 +22,7 @@ from shared.hypervisor.definition import DomainDefinition
 from shared.hypervisor.domains import Domain
 from shared.hypervisor.duplicate import CloneDefinition, clone_definition
 from shared.hypervisor.errors import MemoryNeedsReflink
-from shared.hypervisor.hot import refuse_hot
+from shared.hypervisor.hot import refuse_elsewhere, refuse_hot
 from shared.hypervisor.memory import refuse_without_memory
 from shared.hypervisor.savefile import SaveFile
 from shared.hypervisor.waking import Card
@@ -51,6 +51,7 @@ def refuse(command: CreateClones, server: Server, source: Path | None) -> None:
         running = domain.live_definition()
     else:
         running = definition_in(source)
+        refuse_elsewhere(settings().libvirt_uri, running)
     memory_bytes = command.memory_mib * 2**20 if command.memory_mib else None
     refuse_hot(running, vcpus=command.vcpus, memory_bytes=memory_bytes)
     elsewhere = settings().clone_dir

@@ -4,10 +4,15 @@ Owns: the one list of such things. What is in the stream of the memory must be t
 loaded, so nothing that a clone goes without can be left out here.
 """
 
+import contextlib
+from collections.abc import Iterator
+
+import libvirt
 from lxml import etree
 
 from shared.hypervisor import commandline
-from shared.hypervisor.definition import DomainDefinition, parse_domain
+from shared.hypervisor.connection import connect
+from shared.hypervisor.definition import DomainDefinition, parse_domain, to_text
 from shared.hypervisor.duplicate import PSEUDO_TERMINAL, clone_definition
 from shared.hypervisor.errors import MemoryNotCloneable
 
@@ -38,6 +43,37 @@ def refuse_hot(xml: str, *, vcpus: int | None = None, memory_bytes: int | None =
             f"{domain.name} cannot be cloned with its memory: {'; '.join(reasons)}. Nothing was "
             "copied; change that, or clone it without memory."
         )
+
+
+def refuse_elsewhere(uri: str, xml: str) -> None:
+    """Raise MemoryNotCloneable where the domain `xml`, which ran once, could not go on here: QEMU
+    has its machine type no more, or the host not the CPU. What libvirt cannot tell, as of a CPU
+    without a model, it finds when it resumes the memory.
+    """
+    root = parse_domain(xml)
+    system, cpu = root.find("os/type"), root.find("cpu")
+    if system is None:
+        return
+    emulator, arch = root.findtext("devices/emulator"), system.get("arch")
+    given = emulator, arch, system.get("machine"), root.get("type")
+    connection, flag = connect(uri), libvirt.VIR_CONNECT_COMPARE_CPU_FAIL_INCOMPATIBLE
+    with _refused(root, libvirt.VIR_ERR_INVALID_ARG):
+        connection.getDomainCapabilities(*given)
+    if cpu is not None and cpu.find("model") is not None:
+        with _refused(root, libvirt.VIR_ERR_CPU_INCOMPATIBLE):
+            connection.compareHypervisorCPU(*given, to_text(cpu), flag)
+
+
+@contextlib.contextmanager
+def _refused(root: etree._Element, code: int) -> Iterator[None]:
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == code:
+            raise MemoryNotCloneable(
+                f"{root.findtext('name')} cannot go on with its memory on this host as it is now: "
+                f"{error}. Nothing was copied; clone it without memory."
+            ) from error
 
 
 def _obstacles(domain: DomainDefinition, root: etree._Element) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from operations.spine import at_once
 from sqlalchemy import select
 
 from lab.guest import Guest, attach, make_disk
-from services.cloner import removal
+from services.cloner import farms, removal
 from shared import errors, faults, forgetting, lookups
 from shared.commands import (
     CreateImage,
@@ -584,6 +585,31 @@ def test_cancel_brings_all_back(farmed: Farmed, monkeypatch: pytest.MonkeyPatch)
     farmed.is_tidy()
     assert [each.is_whole for each in made] == [True, True]
     assert [each.guest.state() for each in made] == ["running", "stopped"]
+
+
+def test_cancel_cuts_no_more_power(farmed: Farmed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large farm: those that were not yet off are not touched any more."""
+    farm, made = farmed.farm(3)
+    for each in made:
+        each.guest.start(wait=False)
+    boots = [each.guest.domain.ID() for each in made]
+    operation = farmed.world.submit(DeleteFarm(farm=farm.id))
+    destroy = Domain.destroy
+
+    def destroyed(domain: Domain) -> None:
+        destroy(domain)
+        farmed.world.change(operation, cancel_requested_at=now())
+        time.sleep(2)  # the worker has heard of it
+
+    monkeypatch.setattr(farms, "MOST_CALLS", 1)
+    monkeypatch.setattr(Domain, "destroy", destroyed)
+    runner.run(operation)
+
+    assert farmed.world.row(operation).state == "cancelled"
+    farmed.is_tidy()
+    assert [each.guest.state() for each in made] == ["running"] * 3
+    after = [each.guest.domain.ID() for each in made]
+    assert [new != old for new, old in zip(after, boots, strict=True)] == [True, False, False]
 
 
 @pytest.mark.parametrize("how", ["cancelled", "failed"])

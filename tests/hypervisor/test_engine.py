@@ -186,6 +186,30 @@ def test_a_stream_of_a_thin_disk_is_as_thin(
     assert written.stat().st_blocks * 512 < 1 << 20
 
 
+def test_room_is_asked_for_all_that_is_written(
+    hypervisor: Hypervisor, xfs: Path, elsewhere: Path
+) -> None:
+    """QEMU writes what reads as holes to a raw copy, so a disk that was allocated ahead becomes a
+    qcow2, and one with few holes takes its whole length."""
+    ahead = make_disk(xfs, "raw", "blank", size=1 << 28, name="ahead.raw")
+    with ahead.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, 1 << 28)
+    full = make_disk(xfs, "raw", "blank", size=1 << 26, name="full.raw")
+    full.write_bytes(os.urandom(61 << 20))
+    os.truncate(full, 1 << 26)
+    disks = [str(ahead), str(full)]
+    with Guest.create(hypervisor, xfs / "ahead", disks=["qcow2", *disks]) as made:
+        made.start()
+        domain = find_by_name(connect(hypervisor.uri), made.name)
+        _, thin, thick = plan(domain, elsewhere, way="stream").sources
+        made.destroy()
+        _, _, stopped = plan(domain, elsewhere, way="stream").sources
+    assert (thin.copy_format, thin.needed_bytes < 1 << 25) == ("qcow2", True)
+    assert (thick.copy_format, thick.needed_bytes) == ("raw", 1 << 26)
+    assert stopped.copy_format == "raw"
+    assert stopped.needed_bytes < 1 << 26
+
+
 @pytest.mark.parametrize("way", ["reflink", "stream"])
 def test_a_stopped_server(
     stopped: Domain, watchdog: Watchdog, folder: Path, way: engine.Choice

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import libvirt
 import pytest
+from lxml import etree
 from test_engine import MOMENT_MS, busy
 from test_pause import wait_until, worker
 
@@ -28,11 +29,13 @@ from shared.hypervisor.domains import Domain, find_by_name
 from shared.hypervisor.errors import (
     HypervisorError,
     MemoryNeedsReflink,
+    MemoryNotCloneable,
     MemoryNotSaved,
     MemoryNotUsable,
     PauseFailed,
     ServerNotRunning,
 )
+from shared.hypervisor.hot import refuse_elsewhere
 from shared.hypervisor.memory import (
     definition_in,
     memory_saved,
@@ -421,6 +424,20 @@ def test_the_journal_gives_the_guest_back_too(
         assert undo.release_memory(domain.uri, domain.uuid, watchdog.holds)
         assert guest.state() == "running"
     assert not undo.release_memory(domain.uri, domain.uuid, watchdog.holds)
+
+
+def test_memory_that_this_host_cannot_run_is_not_cloned(domain: Domain) -> None:
+    """QEMU drops machine types, and a host may lose a feature of its CPU by an update."""
+    running = domain.live_definition()
+    root = etree.fromstring(running)
+    machine = root.find("os/type").attrib["machine"]  # type: ignore[union-attr]
+    cpu = "<cpu mode='custom' match='exact'><model>EPYC-Milan</model></cpu>"
+    assert refuse_elsewhere(domain.uri, running) is None  # type: ignore[func-returns-value]
+    with pytest.raises(MemoryNotCloneable, match="machine"):
+        refuse_elsewhere(domain.uri, running.replace(machine, "pc-q35-0.1"))
+    root.replace(root.find("cpu"), etree.fromstring(cpu))  # type: ignore[arg-type]
+    with pytest.raises(MemoryNotCloneable, match="CPU"):
+        refuse_elsewhere(domain.uri, etree.tostring(root, encoding="unicode"))
 
 
 def test_a_stopped_server_has_no_memory(
