@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from faults.conftest import SHARES
-from faults.outcomes import LEAST, Outcomes, complaints
+from faults.outcomes import ELSEWHERE, LEAST, Outcomes, complaints, passed_over, points_of
 
 ROOT = Path(__file__).resolve().parents[1]
 WELL = {"kind": "image.create", "power": "running", "way": "reflink", "fault": "kill"}
@@ -63,3 +63,15 @@ def test_what_is_missing_is_told(shares: list[Outcomes], said: str) -> None:
 
     assert len(found) == 1
     assert said in found[0]
+
+
+def test_a_point_that_is_passed_over_is_told() -> None:
+    """And one that is said to be tested elsewhere, and is no point any more."""
+    code = points_of(ROOT / "shared", ROOT / "services")
+    cases = [{"point": point} for point in code - ELSEWHERE]
+    assert len(code) > 40
+    assert passed_over(cases, code) == []
+    left = cases.pop()["point"]
+    assert passed_over(cases, code) == [f"nothing was done at: {left}"]
+    (gone, *_) = ELSEWHERE
+    assert passed_over(cases, {*code} - {left, gone}) == [f"there is no such point: {gone}"]

@@ -16,6 +16,7 @@ from test_backup import begin_another
 from lab import offline
 from lab.guest import Guest, make_disk
 from lab.libvirtd import Hypervisor
+from shared import faults
 from shared.disks import catching_up, engine, images, planning
 from shared.disks.copied import CopiedDisk
 from shared.disks.copy import stream_copy
@@ -248,6 +249,22 @@ def test_streams_are_compressed(
         command = ["qemu-img", "compare", "-U", "-q", "-f", "raw", "-F", "qcow2"]
         command += [str(made.disks[1]), str(taken.files[1].path)]
         assert subprocess.run(command).returncode == 0
+
+
+def test_an_error_after_a_copy_was_compressed_leaves_none(
+    domain: Domain, watchdog: Watchdog, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the compressed one nor what it was made of; the guest runs on."""
+
+    def point(name: str) -> None:
+        if name == "stream:compressed":
+            raise OSError("a mishap")
+
+    monkeypatch.setattr(faults, "point", point)
+    with pytest.raises(OSError, match="a mishap"):
+        capture(domain, folder, watchdog=watchdog, way="stream", compress=True)
+    assert list(folder.iterdir()) == []
+    assert domain.state == "running"
 
 
 @pytest.mark.parametrize("state", ["running", "stopped"])
