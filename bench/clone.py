@@ -12,6 +12,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -37,6 +38,8 @@ from shared.hypervisor.waking import set_clock
 
 FARMS = {1: 20, 10: 5, 50: 2}
 """How many farms of each size."""
+FEW_FARMS = 5
+"""Of one, on the other file systems."""
 LARGEST = max(FARMS)
 MEMORY_FARMS = {1: 10, 10: 3, 50: 1}
 """How many of each size with memory, each clone of which runs on with its source's."""
@@ -70,6 +73,13 @@ def cold(site: Site, book: Book) -> None:
     booting = _per_clone(site, 10, BOOTING_RUNS)
     booting.note = f"{booting.note}, and while the clones before it boot"
     book.record("clone_cold_10_booting", booting)
+
+
+def cold_elsewhere(name: str, site: Site, book: Book) -> None:
+    """One clone of a running server on another file system."""
+    with _boot_put_off(site):
+        _ours(site, 1)
+        book.record(name, _per_clone(site, 1, FEW_FARMS))
 
 
 def _per_clone(site: Site, size: int, count: int, **wishes: str) -> Result:
@@ -394,6 +404,10 @@ FIGURES = [
         ),
         "xfs_farm",
         cold,
+    ),
+    *(
+        Figure((f"clone_cold_1_{site}",), site, partial(cold_elsewhere, f"clone_cold_1_{site}"))
+        for site in ("btrfs", "ext4")
     ),
     Figure(tuple(f"clone_memory_{size}" for size in MEMORY_FARMS), "xfs_farm", with_memory),
     Figure(("farm_pause_growth",), "xfs_farm", pause),

@@ -114,6 +114,10 @@ def stream_running(site: Site, book: Book) -> None:
     peer = "virsh backup-begin, full, push to qcow2"
     result = Result.of(*_timed(ours, theirs), peer, peer_command=peers.BACKUP)
     result.also = {"way": ours[0].result["way"], "bytes": ours[0].result["bytes"]}
+    result.note = (
+        "the same job of QEMU's; ours also freezes and thaws the guest, checks the copy, writes "
+        "its manifest, and ends when its caller knows"
+    )
     book.record("stream_running", result)
 
 

@@ -32,6 +32,10 @@ SLOW_RUNS = 10
 PEER_RUNS = 5
 """Of peers that are slow, and whose time nothing hangs on."""
 SCRATCH_FILE = "/root/scratch"
+NOT_ALONE = (
+    "the agent's freeze left out, as the peer has none; ours also plans, makes sure that nobody "
+    "else is at work on the domain, arms and disarms the watchdog, and checks the copy"
+)
 BY_HAND = "virDomainSuspend, FICLONE of each disk, virDomainResume, in one process"
 
 
@@ -61,7 +65,7 @@ def engine(site: Site, book: Book) -> None:
             held.append(taken.pause_ms)
             bare.append(_by_hand(site, scratch))
     del ours[0], held[0], bare[0]  # what a process does for the first time takes longer
-    more = {"peer_command": BY_HAND, "note": "the agent's freeze left out, as the peer has none"}
+    more = {"peer_command": BY_HAND, "note": NOT_ALONE}
     book.record(
         "engine_vs_syscalls",
         Result.of(ours, bare, "suspend + FICLONE + resume by hand", **more),
@@ -79,7 +83,7 @@ def pause(name: str, site: Site, book: Book) -> None:
     ours_s, theirs_s = [], []
     with site.ticks() as ticks, site.scratch() as scratch:
         site.snapshot()
-        for number in range(runs(RUNS)):
+        for number in range(_runs_on(site)):
             with ticks.window() as window:
                 done = site.snapshot()
             ours.append(ticks.longest(window))
@@ -144,13 +148,13 @@ def pause_of_many_pieces(name: str, site: Site, book: Book) -> None:
     book.record(name, result)
 
 
-def write_latency(site: Site, book: Book) -> None:
+def write_latency(suffix: str, site: Site, book: Book) -> None:
     """4 KiB O_DIRECT|O_DSYNC writes one after the other onto the disk that is copied."""
     for name, quiesce in (("", "auto"), ("_unfrozen", "never")):
         ours, still, longest, held = [], [], [], []
         with site.ticks("write", SCRATCH_FILE) as writes:
             site.snapshot(quiesce=quiesce)
-            for _ in range(runs(RUNS)):
+            for _ in range(_runs_on(site)):
                 with writes.window() as window:
                     done = site.snapshot(quiesce=quiesce)
                 ours += list(writes.gaps(window))
@@ -174,7 +178,12 @@ def write_latency(site: Site, book: Book) -> None:
                 "median_without_copy_ms": statistics.median(still),
             },
         )
-        book.record(f"guest_write_latency_p99{name}", result)
+        book.record(f"guest_write_latency_p99{name}{suffix}", result)
+
+
+def _runs_on(site: Site) -> int:
+    """Fewer where each copy is of every byte."""
+    return runs(SLOW_RUNS if site.kind.written else RUNS)
 
 
 def _virsh_snapshot(
@@ -251,8 +260,16 @@ FIGURES = [
     Figure(("snapshot_api",), "xfs", api),
     Figure(("engine_vs_syscalls", "engine_pause_vs_syscalls"), "xfs", engine),
     Figure(("guest_pause", "snapshot_running"), "xfs", partial(pause, "guest_pause")),
-    Figure(("guest_write_latency_p99", "guest_write_latency_p99_unfrozen"), "xfs", write_latency),
+    *(
+        Figure(
+            tuple(f"guest_write_latency_p99{name}{suffix}" for name in ("", "_unfrozen")),
+            site,
+            partial(write_latency, suffix),
+        )
+        for site, suffix in (("xfs", ""), ("btrfs", "_btrfs"), ("ext4", "_ext4"))
+    ),
     _pauses("guest_pause_btrfs", "btrfs"),
+    _pauses("guest_pause_ext4", "ext4"),
     _pauses("guest_pause_8g", "xfs_8g"),
     _pauses("guest_pause_20g", "xfs_20g"),
     _pauses("guest_pause_200k_extents", "xfs_200k_extents", pause_of_many_pieces),

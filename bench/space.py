@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,11 @@ from shared.disks.extents import extents
 
 DAYS = 7
 MANY = 50
-BLOCKS = 64
-"""Written by the guest between two of the many images: 4 MiB."""
 ENDS = 3
 """So many images at either end of the many are compared, by their medians."""
 
 
-def seven(site: Site, book: Book) -> None:
+def seven(suffix: str, site: Site, book: Book) -> None:
     """Daily images of a server of whose data 5 % are written anew each day, in random blocks."""
     dice = random.Random(DAYS)  # noqa: S311  the same blocks in each run
     changed = 0
@@ -45,14 +44,14 @@ def seven(site: Site, book: Book) -> None:
         f"{CHURN_BLOCK // 1024} KiB blocks; blocks that images share are counted once (FIEMAP)"
     )
     book.record(
-        "seven_images_space",
+        f"seven_images_space{suffix}",
         Result(held, first + changed, "first image plus bytes changed", DAYS, "B", note=note),
     )
     note = "growth of the file system (df) while the server itself stays on it"
-    book.record(
-        "seven_images_growth", Result(grown, changed, "bytes changed", DAYS, "B", note=note)
-    )
-    _chunk_stores(site, book, images, held)
+    growth = Result(grown, changed, "bytes changed", DAYS, "B", note=note)
+    book.record(f"seven_images_growth{suffix}", growth)
+    if not suffix:
+        _chunk_stores(site, book, images, held)
     site.clear()
 
 
@@ -94,28 +93,32 @@ def covered(pieces: np.ndarray) -> int:
 
 
 def fifty(site: Site, book: Book) -> None:
-    """The pause at the end of many images of a running server over that at their beginning."""
-    pauses, pieces = [], []
-    count = max(runs(MANY), 2 * ENDS)
+    """Pause and time at the end of many images of a running server, over those at the beginning."""
+    pauses, seconds, pieces = [], [], []
+    count, blocks = max(runs(MANY), 2 * ENDS), int(site.data * CHURN / CHURN_BLOCK)
     site.guest.wait_ready()
     for number in range(count):
-        site.churn_inside(BLOCKS, seed=number)
-        pauses.append(site.image().pause_ms)
+        site.churn_inside(blocks, seed=number)
+        done = site.image()
+        pauses.append(done.pause_ms)
+        seconds.append(done.seconds)
         with site.disk.open("rb") as disk:
             pieces.append(len(extents(disk.fileno())))
     site.clear()
     note = (
-        f"pause_ms of the last {ENDS} of {count} images over that of the first {ENDS}; the guest "
-        f"writes {BLOCKS} random {CHURN_BLOCK // 1024} KiB blocks before each; none is deleted"
+        f"the last {ENDS} of {count} images over the first {ENDS}; before each the guest "
+        f"writes {blocks} random {CHURN_BLOCK // 1024} KiB blocks, {CHURN:.0%} of its "
+        "data; none is deleted"
     )
-    also = {"extents_at_first": pieces[0], "extents_at_last": pieces[-1], "longest_ms": max(pauses)}
-    result = Result.of(pauses[-ENDS:], pauses[:ENDS], "the first images", "ms", note=note)
-    result.runs, result.also = count, also
-    book.record("fifty_images_pause_growth", result)
+    also = {"extents_at_first": pieces[0], "extents_at_last": pieces[-1]}
+    for name, values, unit in (("pause", pauses, "ms"), ("time", seconds, "s")):
+        result = Result.of(values[-ENDS:], values[:ENDS], "the first images", unit, note=note)
+        result.runs, result.also = count, {**also, "longest": max(values)}
+        book.record(f"fifty_images_{name}_growth", result)
 
 
 FIGURES = [
-    Figure(("fifty_images_pause_growth",), "xfs", fifty),
+    Figure(("fifty_images_pause_growth", "fifty_images_time_growth"), "xfs", fifty),
     Figure(
         (
             "seven_images_space",
@@ -124,6 +127,14 @@ FIGURES = [
             "seven_images_space_restic",
         ),
         "xfs_space",
-        seven,
+        partial(seven, ""),
+    ),
+    *(
+        Figure(
+            (f"seven_images_space_{site}", f"seven_images_growth_{site}"),
+            site,
+            partial(seven, f"_{site}"),
+        )
+        for site in ("btrfs", "ext4")
     ),
 ]
