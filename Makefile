@@ -24,13 +24,14 @@ setup:           ## Install what is missing: system packages and the virtual env
 demo: setup      ## Do the main job on a real VM built for it; KEEP=1 leaves it running
 	@$(PYTHON) -m lab.demo $(if $(KEEP),--keep)
 
-test:            ## Run the tests (real libvirt, QEMU, Redis, PostgreSQL); ARGS="-k name" for some
+test:            ## Run the tests, a fault at each point included; ARGS="-k name" for some
 	@scripts/setup tests
 	@$(if $(ARGS),$(PYTHON) -m pytest $(ARGS),scripts/side-by-side \
 		"$(PYTHON) -m pytest $(STACKS)" \
 		"$(PYTHON) -m pytest $(patsubst %,--ignore=%, \
 			tests/compose tests/faults tests/guests $(STACKS) $(PATIENT))" \
 		"nice -n 19 $(PYTHON) -m pytest --timeout=900 $(PATIENT)")
+	@$(if $(ARGS),,$(MAKE) --no-print-directory faults PART=1)
 
 test-deployment: ## Run the tests of the deployment by docker compose, faults of minutes included
 	@scripts/setup tests

@@ -72,6 +72,7 @@ def counting(site: Site, bridge: str) -> Iterator[Machine]:
     machine.write("common")
     guest.run("mkdir -p /etc/network; ln -s /run /var/run")
     guest.write("/etc/network/interfaces", INTERFACES)
+    guest.write("/etc/machine-id", "a" * 32)
     assert guest.run("ifup eth1")[0] == 0
     guest.run(COUNT)
     guest.agent("guest-set-time", time=WRONG_TIME * 10**9)
@@ -177,6 +178,9 @@ def test_clones_go_on_from_one_instant(site: Site, counting: Machine) -> None:
     everybody = [source, *clones]
     assert len({guest.domain.UUIDString() for guest in everybody}) == 1 + FARM
     assert len({_generation(guest) for guest in everybody}) == 1 + FARM
+    assert len({guest.run("uname -n")[1] for guest in everybody}) == 1 + FARM
+    assert len({guest.read("/etc/machine-id") for guest in everybody}) == 1 + FARM
+    assert source.read("/etc/machine-id").strip() == "a" * 32
     for clone, each in zip(clones, made, strict=True):
         wait_for(lambda clone=clone: _address(clone), f"{clone.name} has its address")
         assert each["identity"]["pending"] == []
@@ -268,13 +272,13 @@ def test_a_clone_with_its_sources_static_address_has_no_link(site: Site, countin
 
 @contextlib.contextmanager
 def _machine_id_that_stays(guest: Guest) -> Iterator[None]:
-    file, source = "/etc/machine-id", "/run/machine-id"
-    script = f"echo {'a' * 32} >{source}; touch {file}; mount -o bind {source} {file}"
-    assert guest.run(f"{script} && mount -o remount,bind,ro {file}")[0] == 0
+    file = "/etc/machine-id"
+    script = f"mount -o bind {file} {file} && mount -o remount,bind,ro {file}"
+    assert guest.run(script)[0] == 0
     try:
         yield
     finally:
-        guest.run(f"umount {file}; rm {file}")
+        guest.run(f"umount {file}")
 
 
 @pytest.mark.parametrize(("identity", "carrier"), [("auto", "0"), ("keep", "1")])
