@@ -25,6 +25,7 @@ from shared.hypervisor.domains import Domain
 from shared.hypervisor.errors import (
     HypervisorError,
     LibvirtFailed,
+    LibvirtUnavailable,
     MemoryNotSaved,
     MemoryNotUsable,
     PauseFailed,
@@ -33,7 +34,7 @@ from shared.hypervisor.errors import (
 )
 from shared.hypervisor.guest_exec import is_frozen
 from shared.hypervisor.pause import Pause, give_back
-from shared.hypervisor.saving import STEP_S, end_save, forget, is_stilled, note_of
+from shared.hypervisor.saving import STEP_S, end_save, forget, is_stilled, note_of, wake
 from shared.hypervisor.watchdog import DEADLINE_S, GIVE_UP_S, Watchdog
 
 Held = Literal["memory", "pause"]
@@ -173,10 +174,17 @@ class _Save:
         flags = (
             libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_LIVE | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
         )
+        tries = 0
+
+        def save(handle: Any) -> None:
+            nonlocal tries
+            tries += 1
+            if tries > 1:
+                wake(handle, self.note)
+            handle.snapshotCreateXML(self.xml, flags)
+
         try:
-            self.domain.call(
-                "Saving the memory of", lambda handle: handle.snapshotCreateXML(self.xml, flags)
-            )
+            self.domain.call("Saving the memory of", save)
             # Paused now: from here on there is a deadline, whatever the other thread is at.
             self.arms.append(self.watchdog.arm(self.domain.uuid, "release", self._deadline_s))
             if self._held:
@@ -185,6 +193,9 @@ class _Save:
                 self.watchdog.held(arm)
         except Exception as error:
             self._failure = error
+            if isinstance(error, LibvirtUnavailable):
+                with contextlib.suppress(HypervisorError):  # the journal tries again
+                    self.domain.call("Waking", lambda handle: wake(handle, self.note))
 
     def _written(self) -> int:
         with contextlib.suppress(FileNotFoundError):  # not yet, or not any more

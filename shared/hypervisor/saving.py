@@ -47,6 +47,15 @@ def _still(handle: Any, note: Path) -> None:
     handle.suspend()
 
 
+def wake(handle: Any, note: Path) -> None:
+    """Make the images of a running domain active, of which somebody may have cancelled a save: so
+    does libvirt when it starts again. Raises libvirt.libvirtError."""
+    if handle.state()[0] == libvirt.VIR_DOMAIN_RUNNING:
+        _still(handle, note)
+        handle.resume()
+        forget(note)
+
+
 def saving(stats: dict[str, Any]) -> bool:
     """Whether a domain's job, of these statistics, is the save of its memory in a snapshot."""
     ours = stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT

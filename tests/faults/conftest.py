@@ -130,6 +130,8 @@ def _is_wanted(item: Any) -> bool:
         return False
     if not WHOLE:
         return (name, kind) in PART[where]
+    if name == GONE and kind == "snapshot.undo":  # which does what a revert does
+        return chosen["fault"] == "libvirtd" and where[1] == "running"
     if chosen.get("fault") == "power":  # to a copy by QEMU it is what "qemu" is
         return where == ("xfs", "running") and kind in OF_THE_GUEST
     if chosen.get("fault") == "qemu":

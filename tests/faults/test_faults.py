@@ -55,7 +55,7 @@ def test_error_at_every_point(walk: Walk, kind: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["libvirtd", "qemu", "power"])
-@pytest.mark.parametrize("kind", [*OF_THE_GUEST, *OF_FARMS])
+@pytest.mark.parametrize("kind", [*OF_THE_GUEST, *OF_FARMS, "snapshot.undo"])
 def test_guest_or_libvirtd_gone_at_every_point(walk: Walk, kind: str, fault: str) -> None:
     """What happens to the guest, or to libvirtd, in the middle is not made worse."""
     points = before_commit(walk.passed_by(KINDS[kind]))
@@ -76,9 +76,13 @@ def test_disk_full_at_every_point(walk: Walk, kind: str) -> None:
     walk.disturb_at_each(KINDS[kind], points, "full")
 
 
-def test_worker_hangs_while_the_guest_is_held(walk: Walk) -> None:
+@pytest.mark.parametrize(
+    ("kind", "point"),
+    [("snapshot.take", "reflink:paused"), ("snapshot.take with memory", "memory:saved")],
+)
+def test_worker_hangs_while_the_guest_is_held(walk: Walk, kind: str, point: str) -> None:
     """The guest is given back although the worker lives, and the copy is not kept."""
-    case = walk.disturb(KINDS["snapshot.take"], "reflink:paused", "hang")
+    case = walk.disturb(KINDS[kind], point, "hang")
     assert case.outcome == "failed"
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import libvirt
 import pytest
@@ -210,6 +211,37 @@ def test_a_save_is_cancelled_of_a_held_guest_alone(
     with memory_saved(domain, watchdog, saved, ["vda", "vdb"]):
         pass
     guest.run("rm /dev/shm/noise")
+
+
+def test_libvirt_starts_again_during_a_save(
+    guest: Guest, domain: Domain, watchdog: Watchdog, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then it cancels the save itself, of a guest that nobody holds. Before that is saved once
+    more, or goes on, its images are made active; so they are by who undoes what was broken off."""
+    called: list[str] = []
+    names = ["suspend", "resume", "snapshotCreateXML"]
+    for name in names:
+        real = getattr(libvirt.virDomain, name)
+
+        def noted(
+            handle: libvirt.virDomain, *given: Any, name: str = name, real: Any = real
+        ) -> Any:
+            called.append(name)
+            if name == "snapshotCreateXML" and called.count(name) == 1:
+                lost = libvirt.libvirtError("client socket is closed")
+                lost.err = (libvirt.VIR_ERR_RPC, libvirt.VIR_FROM_RPC, "client socket is closed")
+                raise lost
+            return real(handle, *given)
+
+        monkeypatch.setattr(libvirt.virDomain, name, noted)
+    with memory_saved(domain, watchdog, saved, ["vda", "vdb"]):
+        pass
+    assert called == ["snapshotCreateXML", *names, "resume"]
+    called.clear()
+    assert not undo.release_memory(domain.uri, domain.uuid, watchdog.holds)
+    assert called == ["suspend", "resume"]
+    assert not is_stilled(note_of(watchdog.holds, domain.uuid))
+    assert guest.state() == "running"
 
 
 @pytest.mark.parametrize("stilled", [True, False], ids=["ours", "its owner's"])
