@@ -307,7 +307,8 @@ def _bare(site: Site, size: int) -> float:
         definitions = []
         for name in names:
             copy = scratch / f"{name}.qcow2"
-            peers.CP_REFLINK.run(disk=site.disk, copy=copy)
+            copied_by = peers.CP_SPARSE if site.kind.written else peers.CP_REFLINK
+            copied_by.run(disk=site.disk, copy=copy)
             definitions.append(_definition(site.guest, name, copy))
         with site.hypervisor.connection() as connection:
             began = time.perf_counter()

@@ -28,6 +28,7 @@ def seven(suffix: str, site: Site, book: Book) -> None:
     """Daily images of a server of whose data 5 % are written anew each day, in random blocks."""
     dice = random.Random(DAYS)  # noqa: S311  the same blocks in each run
     changed = 0
+    site.guest.wait_ready()  # or it does not hear that it is to shut down
     with site.stopped():
         before = site.used()
         for day in range(DAYS):
