@@ -48,7 +48,8 @@ def refuse_hot(xml: str, *, vcpus: int | None = None, memory_bytes: int | None =
 def refuse_elsewhere(uri: str, xml: str) -> None:
     """Raise MemoryNotCloneable where the domain `xml`, which ran once, could not go on here: QEMU
     has its machine type no more, or the host not the CPU. What libvirt cannot tell, as of a CPU
-    without a model, it finds when it resumes the memory.
+    without a model, it finds when it resumes the memory; one with `check='none'`, which is also
+    that of a domain that names none, it never compares, and QEMU drops what the host has not.
     """
     root = parse_domain(xml)
     system, cpu = root.find("os/type"), root.find("cpu")
@@ -59,7 +60,7 @@ def refuse_elsewhere(uri: str, xml: str) -> None:
     connection, flag = connect(uri), libvirt.VIR_CONNECT_COMPARE_CPU_FAIL_INCOMPATIBLE
     with _refused(root, libvirt.VIR_ERR_INVALID_ARG):
         connection.getDomainCapabilities(*given)
-    if cpu is not None and cpu.find("model") is not None:
+    if cpu is not None and cpu.get("check") != "none" and cpu.find("model") is not None:
         with _refused(root, libvirt.VIR_ERR_CPU_INCOMPATIBLE):
             connection.compareHypervisorCPU(*given, to_text(cpu), flag)
 

@@ -34,7 +34,7 @@ from shared.hypervisor.errors import (
 )
 from shared.hypervisor.guest_exec import is_frozen
 from shared.hypervisor.pause import Pause, give_back
-from shared.hypervisor.saving import STEP_S, end_save, forget, is_stilled, note_of, wake
+from shared.hypervisor.saving import STEP_S, end_save, forget, is_stilled, note_of, still, wake
 from shared.hypervisor.watchdog import DEADLINE_S, GIVE_UP_S, Watchdog
 
 Held = Literal["memory", "pause"]
@@ -142,8 +142,9 @@ class _Save:
 
     def holds(self) -> bool:
         """Whether the guest is paused by this save, and not because its owner asked for it."""
-        held = self._held or is_stilled(self.note)
-        return self.domain.held_by_save or (held and self.domain.paused_by_user)
+        if self.domain.held_by_save:
+            return True
+        return (self._held or is_stilled(self.note)) and self.domain.paused_by_user
 
     def carry_out(
         self, meanwhile: Callable[[], None], check: Callable[[], None], most_bytes: int
@@ -210,7 +211,7 @@ class _Save:
         self.arms.append(self.watchdog.arm(self.domain.uuid, "resume", GIVE_UP_S))
         self._held = True
         with contextlib.suppress(HypervisorError):  # it may be paused by now
-            self.domain.suspend()
+            self.domain.call("Pausing", lambda handle: still(handle, self.note))
 
     def _abort(self) -> None:
         with contextlib.suppress(WatchdogUnavailable):  # for where we hang, with the guest held

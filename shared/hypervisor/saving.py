@@ -30,7 +30,9 @@ def note_of(holds: Path, uuid: str) -> Path:
 
 def is_stilled(note: Path) -> bool:
     """Whether the domain was paused in order to end a save."""
-    return note in _stilled or note.exists()
+    with contextlib.suppress(OSError):  # the vault's file system fails
+        return note in _stilled or note.exists()
+    return False
 
 
 def forget(note: Path) -> None:
@@ -40,7 +42,8 @@ def forget(note: Path) -> None:
         note.unlink(missing_ok=True)
 
 
-def _still(handle: Any, note: Path) -> None:
+def still(handle: Any, note: Path) -> None:
+    """Pause the domain in order to end a save of it. Raises libvirt.libvirtError."""
     _stilled.add(note)
     with contextlib.suppress(OSError):
         note.touch()
@@ -49,9 +52,13 @@ def _still(handle: Any, note: Path) -> None:
 
 def wake(handle: Any, note: Path) -> None:
     """Make the images of a running domain active, of which somebody may have cancelled a save: so
-    does libvirt when it starts again. Raises libvirt.libvirtError."""
+    does libvirt when it starts again. Nothing while there is a job, in which libvirt resumes
+    nobody; what a call began that broke off, the next one ends. Raises libvirt.libvirtError."""
+    if handle.jobStats().get("type", libvirt.VIR_DOMAIN_JOB_NONE):
+        return
     if handle.state()[0] == libvirt.VIR_DOMAIN_RUNNING:
-        _still(handle, note)
+        still(handle, note)
+    if is_stilled(note):
         handle.resume()
         forget(note)
 
@@ -76,14 +83,15 @@ def end_save(handle: Any, note: Path) -> bool | None:
         state, reason = handle.state()
         with contextlib.suppress(libvirt.libvirtError):  # it has just ended, or gone down
             if state == libvirt.VIR_DOMAIN_RUNNING:
-                _still(handle, note)
+                still(handle, note)
             elif not (state == libvirt.VIR_DOMAIN_PAUSED and reason in HELD_BY_SAVE):
                 handle.abortJob()
         return None  # what is paused by the save itself is at its last part
     state, reason = handle.state()
     ours = reason in HELD_BY_SAVE or (reason in ASKED_FOR and is_stilled(note))
-    resumes = state == libvirt.VIR_DOMAIN_PAUSED and ours
-    if resumes:
-        handle.resume()
+    if state != libvirt.VIR_DOMAIN_PAUSED or not ours:
+        _stilled.discard(note)  # the file stays: a pause of one that died may be on its way
+        return False
+    handle.resume()
     forget(note)
-    return resumes
+    return True

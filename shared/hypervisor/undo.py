@@ -25,7 +25,7 @@ from shared.hypervisor.definition import DomainDefinition, renamed
 from shared.hypervisor.domains import Domain, State, define, find
 from shared.hypervisor.errors import DomainMissing, LibvirtBusy, LibvirtFailed
 from shared.hypervisor.locks import is_open
-from shared.hypervisor.saving import STEP_S, end_save, forget, note_of, wake
+from shared.hypervisor.saving import STEP_S, end_save, forget, note_of
 
 log = logging.getLogger(__name__)
 
@@ -83,14 +83,10 @@ def release_memory(uri: str, uuid: str, holds: Path) -> bool:
         with contextlib.suppress(LibvirtFailed):  # another came in between, or it went down
             resumed = domain.call("Ending the save of", lambda handle: end_save(handle, note))
             if resumed is not None:
-                break
+                return resumed
         if time.monotonic() > deadline:
             raise LibvirtBusy(f"The save of {domain.name} does not end; try again later.")
         time.sleep(STEP_S)
-    if not resumed:
-        with contextlib.suppress(LibvirtFailed, LibvirtBusy):  # its owner is at work on it
-            domain.call("Waking", lambda handle: wake(handle, note))
-    return resumed
 
 
 def thaw_domain(uri: str, uuid: str) -> bool:

