@@ -606,7 +606,7 @@ def test_a_pause_over_the_budget_is_not_made(
     assert (taken.way, taken.pause_ms) == ("stream", 0)
     assert "the guest would pause for" in taken.way_reason
     assert steps[-2:] == ["backup", "released"]
-    assert complaints(as_raw(folder / "vdb.qcow2")) == ""
+    assert complaints(folder / "vdb.raw") == ""  # a qcow2's clusters would have no holes either
 
 
 def test_through_the_vault_and_out_again(
