@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lab import filesystems
+from services.cloner.identity.by_seed import write_seed
 from shared.disks import setaside
 from shared.disks.beside import SmallFile, copy_small
 from shared.disks.copied import CopiedDisk
@@ -150,6 +151,16 @@ def test_a_full_disk_is_said(
         ballast.unlink()
     assert refusal.value.code == "insufficient_space"
     assert [path.name for path in disk.parent.iterdir()] == ["disk"]
+
+
+def test_a_seed_that_finds_no_room_is_said(disk: Path) -> None:
+    """Of a clone, whose steps are undone then; the file goes with them."""
+    ballast = filesystems.fill(disk.parent, crumbs=4096)
+    try:
+        with pytest.raises(InsufficientSpace):
+            write_seed(disk.with_name("seed.iso"), "instance", "host", "0" * 32)
+    finally:
+        ballast.unlink()
 
 
 def test_a_manifest_that_cannot_be_replaced_stays(disk: Path) -> None:

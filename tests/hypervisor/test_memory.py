@@ -485,6 +485,53 @@ def test_the_journal_gives_the_guest_back_too(
     assert not undo.release_memory(domain.uri, domain.uuid, watchdog.holds)
 
 
+def test_of_a_failed_copy_it_is_told_that_the_guest_is_given_back(
+    guest: Guest, domain: Domain, watchdog: Watchdog, folder: Path
+) -> None:
+    """So that a pause that its owner asks for from then on is not undone."""
+    steps: list[str] = []
+    with pytest.raises(Cancelled):
+        capture(
+            domain,
+            folder,
+            watchdog=watchdog,
+            memory=True,
+            cancelled=lambda: "memory" in steps,
+            before=steps.append,
+        )
+    assert steps == ["memory", "resumed"]
+    assert guest.state() == "running"
+
+
+def test_a_worker_that_hangs_while_it_ends_a_save_keeps_no_guest(
+    guest: Guest, domain: Domain, watchdog: Watchdog, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has paused the guest for it; the watchdog ends the save and gives the guest back."""
+    took: list[float] = []
+    armed: list[str] = []
+
+    def hang(handle: Any, note: Path) -> None:
+        if not took:
+            armed.extend(watchdog._armed.values())  # the save's own end has a deadline as well
+            still(handle, note)
+            took.append(wait_until(lambda: domain.state == "running", 10))
+
+    guest.run("dd if=/dev/urandom of=/dev/shm/noise bs=1M count=64 2>/dev/null")
+    monkeypatch.setattr(memory, "end_save", hang)
+    monkeypatch.setattr(memory, "_POLL_S", 0.005)
+
+    def check() -> None:
+        if _is_saving(domain):
+            raise Cancelled("now")
+
+    save = memory_saved(domain, watchdog, saved, ["vda", "vdb"], check=check, deadline_s=1.0)
+    with pytest.raises(Cancelled), save:
+        pass
+    assert 0 < took[0] < 10
+    assert any(line.endswith("release 1.0") for line in armed)
+    guest.run("rm /dev/shm/noise")
+
+
 def test_memory_that_this_host_cannot_run_is_not_cloned(domain: Domain) -> None:
     """QEMU drops machine types, and a host may lose a feature of its CPU by an update."""
     running = domain.live_definition()
@@ -497,6 +544,8 @@ def test_memory_that_this_host_cannot_run_is_not_cloned(domain: Domain) -> None:
     root.replace(root.find("cpu"), etree.fromstring(cpu))  # type: ignore[arg-type]
     with pytest.raises(MemoryNotCloneable, match="CPU"):
         refuse_elsewhere(domain.uri, etree.tostring(root, encoding="unicode"))
+    root.find("cpu").set("check", "none")  # type: ignore[union-attr]  which QEMU starts with less
+    refuse_elsewhere(domain.uri, etree.tostring(root, encoding="unicode"))
 
 
 def test_a_stopped_server_has_no_memory(
