@@ -74,10 +74,12 @@ def _shown(operation: str) -> shapes.Operation:
 
 
 def _ended(operation: str) -> shapes.Operation | None:
-    """None until it has; a caller waits for every step between its end and the answer."""
+    """None until it has; a caller waits for every step between its end and the answer, and whoever
+    has just asked for it waits for its wake-up to be sent, beside which this is done."""
     row: Any = Operation
     with reading() as session:
-        if session.scalar(select(row.state).where(row.id == operation)) not in ENDED:
+        state = session.scalar(select(row.state).where(row.id == operation))
+        if state is not None and state not in ENDED:
             return None
         return shown(session, [lookups.operation(session, operation)])[0]
 
@@ -96,17 +98,14 @@ async def show(
 ) -> shapes.Operation:
     """The operation now; with `wait` as soon as it ends, or after that many seconds."""
     began = time.monotonic()
-    found = await run_in_threadpool(_shown, operation)
-    while found.state not in ENDED:
-        waited = time.monotonic() - began
-        stopping = request.app.state.stopping.is_set()
-        if waited >= wait or stopping or await request.is_disconnected():
-            return await run_in_threadpool(_shown, found.id)
+    while (waited := time.monotonic() - began) < wait:
+        if ended := await run_in_threadpool(_ended, operation):
+            return ended
+        if request.app.state.stopping.is_set() or await request.is_disconnected():
+            break
         step = min(max(FIRST_STEP, waited * PART), LAST_STEP)
         await asyncio.sleep(min(step, wait - waited))
-        ended = await run_in_threadpool(_ended, found.id)
-        found = ended or found
-    return found
+    return await run_in_threadpool(_shown, operation)
 
 
 CANCELLED: dict[int | str, dict[str, Any]] = {
