@@ -234,7 +234,7 @@ def _outcome(clone: Clone) -> dict[str, Any]:
         "state": clone.state,
         "way": clone.way,
         "linked_to": clone.linked_to,
-        "identity": clone.identity,
+        "identity": identity.public(clone.identity),
         "error": clone.error,
     }
 

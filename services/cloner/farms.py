@@ -16,7 +16,7 @@ import structlog
 from sqlalchemy import select
 from sqlmodel import Session
 
-from services.cloner import clones
+from services.cloner import clones, identity
 from shared import errors, events, faults
 from shared.commands import CreateClones, RetryFarm, StartFarm, StopFarm
 from shared.database import reading, transaction
@@ -121,9 +121,11 @@ def hold(context: Context, all_of: list[AMember]) -> list[AMember]:
     return all_of
 
 
-def at_once(all_of: Iterable[Member], do: Callable[[Member], None]) -> list[Member]:
-    """Do it to each that has not failed, as many at a time as libvirt takes; one that fails then
-    has. Returns those that it was done to."""
+def at_once(
+    all_of: Iterable[Member], do: Callable[[Member], None], most: int = MOST_CALLS
+) -> list[Member]:
+    """Do it to each that has not failed, to `most` at a time, which is as many as libvirt takes;
+    one that fails then has. Returns those that it was done to."""
 
     def one(each: Member) -> None:
         try:
@@ -132,7 +134,7 @@ def at_once(all_of: Iterable[Member], do: Callable[[Member], None]) -> list[Memb
             each.fail(error)
 
     chosen = [each for each in all_of if not each.failed]
-    with ThreadPoolExecutor(MOST_CALLS) as pool:
+    with ThreadPoolExecutor(most) as pool:
         list(pool.map(one, chosen))
     return chosen
 
@@ -151,7 +153,8 @@ def refuse_if_none(all_of: list[Member], outcome: Outcome) -> Outcome:
 
 @handles(StartFarm)
 def start(context: Context, command: StartFarm) -> Outcome:
-    """Start the clones that are off. One that its owner paused stays paused."""
+    """Start the clones that are off. One that its owner paused stays paused. Those whose identity
+    is to be renewed once they run get their own."""
     with reading() as session:
         farm = session.get_one(Farm, command.farm)
         all_of = members(session, farm.id)
@@ -166,8 +169,33 @@ def start(context: Context, command: StartFarm) -> Outcome:
 
     at_once(all_of, start_one)
     faults.point("farm:started")
+    _renew_started(context, all_of)
     _refuse_if_cancelled(context, "started")
     return refuse_if_none(all_of, _powered(farm, all_of, "farm.started"))
+
+
+def _renew_started(context: Context, all_of: list[Member]) -> None:
+    """What was put off when these were made, in those that run; they mostly wait for guests."""
+
+    def renew(each: Member) -> None:
+        def note(told: dict[str, Any]) -> None:
+            def write() -> None:
+                with transaction() as session:
+                    held(session, context.id, context.owner)
+                    session.get_one(Clone, each.clone.id).identity = told
+
+            patiently(context.check, write)
+            each.clone.identity = told
+            each.told["identity"] = identity.public(told)
+
+        domain, name = each.domain(), each.clone.name
+        identity.renew_started(domain, name, each.clone.identity, note, context.check)
+
+    running = (each for each in all_of if each.told.get("power") == "running")
+    waiting = [each for each in running if identity.is_put_off(each.clone.identity)]
+    if waiting:
+        context.phase(f"renewing the identity of {len(waiting)} clones")
+        at_once(waiting, renew, clones.UNDER_WAY)
 
 
 @handles(StopFarm)

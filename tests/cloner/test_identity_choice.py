@@ -59,7 +59,8 @@ def command(identity: str, **more: bool) -> CreateClones:
         (OFF_SEEDED, True, True, "cloud-init"),  # cloud images often have a channel and no agent
         (SEEDED, True, True, "cloud-init"),
         (ANSWERS, False, True, "offline"),
-        (ANSWERS, False, False, "keep"),
+        (ANSWERS, False, False, "agent-later"),
+        (OFF, False, False, "keep"),  # its links would wait for an agent that may not be there
         (SILENT, True, True, "offline"),
         (SILENT, True, False, "keep"),
         (NOTHING, True, True, "offline"),

@@ -43,8 +43,11 @@ class ByAgent(Way):
 
     def after_start(self, domain: Domain) -> None:
         self.renew(domain)
-        if self.renewal.addresses:
-            return
+        if not self.renewal.addresses:
+            self.link(domain)
+
+    def link(self, domain: Domain) -> None:
+        """Put up the links of a guest that has its own identity, and have it ask for its leases."""
         for mac in link_up(domain, self.links):
             self.renewal.kept.append((f"link of {mac}", _HOSTS))
         faults.point("clone:linked")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from services.cloner.identity import guest
+from services.cloner.identity.at_first_start import AtFirstStart
 from services.cloner.identity.by_agent import ByAgent
 from services.cloner.identity.by_seed import BySeed
 from services.cloner.identity.offline import Offline, installed
@@ -28,14 +29,19 @@ from shared.settings import settings
 NO_CHANNEL = "the server's definition has no channel for a guest agent"
 _CLOUD_INIT, _DISABLED = "/usr/bin/cloud-init", "/etc/cloud/cloud-init.disabled"
 _ASKED = "it was to be kept"
-_WAYS: dict[str, type[Way]] = {"agent": ByAgent, "cloud-init": BySeed, "offline": Offline}
+_WAYS: dict[str, type[Way]] = {
+    "agent": ByAgent,
+    "agent-later": AtFirstStart,
+    "cloud-init": BySeed,
+    "offline": Offline,
+}
 
 
 @dataclass(frozen=True)
 class Choice:
     """A way for all clones of one operation, and why it is not another."""
 
-    way: Literal["agent", "cloud-init", "offline", "keep"]
+    way: Literal["agent", "agent-later", "cloud-init", "offline", "keep"]
     reason: str = ""
     required: bool = False
 
@@ -81,7 +87,8 @@ def _by_evidence(found: "_Evidence", start: bool) -> Choice:
     """The agent's work is read back, and done before anybody sees the clone: so it comes first.
 
     Where nobody knows whether one answers a seed is surer, and costs nothing; libguestfs takes its
-    time, and is asked when nothing else is left.
+    time, and is asked when nothing else is left. Then the agent of a clone that is not started has
+    to wait, if there is known to be one: its links are down until then.
     """
     if start and found.channel and (found.answers or not (found.silent or found.cloud_init)):
         return Choice("agent")
@@ -89,6 +96,8 @@ def _by_evidence(found: "_Evidence", start: bool) -> Choice:
         return Choice("cloud-init")
     if installed():
         return Choice("offline")
+    if found.channel and found.answers:
+        return Choice("agent-later")
     if not found.channel:
         return Choice("keep", f"{NO_CHANNEL}, and nothing tells of cloud-init in the guest")
     if found.silent:
