@@ -205,7 +205,7 @@ class Identity(BaseModel):
     way: Annotated[str | None, _one_of("agent", "cloud-init", "offline", "keep")] = None
     hostname: str | None = Field(None, description="the clone's name, as far as it can be one")
     renewed: list[Any] = []
-    pending: list[Any] = Field([], description="what the guest is to renew itself when it boots")
+    pending: list[Any] = Field([], description="what is still to be renewed, and when")
     kept: list[Any] = Field([], description="what is its source's still, and why")
     left_out: list[Any] = Field([], description="what of its source it goes without, and why")
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -122,10 +123,10 @@ def hold(context: Context, all_of: list[AMember]) -> list[AMember]:
 
 
 def at_once(
-    all_of: Iterable[Member], do: Callable[[Member], None], most: int = MOST_CALLS
+    all_of: Iterable[Member], do: Callable[[Member], None], most: int | None = None
 ) -> list[Member]:
-    """Do it to each that has not failed, to `most` at a time, which is as many as libvirt takes;
-    one that fails then has. Returns those that it was done to."""
+    """Do it to each that has not failed, to `most` at a time, or as many as libvirt takes; one that
+    fails then has. Returns those that it was done to."""
 
     def one(each: Member) -> None:
         try:
@@ -134,7 +135,7 @@ def at_once(
             each.fail(error)
 
     chosen = [each for each in all_of if not each.failed]
-    with ThreadPoolExecutor(most) as pool:
+    with ThreadPoolExecutor(most or MOST_CALLS) as pool:
         list(pool.map(one, chosen))
     return chosen
 
@@ -154,48 +155,47 @@ def refuse_if_none(all_of: list[Member], outcome: Outcome) -> Outcome:
 @handles(StartFarm)
 def start(context: Context, command: StartFarm) -> Outcome:
     """Start the clones that are off. One that its owner paused stays paused. Those whose identity
-    is to be renewed once they run get their own."""
+    was to be renewed once they run get their own, before anybody sees them."""
     with reading() as session:
         farm = session.get_one(Farm, command.farm)
         all_of = members(session, farm.id)
     all_of = hold(context, all_of)
     context.phase(f"starting {len(all_of)} clones")
 
+    def note(each: Member, told: dict[str, Any]) -> None:
+        def write() -> None:
+            with transaction() as session:
+                held(session, context.id, context.owner)
+                session.get_one(Clone, each.clone.id).identity = told
+
+        patiently(context.check_lease, write)
+        each.clone.identity = told
+        each.told["identity"] = identity.public(told)
+
     def start_one(each: Member) -> None:
-        if not context.stopping():
-            domain = each.domain()
+        if context.stopping():
+            return
+        domain = each.domain()
+        if identity.is_put_off(each.clone.identity):
+            identity.start_unlinked(domain, each.clone.identity, partial(note, each))
+        else:
             domain.start()
-            each.told["power"] = domain.state
+        each.told["power"] = domain.state
+
+    def renew_one(each: Member) -> None:
+        identity.renew_started(
+            each.domain(), each.clone.name, each.clone.identity, partial(note, each), context.check
+        )
 
     at_once(all_of, start_one)
     faults.point("farm:started")
-    _renew_started(context, all_of)
-    _refuse_if_cancelled(context, "started")
-    return refuse_if_none(all_of, _powered(farm, all_of, "farm.started"))
-
-
-def _renew_started(context: Context, all_of: list[Member]) -> None:
-    """What was put off when these were made, in those that run; they mostly wait for guests."""
-
-    def renew(each: Member) -> None:
-        def note(told: dict[str, Any]) -> None:
-            def write() -> None:
-                with transaction() as session:
-                    held(session, context.id, context.owner)
-                    session.get_one(Clone, each.clone.id).identity = told
-
-            patiently(context.check, write)
-            each.clone.identity = told
-            each.told["identity"] = identity.public(told)
-
-        domain, name = each.domain(), each.clone.name
-        identity.renew_started(domain, name, each.clone.identity, note, context.check)
-
     running = (each for each in all_of if each.told.get("power") == "running")
     waiting = [each for each in running if identity.is_put_off(each.clone.identity)]
-    if waiting:
+    if waiting and not context.stopping():
         context.phase(f"renewing the identity of {len(waiting)} clones")
-        at_once(waiting, renew, clones.UNDER_WAY)
+        at_once(waiting, renew_one, clones.UNDER_WAY)  # they mostly wait for their guests
+    _refuse_if_cancelled(context, "started")
+    return refuse_if_none(all_of, _powered(farm, all_of, "farm.started"))
 
 
 @handles(StopFarm)

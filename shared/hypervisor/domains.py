@@ -61,6 +61,12 @@ _ARRIVING = (
 )
 _MOUNTS = Path("/proc/self/mounts")
 _CONTAINERS_OWN = ("/", "/tmp", "/run", "/dev", "/proc", "/sys")  # noqa: S108 - not to write there
+_RAN = (
+    libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN,
+    libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED,
+    libvirt.VIR_DOMAIN_SHUTOFF_CRASHED,
+    libvirt.VIR_DOMAIN_SHUTOFF_SAVED,
+)
 DESTROY_TIMEOUT_S = 60.0
 GOES_DOWN_S = 3.0
 """From a QEMU that lets go of its disks to libvirt that calls its domain off."""
@@ -237,6 +243,12 @@ class Domain:
         return bool(
             state == libvirt.VIR_DOMAIN_SHUTOFF and reason == libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN
         )
+
+    @property
+    def was_on(self) -> bool:
+        """Whether it is off and was on before, since libvirt was started: it does not know more."""
+        state, reason = self.call("Reading the state of", lambda handle: handle.state())
+        return bool(state == libvirt.VIR_DOMAIN_SHUTOFF and reason in _RAN)
 
     @property
     def has_managed_save(self) -> bool:

@@ -23,6 +23,9 @@ from shared.hypervisor.errors import GuestNotAnswering, HypervisorError
 # One answer of the agent: it is idle, so that only a hung guest takes longer.
 _ANSWER_S = 5
 _POLL_S = 0.1
+_FIRST_POLL_S = 0.01
+_PART = 1 / 8
+"""Of what a program has taken so far, until it is looked at again."""
 _TRIES = 3
 _ORDERS = ("guest-exec", "guest-exec-status")
 _NAME = "org.qemu.guest_agent.0"
@@ -132,18 +135,18 @@ def run(
         input_data=base64.b64encode(standard_input.encode()).decode(),
         capture_output=True,
     )
-    deadline = time.monotonic() + timeout_s
+    began = time.monotonic()
     while True:
         status = _order(domain, "guest-exec-status", pid=started["pid"])
         if status["exited"]:
             output = base64.b64decode(status.get("out-data", "")).decode(errors="replace")
             return Ran(status.get("exitcode", 128 + status.get("signal", 0)), output)
-        if time.monotonic() > deadline:
+        if (waited := time.monotonic() - began) > timeout_s:
             raise GuestNotAnswering(
                 f"{program} in {domain.name} did not end within {timeout_s:.0f} s."
             )
         check()
-        time.sleep(_POLL_S)
+        time.sleep(min(max(_FIRST_POLL_S, waited * _PART), _POLL_S))
 
 
 def _order(domain: Domain, command: str, timeout_s: int = _ANSWER_S, **arguments: Any) -> Any:

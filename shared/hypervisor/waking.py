@@ -32,6 +32,8 @@ from shared.hypervisor.memory import restore
 UNPLUG_S = 10.0
 """A Linux guest lets go of a card within a second through ACPI, and within six through PCIe."""
 _POLL_S = 0.05
+_AGENT_POLL_S = 0.01
+"""It is there some ten milliseconds after the restore."""
 _AGENT_TIMEOUT_S = 5
 _AGENT_WAIT_S = 2.0
 """libvirt learns only after the restore, from an event, that the agent listens."""
@@ -131,7 +133,7 @@ def set_clock(domain: Domain) -> str | None:
     while not agent_ready(domain):
         if time.monotonic() > deadline:
             return NO_AGENT
-        time.sleep(_POLL_S)
+        time.sleep(_AGENT_POLL_S)
 
     def give(handle: Any) -> None:
         with answers_within(handle, _AGENT_TIMEOUT_S):

@@ -91,8 +91,8 @@ def _refuse_agent_of_the_stopped(command: CreateClones) -> None:
         raise errors.Unsupported(
             "A guest agent answers in a running guest only, so that it cannot renew the identity "
             "of a clone that is not started. Nothing was started; leave `start: false` "
-            "(`--no-start`) out, or choose `identity: auto`, by which it is renewed when its farm "
-            "is started."
+            "(`--no-start`) out, or choose `identity: auto`: where its source's agent answers it "
+            "is renewed when its farm is started."
         )
 
 

@@ -289,7 +289,7 @@ def test_each_clone_has_its_own_outcome(api: Fake, triptych: Triptych) -> None:
     for name in ("qa-001", "qa-003"):
         assert (
             f"{name}: ready; still as its source has them: hostname, machine-id; "
-            "pending until it boots: dhcp; left out: hostdev pci"
+            "still to be renewed: dhcp; left out: hostdev pci"
         ) in run.err
     assert "qa-002: failed: name_taken: qa-002 exists." in run.err
     for reason in ("hostname: no agent", "dhcp: by cloud-init", "hostdev pci: of one guest"):

@@ -25,7 +25,7 @@ WAYS = {
 }
 NOT_ITS_OWN = {
     "kept": "still as its source has them",
-    "pending": "pending until it boots",
+    "pending": "still to be renewed",
     "left_out": "left out",
 }
 """What is told of a clone's identity, in words."""

@@ -5,7 +5,7 @@ Owns: which way a guest's identity is renewed, the ways, and the report (C3). Th
 `renew.sh` is what is done in a Linux guest, whichever way it gets there.
 """
 
-from services.cloner.identity.at_first_start import is_put_off, renew_started
+from services.cloner.identity.at_first_start import is_put_off, renew_started, start_unlinked
 from services.cloner.identity.by_agent import connect, renew_in_guest
 from services.cloner.identity.choice import Choice, choose
 from services.cloner.identity.report import public, report
@@ -22,4 +22,5 @@ __all__ = [
     "renew_in_guest",
     "renew_started",
     "report",
+    "start_unlinked",
 ]

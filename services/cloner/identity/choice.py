@@ -88,7 +88,7 @@ def _by_evidence(found: "_Evidence", start: bool) -> Choice:
 
     Where nobody knows whether one answers a seed is surer, and costs nothing; libguestfs takes its
     time, and is asked when nothing else is left. Then the agent of a clone that is not started has
-    to wait, if there is known to be one: its links are down until then.
+    its turn later, if there is known to be one.
     """
     if start and found.channel and (found.answers or not (found.silent or found.cloud_init)):
         return Choice("agent")

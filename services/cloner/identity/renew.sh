@@ -167,8 +167,10 @@ dhcp() {
     if [ -z "$OFFLINE" ] && command -v ifdown; then
         mkdir -p /run/triptych
         # lo, and what DHCP has no part in, come back as they were. The second is busybox's way.
+        # What a renewal took down that came to no end stays on the list.
+        [ -e /run/triptych/connected ] && rm -f /run/triptych/interfaces /run/triptych/connected
         { ifquery --state || cat /var/run/ifstate; } |
-            sed 's/=.*//' | grep -vx lo >/run/triptych/interfaces
+            sed 's/=.*//' | grep -vx lo >>/run/triptych/interfaces
         while read -r interface; do
             ifdown --force "$interface" || ifdown -f "$interface"
         done </run/triptych/interfaces
@@ -217,7 +219,9 @@ connect() {
     seen=0
     for mac in "$@"; do wait_for_card "$mac" || seen=1; done
     command -v udevadm && udevadm settle --timeout=5 # it names them
-    while read -r interface; do ifup "$interface"; done </run/triptych/interfaces &
+    touch /run/triptych/connected
+    awk '!seen[$0]++' /run/triptych/interfaces |
+        while read -r interface; do ifup "$interface"; done &
     return "$seen"
 }
 
