@@ -3,10 +3,11 @@ PYTHON := .venv/bin/python
 export PORT ?= 8000
 # Where it is set, each process that a test starts would compile all of our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
-# Tests that compute, start no VM and have no time to keep: they run beside the others, in what
-# these leave of the machine.
+# Tests that compute, start no VM or process and have no time to keep: they run beside the others,
+# in what these leave of the machine.
 PATIENT := tests/disks/test_qcow2.py $(filter-out \
-	%_claims.py %_events.py %_operations.py %_servers.py %_waiting.py, \
+	%_claims.py %_events.py %_metrics.py %_mounted.py %_operations.py %_put_back.py %_servers.py \
+	%_waiting.py, \
 	$(wildcard tests/test_*.py tests/api/test_*.py tests/schedules/test_*.py))
 
 # The tests of whole stacks mostly wait for their guests, and so does half of the rest: side by side.

@@ -146,8 +146,11 @@ def test_rounds_end_with_a_writer_that_never_rests(
     assert 2 <= len(rounds) <= MOST_ROUNDS
 
 
-def test_a_budget_that_cannot_be_kept_is_refused_before_it_is_spent(xfs: Path) -> None:
+def test_a_budget_that_cannot_be_kept_is_refused_before_it_is_spent(
+    xfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Too much to find while the guest is held: refused, whenever that is seen."""
+    monkeypatch.setattr("shared.disks.catching_up.TICK_NS", 10**12)  # each write is too late a one
     source = scattered(xfs / "refused", 2000)
     with both(source) as copy, source.open("r+b", buffering=0) as guest:
         with pytest.raises(PauseTooLong, match="more than the 0 ms"):
@@ -174,6 +177,7 @@ def test_what_was_written_a_moment_ago_is_not_left_for_the_pause(
     xfs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A freeze makes the guest write: once that is past, there is nothing to look for."""
+    monkeypatch.setattr("shared.disks.catching_up.NEGLIGIBLE_MS", 0)  # on a fast machine it may be
     source = scattered(xfs / "frozen", 4000)
     with both(source) as copy, source.open("r+b", buffering=0) as guest:
         catch_up([copy], BUDGET_MS, lambda: None)

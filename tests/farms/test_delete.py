@@ -19,6 +19,7 @@ from farms.farmed import (
     plug,
 )
 from operations.spine import at_once
+from operations.waiting import wait_for
 from sqlalchemy import select
 
 from lab.guest import Guest, attach, make_disk
@@ -599,7 +600,9 @@ def test_cancel_cuts_no_more_power(farmed: Farmed, monkeypatch: pytest.MonkeyPat
     def destroyed(domain: Domain) -> None:
         destroy(domain)
         farmed.world.change(operation, cancel_requested_at=now())
-        time.sleep(2)  # the worker has heard of it
+        lease = farmed.world.row(operation).lease_expires_at
+        wait_for(lambda: farmed.world.row(operation).lease_expires_at != lease)
+        time.sleep(0.5)  # with that the worker has heard of it
 
     monkeypatch.setattr(farms, "MOST_CALLS", 1)
     monkeypatch.setattr(Domain, "destroy", destroyed)

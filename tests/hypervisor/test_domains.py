@@ -387,8 +387,10 @@ def test_libvirtd_dies_while_a_guest_is_held_with_its_memory(
                 memory_saved(domain, watchdog, workspace / "memory.save", ["vda"]),
             ):
                 own.stop(kill=True)
-                back.start()
-                domain.live_definition()  # as the end of a copy would ask
+                try:
+                    domain.live_definition()  # as the end of a copy would ask
+                finally:
+                    back.start()
             assert domain.state == "running"
             assert watchdog._armed == {}
         finally:

@@ -289,7 +289,7 @@ def python(code: str, *arguments: str) -> subprocess.Popen[str]:
 
 def outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
     """What each wrote, once all have ended well."""
-    found = [process.communicate(timeout=60) for process in processes]
+    found = [process.communicate(timeout=150) for process in processes]
     for process, (_, problem) in zip(processes, found, strict=True):
         assert process.returncode == 0, problem
     return [written for written, _ in found]

@@ -23,7 +23,7 @@ def fork_server(worker: Worker) -> int:
         servers = children_of(worker.process.pid, FORK_SERVER)
         return bool(servers) and len(children_of(servers[0])) == 2
 
-    wait_for(ready, 30)
+    wait_for(ready, 90)
     (server,) = children_of(worker.process.pid, FORK_SERVER)
     return server
 
@@ -49,7 +49,7 @@ def test_all_go_with_the_main_process(worker: Worker, world: World) -> None:
 
     os.kill(worker.process.pid, signal.SIGKILL)
 
-    wait_for(lambda: all(map(is_gone, all_of_it)), 5)
+    wait_for(lambda: all(map(is_gone, all_of_it)), 60)
 
 
 def test_a_fork_server_that_died_is_replaced(worker: Worker, world: World) -> None:

@@ -244,6 +244,7 @@ class Site:
         with path.open("wb") as file:
             for _ in range(size // len(chunk)):
                 file.write(chunk)
+            os.fsync(file.fileno())  # not while the disk is copied
         return path
 
     def remove(self, machine: Machine) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,10 +162,12 @@ def test_the_journal_tells_our_copy_job_from_anothers(site: Site, running_big: M
     """What ends it after a crash knows it by the folder that it copies into."""
     prepare(site, running_big, "take")
     work = WORK["take"]
-    with site.points.held(lambda: work.ask(site, running_big), work.point) as operation:
-        query = "SELECT arguments FROM journal WHERE operation_id = ? AND action = ?"
-        (row,) = site.rows(query, operation["id"], "abort_backup")
-        files = job_files(find_by_name(connect(site.hypervisor.uri), running_big.name))
-    site.done(operation)
+    query = "SELECT arguments FROM journal WHERE operation_id = ? AND action = ?"
+    files, deadline = [], time.monotonic() + 90
+    while not files and time.monotonic() < deadline:  # QEMU may be done before it is looked at
+        with site.points.held(lambda: work.ask(site, running_big), work.point) as operation:
+            (row,) = site.rows(query, operation["id"], "abort_backup")
+            files = job_files(find_by_name(connect(site.hypervisor.uri), running_big.name))
+        site.done(operation)
 
     assert {each.parent for each in files} == {Path(json.loads(row["arguments"])["folder"])}
