@@ -189,7 +189,9 @@ def _new_farm(site: Site, machine: Machine, *, broken: bool) -> Herd:
     in_the_way = site.disks / f"{name.format(n=2)}-vda{machine.disks[0].suffix}"
     if broken:
         in_the_way.touch()
-    made = site.client.clones.create(machine.id, name=name, count=2, start=False)
+    # Else only the first start renews it: the points of the next ones are others.
+    wishes: dict[str, Any] = {"start": False, "identity": "keep"}
+    made = site.client.clones.create(machine.id, name=name, count=2, **wishes)
     result = site.done(made)["result"]
     if broken:
         in_the_way.unlink()
