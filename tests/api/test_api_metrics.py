@@ -236,7 +236,7 @@ def test_late_run_that_waits(api: TestClient, world: World, server: Server) -> N
         world.add(ScheduleRun(slot=slot, **given))
     found = scrape(api)
     late = value(found, "schedule_lateness_seconds", schedule="daily")
-    assert late == pytest.approx(500, abs=200)
+    assert late == pytest.approx(500, abs=20)
     assert value(found, "schedule_lateness_seconds", schedule="weekly") is None
 
 

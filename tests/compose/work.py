@@ -16,7 +16,7 @@ import httpx
 from lab.composed import Deployment
 
 ENDED = ("succeeded", "failed", "cancelled")
-PROMPT = 30.0
+PROMPT = 15.0
 """Seconds within which the API answers, come what may: some ten, on a machine that is busy."""
 IMAGES, SNAPSHOTS = "images", "snapshot"
 Found = TypeVar("Found")

@@ -87,7 +87,7 @@ def test_cancel_while_running(world: World, operation: str) -> None:
         assert ask(operation) == "running"
         began = time.monotonic()
         while not context.stopping():
-            assert time.monotonic() - began < 30
+            assert time.monotonic() - began < 5
             time.sleep(0.02)
         took.append(time.monotonic() - began)
         context.phase("next")
@@ -99,7 +99,7 @@ def test_cancel_while_running(world: World, operation: str) -> None:
     assert row.error
     assert (row.state, row.error["code"]) == ("cancelled", "cancelled")
     assert world.played == ["copy"]
-    assert took[0] < 30
+    assert took[0] < 5
 
 
 def test_cancel_in_the_last_moment(world: World, any_database: str, operation: str) -> None:

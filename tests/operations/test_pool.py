@@ -49,7 +49,7 @@ def test_all_go_with_the_main_process(worker: Worker, world: World) -> None:
 
     os.kill(worker.process.pid, signal.SIGKILL)
 
-    wait_for(lambda: all(map(is_gone, all_of_it)), 60)
+    wait_for(lambda: all(map(is_gone, all_of_it)), 5)
 
 
 def test_a_fork_server_that_died_is_replaced(worker: Worker, world: World) -> None:

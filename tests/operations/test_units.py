@@ -146,7 +146,7 @@ def test_a_cancel_stops_all_of_them(world: World, any_database: str, operation: 
         cancel.cancel(session, operation)
     thread.join(90)
 
-    assert time.monotonic() - asked < 30
+    assert time.monotonic() - asked < 5
     assert world.row(operation).state == "cancelled"
     assert sorted(world.played) == ["a", "b"]
 

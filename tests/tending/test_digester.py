@@ -150,7 +150,7 @@ def test_stopping_takes_effect_at_once(
     asked = time.monotonic()
     thread.stop()
     thread.join(60)
-    assert time.monotonic() - asked < 30  # and not as long as it takes to read a pebibyte
+    assert time.monotonic() - asked < 5  # so long a worker's end waits for it
     assert holder_of(folder / "vda.raw") is None
     assert digest_of(folder) is None
 
